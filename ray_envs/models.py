@@ -1,0 +1,436 @@
+"""The nouns: what people write, what disks keep and what actors exchange.
+
+Everything here is data with its own validation; nothing here decides, reads files or knows Ray.
+`EnvSpec` is what a person writes and may name files; `Definition` is the same with the texts of
+those files in it, so that it means the same on every machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from enum import Enum
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ray_envs.errors import InvalidId, InvalidInput
+
+#: The only characters of an id. `_` may occur in one: folders encode it (see `EnvId.folder`).
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: Long enough for people; three of them, encoded, stay below the 255 bytes of a file name.
+MAX_ID_LENGTH = 64
+_MAX_FOLDER_LENGTH = 240
+
+#: The workflow of variants that are addressed by one `variant_id`.
+DEFAULT_WORKFLOW = "default"
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Model(BaseModel):
+    """Frozen data that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def checked_id(value: str, *, kind: str) -> str:
+    """`value`, if it may name a `kind` (a variant, a case, …).
+
+    Raises:
+        InvalidId: empty, too long, a path, a leading dash or dot, a space or another character.
+    """
+    shown = value if len(value) <= 40 else value[:37] + "…"
+    if not value:
+        raise InvalidId(f"the {kind} id is empty", hint="use letters, digits and . _ -")
+    if len(value) > MAX_ID_LENGTH:
+        raise InvalidId(
+            f"the {kind} id {shown!r} has {len(value)} characters",
+            hint=f"use at most {MAX_ID_LENGTH}",
+        )
+    if not _ID.fullmatch(value):
+        raise InvalidId(
+            f"the {kind} id {shown!r} is not allowed",
+            hint="use letters, digits and . _ - and begin with a letter or a digit",
+        )
+    return value
+
+
+class EnvId(Model):
+    """The address of a variant: workflow, node (a workflow's node, not a machine), version."""
+
+    workflow_id: str = DEFAULT_WORKFLOW
+    node_id: str
+    version_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EnvId:
+        checked_id(self.workflow_id, kind="workflow")
+        checked_id(self.node_id, kind="variant")
+        if self.version_id is not None:
+            checked_id(self.version_id, kind="version")
+        if len(self.folder) > _MAX_FOLDER_LENGTH:
+            raise InvalidId(
+                f"the ids of {self} are together too long for a folder name",
+                hint="shorten them, or use fewer underscores",
+            )
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> EnvId:
+        """The id written as `node`, `workflow/node` or `workflow/node/version`.
+
+        Raises:
+            InvalidId: another number of parts, or a part that is not allowed.
+        """
+        parts = text.split("/")
+        if len(parts) == 1:
+            return cls(node_id=parts[0])
+        if len(parts) in (2, 3):
+            return cls(**dict(zip(("workflow_id", "node_id", "version_id"), parts, strict=False)))
+        raise InvalidId(
+            f"{text[:80]!r} names no variant", hint="write node, workflow/node or workflow/node/version"
+        )
+
+    @property
+    def folder(self) -> str:
+        """The folder name of this id; injective: `_` joins the parts and `%5F` stands inside one."""
+        parts = [self.workflow_id, self.node_id]
+        if self.version_id is not None:
+            parts.append(self.version_id)
+        return "_".join(part.replace("_", "%5F") for part in parts)
+
+    def __str__(self) -> str:
+        if self.version_id is not None:
+            return f"{self.workflow_id}/{self.node_id}/{self.version_id}"
+        if self.workflow_id == DEFAULT_WORKFLOW:
+            return self.node_id
+        return f"{self.workflow_id}/{self.node_id}"
+
+
+class _EnvOptions(Model):
+    """What a spec and a definition share: everything that is not a file."""
+
+    #: Requirement strings (PEP 508), installed in addition to a project's own.
+    packages: tuple[str, ...] = ()
+    #: A version ("3.11", "3.11.7") or specifier (">=3.11") that must admit the cluster's interpreter.
+    python: str | None = None
+    #: Extras and dependency groups of the project that are installed too.
+    extras: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    #: Variables of the worker process. Ray logs them in plain text: no secrets.
+    env_vars: dict[str, str] = Field(default_factory=dict)
+    #: uv ignores distributions uploaded later (RFC 3339 or a date).
+    exclude_newer: str | None = None
+    #: Accept that adding the cluster's Ray moves pins of the project's own uv.lock.
+    allow_moved_pins: bool = False
+
+    @field_validator("env_vars")
+    @classmethod
+    def _env_vars(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is not the name of an environment variable")
+            if name in ("PATH", "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH"):
+                raise ValueError(f"{name} is set by ray_envs and cannot be given")
+        return value
+
+
+class EnvSpec(_EnvOptions):
+    """What a person asks for: packages, a requirements file or a project folder, plus options.
+
+    Example:
+        >>> EnvSpec(packages=["scikit-learn==1.7.*"], python="3.11").packages
+        ('scikit-learn==1.7.*',)
+    """
+
+    #: A folder with a pyproject.toml (and a uv.lock, honoured when there).
+    project: str | None = None
+    #: A requirements file: names, versions and markers, no options.
+    requirements: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EnvSpec:
+        if self.project is not None and self.requirements is not None:
+            raise ValueError("give either project or requirements, not both")
+        if self.project is None and (self.extras or self.groups):
+            raise ValueError("extras and groups are those of a project: give project too")
+        return self
+
+
+class Definition(_EnvOptions):
+    """A spec with the texts of its files: complete in itself, the same on every machine."""
+
+    pyproject: str | None = None
+    uv_lock: str | None = None
+
+
+class Target(Model):
+    """What every environment of a cluster must match: its interpreter and its Ray."""
+
+    #: Exact version, as in "3.11.7".
+    python: str
+    ray: str
+
+    @property
+    def python_minor(self) -> str:
+        return ".".join(self.python.split(".")[:2])
+
+
+class Platform(Model):
+    """Where an environment is installed, as far as that decides which wheels it gets."""
+
+    #: The variables of PEP 508 markers.
+    markers: dict[str, str]
+    #: Wheel tags, the most preferred first.
+    tags: tuple[str, ...]
+    #: Operating system, processor and C library, as in "linux-x86_64-glibc2.36".
+    name: str
+
+
+class Installed(Model):
+    """One package that a lock installs on a platform."""
+
+    name: str
+    version: str
+    #: What pins the content: a wheel's or source archive's sha256, or a commit.
+    pin: str
+    #: Whether uv has to build it from source here.
+    is_built: bool = False
+
+
+class Generation(Model):
+    """One (lock, key) of a variant; numbered from 1, never changed once written."""
+
+    number: int = Field(ge=1)
+    key: str
+    lock_sha256: str
+    #: Equal for specs that resolve to the same lock without asking the index again.
+    fingerprint: str
+    target: Target
+    platform: str
+    created_at: datetime
+    packages: dict[str, str]
+
+
+class VariantRecord(Model):
+    """What the registry keeps of one variant: its definition and its generations."""
+
+    env_id: EnvId
+    definition: Definition
+    current: Generation
+    created_at: datetime
+    updated_at: datetime
+
+
+class EnvRecord(Model):
+    """The file that says an environment is ready on a node; written last."""
+
+    key: str
+    python: str
+    ray: str
+    platform: str
+    packages: dict[str, str]
+    lock_sha256: str
+    uv: str
+    #: How it came to be: from uv's cache alone, or with files from the package index.
+    how: Literal["linked", "built"]
+    #: Whether every module came with byte-code.
+    is_compiled: bool
+    created_at: datetime
+    duration_s: float
+
+
+class BuildRequest(Model):
+    """Everything a node needs to build one environment."""
+
+    key: str
+    pyproject: str
+    uv_lock: str
+    extras: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    exclude_newer: str | None = None
+    target: Target
+    platform: str
+    lock_sha256: str
+    packages: dict[str, str]
+
+
+class Phase(str, Enum):
+    """What one node is doing about one environment."""
+
+    WAITING = "waiting"
+    LINKING = "linking"
+    DOWNLOADING = "downloading"
+    COMPILING = "compiling"
+    VERIFYING = "verifying"
+    READY = "ready"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (Phase.READY, Phase.FAILED)
+
+
+class NodeEnvState(Model):
+    """One environment on one node, as its agent last told."""
+
+    key: str
+    phase: Phase
+    #: The last line of progress, for people.
+    progress: str = ""
+    error: dict[str, str] | None = None
+    #: The attempt of the wish that this state answers.
+    attempt: int = 0
+    duration_s: float = 0.0
+    how: str = ""
+
+
+class Status(str, Enum):
+    """What a variant is, over all wanted nodes."""
+
+    NOT_EXISTS = "NOT_EXISTS"
+    CREATING = "CREATING"
+    ACTIVE = "ACTIVE"
+    UPDATING = "UPDATING"
+    ERROR = "ERROR"
+    DELETING = "DELETING"
+
+
+class ErrorInfo(Model):
+    """Why an item has no value."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+class ItemResult(Model):
+    """How one item (variant × case) ended, and where it ran."""
+
+    variant_id: str
+    case_id: str
+    ok: bool
+    value: Any = None
+    error: ErrorInfo | None = None
+    key: str | None = None
+    lock_sha256: str | None = None
+    python: str | None = None
+    ray: str | None = None
+    node_id: str | None = None
+    attempts: int = 0
+    started_at: datetime | None = None
+    duration_s: float = 0.0
+    #: Hash of the entrypoint and the arguments: what `--resume` compares besides the key.
+    call_sha256: str | None = None
+    #: Names of modules in the driver's folders that the environment has too; the environment's won.
+    shadowed: tuple[str, ...] = ()
+
+
+class RunDefaults(Model):
+    """Resources and limits of an item, where its variant says nothing else."""
+
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    #: Bytes of memory that Ray reserves for an item.
+    memory: int | None = Field(default=None, gt=0)
+    #: How often an item is started again after its worker or node was lost.
+    retries: int = Field(default=3, ge=0)
+    timeout_s: float = Field(default=3600, gt=0)
+
+
+class VariantSpec(EnvSpec):
+    """A variant of a batch: an environment, plus what differs from the defaults."""
+
+    id: str
+    num_cpus: float | None = Field(default=None, ge=0)
+    num_gpus: float | None = Field(default=None, ge=0)
+    memory: int | None = Field(default=None, gt=0)
+    retries: int | None = Field(default=None, ge=0)
+    timeout_s: float | None = Field(default=None, gt=0)
+
+    def env_spec(self) -> EnvSpec:
+        return EnvSpec(**{name: getattr(self, name) for name in EnvSpec.model_fields})
+
+
+class CaseSpec(Model):
+    """One set of arguments that every variant is called with."""
+
+    id: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class BatchSpec(Model):
+    """A batch file: variants × cases of one entrypoint."""
+
+    name: str
+    #: `module:function`, imported inside the environment, never in the driver.
+    entrypoint: str
+    #: A folder put on sys.path there, relative to the batch file.
+    code: str | None = None
+    #: The key of a returned mapping that the table shows; the first number, where not given.
+    metric: str | None = None
+    defaults: RunDefaults = RunDefaults()
+    variants: tuple[VariantSpec, ...]
+    cases: tuple[CaseSpec, ...]
+
+
+def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> ModelT:
+    """`data` as a `model`, or one clear error for the first thing that is wrong with it.
+
+    Args:
+        model: the model to build.
+        data: plain data, as read from a file or given by a caller.
+        where: the file or call that the data comes from, for the message.
+
+    Raises:
+        InvalidInput: an unknown key (the nearest known one is named), a wrong type, a bad value.
+        InvalidId: an id that is not allowed.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        path = _dotted(first["loc"])
+        if first["type"] == "extra_forbidden":
+            name = str(first["loc"][-1])
+            known = _keys_at(model, first["loc"][:-1])
+            raise InvalidInput(
+                f"unknown key {path!r}", where=where, hint=_nearest(name, known)
+            ) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidInput(f"{path}: {message}" if path else message, where=where) from None
+
+
+def _dotted(loc: Iterable[int | str]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
+    """The keys that the model at `loc` inside `model` knows."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if inner:
+            model = inner[0]
+    return list(model.model_fields)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(known)
+
+
+def nearest_hint(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word nearest to `name`, or all of them."""
+    return _nearest(name, known)
