@@ -1,0 +1,64 @@
+"""Locked uv environments for Ray tasks, prepared ahead on every node, handed out by variant id.
+
+A module imports only from the floors below its own:
+
+    faces       cli · batch · provider
+    actors      manager · agent
+    hands       store · registry · builder · cluster · inputs · files
+    decisions   planning · placement · resolving
+    words       settings · models · errors · inside
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_envs.batch import BatchState, Progress, RayBatchRunner
+    from ray_envs.errors import RayEnvsError
+    from ray_envs.models import BatchSpec, CaseSpec, EnvSpec, ItemResult
+    from ray_envs.provider import (
+        EnvironmentProvider,
+        InMemoryEnvironmentProvider,
+        RayEnvironmentProvider,
+    )
+    from ray_envs.settings import Settings
+
+#: Where each public name lives; imported at first use, so that a read does not pay for a batch.
+_HOMES = {
+    "BatchSpec": "models",
+    "BatchState": "batch",
+    "CaseSpec": "models",
+    "EnvSpec": "models",
+    "EnvironmentProvider": "provider",
+    "InMemoryEnvironmentProvider": "provider",
+    "ItemResult": "models",
+    "Progress": "batch",
+    "RayBatchRunner": "batch",
+    "RayEnvironmentProvider": "provider",
+    "RayEnvsError": "errors",
+    "Settings": "settings",
+}
+
+__all__ = [
+    "BatchSpec",
+    "BatchState",
+    "CaseSpec",
+    "EnvSpec",
+    "EnvironmentProvider",
+    "InMemoryEnvironmentProvider",
+    "ItemResult",
+    "Progress",
+    "RayBatchRunner",
+    "RayEnvironmentProvider",
+    "RayEnvsError",
+    "Settings",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

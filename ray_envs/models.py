@@ -91,7 +91,8 @@ class EnvId(Model):
         if len(parts) in (2, 3):
             return cls(**dict(zip(("workflow_id", "node_id", "version_id"), parts, strict=False)))
         raise InvalidId(
-            f"{text[:80]!r} names no variant", hint="write node, workflow/node or workflow/node/version"
+            f"{text[:80]!r} names no variant",
+            hint="write node, workflow/node or workflow/node/version",
         )
 
     @property

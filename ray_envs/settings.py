@@ -53,7 +53,9 @@ class Settings(Model):
         # Ray starts a worker as `bash -c "exec <python> …"`, unquoted.
         bad = sorted({c for c in str(value) if not (c.isalnum() or c in "/._-+@=,~%")})
         if bad:
-            raise ValueError(f"{value} contains {''.join(bad)!r}, which a shell would read differently")
+            raise ValueError(
+                f"{value} contains {''.join(bad)!r}, which a shell would read differently"
+            )
         return value
 
     @classmethod
@@ -72,7 +74,9 @@ class Settings(Model):
             if name.startswith(_PREFIX):
                 if name not in known:
                     raise InvalidInput(
-                        f"unknown setting {name}", where="environment", hint=nearest_hint(name, known)
+                        f"unknown setting {name}",
+                        where="environment",
+                        hint=nearest_hint(name, known),
                     )
                 data[known[name]] = value
         data.update({name: value for name, value in overrides.items() if value is not None})
@@ -80,4 +84,6 @@ class Settings(Model):
 
     def to_environment(self) -> dict[str, str]:
         """The variables that `from_environment` reads back to the same settings."""
-        return {_PREFIX + name.upper(): str(getattr(self, name)) for name in type(self).model_fields}
+        return {
+            _PREFIX + name.upper(): str(getattr(self, name)) for name in type(self).model_fields
+        }

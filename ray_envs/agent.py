@@ -1,0 +1,263 @@
+"""NodeAgent: makes true on one node what the manager wants. A plain class; `cluster` makes it an actor.
+
+It takes requests, runs them through `store` and `builder`, and tells how far each one is. What
+to build is not decided here (`planning`), nor where anything lies (`store`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from ray_envs.builder import Builder, this_platform, this_target, uv_version
+from ray_envs.errors import RayEnvsError, StorageFailed, UvFailed
+from ray_envs.models import BuildRequest, EnvRecord, NodeEnvState, Phase
+from ray_envs.settings import Settings
+from ray_envs.store import Store
+
+#: The first pause before a failed download is tried again; it doubles. A guess.
+_RETRY_PAUSE_S = 1.0
+
+
+class NodeAgent:
+    """The environments of one node. All methods are keyword-only and return plain data.
+
+    Args:
+        settings: as `Settings.to_environment` writes them.
+        node_id: the Ray node this runs on, or "local" without a cluster.
+        ray_version: the cluster's.
+    """
+
+    def __init__(self, *, settings: dict[str, str], node_id: str, ray_version: str) -> None:
+        self._settings = Settings.from_environment(settings)
+        self._node_id = node_id
+        self._target = this_target(ray_version)
+        self._store = Store(self._settings)
+        self._builder = Builder(self._settings, self._store.cache)
+        self._states: dict[str, NodeEnvState] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(self._settings.max_parallel_builds)
+        self._version = 0
+        self._changed = asyncio.Condition()
+        self._is_set_up = False
+
+    async def describe(self) -> dict[str, Any]:
+        """What this node is and which environments it has ready."""
+        error = None
+        try:
+            await self._set_up()
+        except RayEnvsError as exc:
+            error = exc.about(node_id=self._node_id).to_dict()
+        for key, record in self._store.records().items():
+            if key not in self._states:
+                self._states[key] = NodeEnvState(key=key, phase=Phase.READY, how=record.how)
+        return {
+            "node_id": self._node_id,
+            "platform": this_platform().model_dump(mode="json"),
+            "target": self._target.model_dump(mode="json"),
+            "root": str(self._settings.root),
+            "states": [state.model_dump(mode="json") for state in self._states.values()],
+            "version": self._version,
+            "error": error,
+        }
+
+    async def watch(self, *, seen: int, timeout_s: float) -> dict[str, Any]:
+        """The states of all environments, as soon as there is something newer than `seen`.
+
+        Returns after `timeout_s` seconds at the latest, changed or not.
+        """
+        async with self._changed:
+            try:
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._version > seen), timeout_s
+                )
+            except (TimeoutError, asyncio.TimeoutError):
+                pass
+        return {
+            "version": self._version,
+            "states": [state.model_dump(mode="json") for state in self._states.values()],
+        }
+
+    async def lock(
+        self, *, pyproject: str, uv_lock: str | None, exclude_newer: str | None
+    ) -> dict[str, Any]:
+        """Resolve a project; returns the text of its uv.lock and how long it took.
+
+        Raises:
+            ResolutionFailed, UvFailed, StorageFailed: see `Builder.lock`.
+        """
+        await self._set_up()
+        started = time.monotonic()
+        files = {"pyproject.toml": pyproject}
+        if uv_lock is not None:
+            files["uv.lock"] = uv_lock
+        with self._store.scratch(files) as project:
+            try:
+                text = await self._builder.lock(project, exclude_newer=exclude_newer)
+            except UvFailed as exc:
+                raise self._blamed(exc) from exc
+        return {"uv_lock": text, "duration_s": time.monotonic() - started}
+
+    async def ensure(self, *, request: dict[str, Any], attempt: int) -> dict[str, Any]:
+        """Begin to make an environment ready, unless it is or somebody is at it; returns its state."""
+        wanted = BuildRequest.model_validate(request)
+        task = self._tasks.get(wanted.key)
+        if task is None or task.done():
+            record = self._store.record(wanted.key)
+            if record is not None:
+                await self._tell(wanted.key, Phase.READY, attempt=attempt, how=record.how)
+            else:
+                await self._tell(wanted.key, Phase.WAITING, attempt=attempt)
+                self._tasks[wanted.key] = asyncio.create_task(self._make_ready(wanted, attempt))
+        return self._states[wanted.key].model_dump(mode="json")
+
+    async def stop(self) -> None:
+        """End every build; what is half-built has no record and is cleared by the next one."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _set_up(self) -> None:
+        if not self._is_set_up:
+            self._store.set_up()
+            self._store.sweep()
+            self._is_set_up = True
+
+    async def _make_ready(self, request: BuildRequest, attempt: int) -> None:
+        started = time.monotonic()
+        try:
+            await self._set_up()
+            async with self._slots, self._store.lock(request.key):
+                record = self._store.record(request.key)  # another process may have been first
+                if record is None:
+                    record = await self._build(request, attempt)
+            await self._tell(
+                request.key,
+                Phase.READY,
+                attempt=attempt,
+                how=record.how,
+                duration_s=time.monotonic() - started,
+            )
+        except RayEnvsError as exc:
+            await self._fail(request.key, attempt, exc)
+        except OSError as exc:
+            await self._fail(request.key, attempt, StorageFailed(f"{exc}"))
+        except asyncio.CancelledError:
+            await self._fail(request.key, attempt, UvFailed("the build was stopped"))
+            raise
+
+    async def _build(self, request: BuildRequest, attempt: int) -> EnvRecord:
+        """Build at the final place; the caller holds the key's lock and found no record."""
+        key, store, builder = request.key, self._store, self._builder
+        started = time.monotonic()
+        venv, site = store.venv(key), store.site_packages(key, request.target.python_minor)
+        store.begin(key)
+
+        def progress(phase: Phase, line: str = "") -> None:
+            self._states[key] = NodeEnvState(key=key, phase=phase, progress=line, attempt=attempt)
+            self._wake()
+
+        try:
+            with store.scratch(
+                {"pyproject.toml": request.pyproject, "uv.lock": request.uv_lock}
+            ) as project:
+
+                async def link() -> float:
+                    began_at = time.time()
+                    await builder.sync(project, venv, request, is_offline=True)
+                    return began_at
+
+                progress(Phase.LINKING)
+                how: Any = "linked"
+                try:
+                    linked_at = await link()
+                except UvFailed:
+                    how, linked_at = "built", time.time()
+                    await self._download(project, request, progress)
+                late = builder.without_bytecode(site, before=linked_at)
+                is_compiled = True
+                if late:
+                    progress(Phase.COMPILING, f"{len(late)} packages")
+                    async with store.compile_lock():
+                        is_compiled = await builder.compile(site, late)
+                    # Links made before the byte-code was there do not show it: link once more.
+                    progress(Phase.LINKING)
+                    store.begin(key)
+                    await link()
+            progress(Phase.VERIFYING)
+            store.install_hold(key, request.target.python_minor)
+            await builder.verify(store.python(key), request, site)
+        except UvFailed as exc:
+            raise self._blamed(exc) from exc
+        record = EnvRecord(
+            key=key,
+            python=request.target.python,
+            ray=request.target.ray,
+            platform=request.platform,
+            packages=request.packages,
+            lock_sha256=request.lock_sha256,
+            uv=uv_version(),
+            how=how,
+            is_compiled=is_compiled,
+            created_at=datetime.now(timezone.utc),
+            duration_s=time.monotonic() - started,
+        )
+        store.commit(record)
+        return record
+
+    async def _download(self, project: Any, request: BuildRequest, progress: Any) -> None:
+        pause_s = _RETRY_PAUSE_S
+        for left in range(self._settings.uv_retries, -1, -1):
+            progress(Phase.DOWNLOADING)
+            try:
+                await self._builder.sync(
+                    project,
+                    self._store.venv(request.key),
+                    request,
+                    is_offline=False,
+                    on_line=lambda line: self._tell_download(line, progress),
+                )
+                return
+            except UvFailed as exc:
+                if not left or self._store.is_full():
+                    raise
+                progress(Phase.DOWNLOADING, f"trying again in {pause_s:g} s: {exc.message}")
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+
+    @staticmethod
+    def _tell_download(line: str, progress: Any) -> None:
+        if not line.startswith((" + ", " - ", "Using ")):  # one line for each installed package
+            progress(Phase.DOWNLOADING, line.strip())
+
+    def _blamed(self, exc: UvFailed) -> RayEnvsError:
+        """`exc`, or the full disk behind it."""
+        if self._store.is_full():
+            return StorageFailed(
+                f"the disk of {self._settings.root} is full",
+                detail=exc.detail,
+                hint="free space there, or set RAY_ENVS_ROOT to another file system",
+            )
+        return exc
+
+    async def _fail(self, key: str, attempt: int, exc: RayEnvsError) -> None:
+        error = exc.about(key=key, node_id=self._node_id).to_dict()
+        await self._tell(key, Phase.FAILED, attempt=attempt, error=error)
+
+    async def _tell(self, key: str, phase: Phase, **fields: Any) -> None:
+        self._states[key] = NodeEnvState(key=key, phase=phase, **fields)
+        self._version += 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _wake(self) -> None:
+        """Like `_tell`, from a callback that cannot wait."""
+        self._version += 1
+
+        async def notify() -> None:
+            async with self._changed:
+                self._changed.notify_all()
+
+        self._waking = asyncio.ensure_future(notify())

@@ -1,0 +1,320 @@
+"""Asks Ray about nodes; names, finds and starts actors. The only module that looks into Ray.
+
+`RayNodes` and `LocalNodes` answer the same questions to `manager`: with a cluster, agents are
+actors; without one, the only agent is an object in this process. Ray is imported late: reads of
+the registry must not pay for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from ray_envs.errors import ManagerUnavailable, RayEnvsError, from_dict
+
+NAMESPACE = "ray_envs"
+MANAGER = "EnvManager"
+
+#: How long the helper that starts the manager may take; a cold Ray import alone takes seconds.
+_START_TIMEOUT_S = 120
+
+#: What a helper driver must not inherit from the job that calls us: it names that job.
+_OF_THE_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_CLIENT_", "RAY_OVERRIDE_", "PYTHON")
+
+Call = Callable[..., Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """A live node of the cluster."""
+
+    node_id: str
+    is_head: bool
+    address: str
+
+
+class Nodes(Protocol):
+    """What the manager needs to know of a cluster."""
+
+    async def alive(self) -> list[NodeInfo]: ...
+
+    def agent(self, node_id: str, *, settings: dict[str, str]) -> Call:
+        """A function that calls a verb of the node's agent: `await agent("describe")`."""
+
+    def ray_version(self) -> str: ...
+
+    def address(self) -> str:
+        """Where other processes find the cluster; empty where there is none to find."""
+
+    async def stop(self) -> None:
+        """End what lives in this process only."""
+
+
+class LocalNodes:
+    """This machine as the only node, without Ray; the agent lives in this process."""
+
+    def __init__(self, agent_class: type) -> None:
+        self._agent_class = agent_class
+        self._agent: Any = None
+
+    async def alive(self) -> list[NodeInfo]:
+        return [NodeInfo("local", True, "127.0.0.1")]
+
+    def agent(self, node_id: str, *, settings: dict[str, str]) -> Call:
+        if self._agent is None:
+            self._agent = self._agent_class(
+                settings=settings, node_id=node_id, ray_version=self.ray_version()
+            )
+
+        async def call(verb: str, **arguments: Any) -> Any:
+            return await getattr(self._agent, verb)(**arguments)
+
+        return call
+
+    def ray_version(self) -> str:
+        return version("ray")  # importing ray costs a second
+
+    def address(self) -> str:
+        return ""
+
+    async def stop(self) -> None:
+        if self._agent is not None:
+            await self._agent.stop()
+
+
+class RayNodes:
+    """The nodes of the Ray cluster that this process is connected to."""
+
+    def __init__(self, agent_class: type) -> None:
+        self._agent_class = agent_class
+        self._handles: dict[str, Any] = {}
+
+    async def alive(self) -> list[NodeInfo]:
+        import ray
+
+        nodes = await asyncio.to_thread(ray.nodes)
+        found = [
+            NodeInfo(
+                node["NodeID"],
+                "node:__internal_head__" in node.get("Resources", {}),
+                node["NodeManagerAddress"],
+            )
+            for node in nodes
+            if node["Alive"]
+        ]
+        for node_id in self._handles.keys() - {node.node_id for node in found}:
+            del self._handles[node_id]
+        return found
+
+    def agent(self, node_id: str, *, settings: dict[str, str]) -> Call:
+        if node_id not in self._handles:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            self._handles[node_id] = (
+                actor_class(self._agent_class)
+                .options(
+                    name=f"NodeAgent:{node_id}",
+                    namespace=NAMESPACE,
+                    get_if_exists=True,
+                    num_cpus=0,
+                    max_restarts=3,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+                )
+                .remote(settings=settings, node_id=node_id, ray_version=self.ray_version())
+            )
+        handle = self._handles[node_id]
+
+        async def call(verb: str, **arguments: Any) -> Any:
+            try:
+                return await getattr(handle, verb).remote(**arguments)
+            except Exception as exc:
+                raise unwrapped(exc) from exc
+
+        return call
+
+    def ray_version(self) -> str:
+        import ray
+
+        return str(ray.__version__)
+
+    def address(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().gcs_address)
+
+    async def stop(self) -> None:
+        """Nothing: the agents end with the manager that owns them."""
+
+
+def actor_class(cls: type) -> Any:
+    """`cls` as a Ray actor whose errors any environment can unpickle.
+
+    An error of ours would need ray_envs where it arrives. So each verb turns it into a
+    `RuntimeError` of the message and a plain dict; `unwrapped` turns it back.
+    """
+    import ray
+
+    def travelling(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        @functools.wraps(method)
+        async def verb(self: Any, **arguments: Any) -> Any:
+            try:
+                return await method(self, **arguments)
+            except RayEnvsError as exc:
+                raise RuntimeError(f"{type(exc).__name__}: {exc}", exc.to_dict()) from None
+
+        return verb
+
+    verbs = {
+        name: travelling(method)
+        for name, method in inspect.getmembers(cls, inspect.iscoroutinefunction)
+        if not name.startswith("_")
+    }
+    return ray.remote(type(cls.__name__, (cls,), verbs))
+
+
+def unwrapped(exc: BaseException) -> BaseException:
+    """The error that our actor raised, freed from Ray's wrapping; any other error as it is."""
+    from ray import exceptions
+
+    if isinstance(exc, exceptions.RayTaskError):
+        cause = exc.cause
+        if (
+            isinstance(cause, RuntimeError)
+            and len(cause.args) == 2
+            and isinstance(cause.args[1], dict)
+        ):
+            return from_dict(cause.args[1])
+    if isinstance(exc, exceptions.RayActorError | exceptions.GetTimeoutError):
+        return ManagerUnavailable(
+            f"the EnvManager did not answer: {type(exc).__name__}",
+            detail=str(exc)[:500],
+            hint="try again; see `ray-envs status`, and Ray's logs of the actor EnvManager",
+        )
+    return exc
+
+
+def find_manager() -> Any | None:
+    """The handle of the cluster's EnvManager, or None where none lives."""
+    import ray
+
+    try:
+        return ray.get_actor(MANAGER, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def create_manager(manager_class: type, settings: dict[str, str]) -> Any:
+    """Create the detached EnvManager on the head node, or find the one that was first."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    head = [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and "node:__internal_head__" in node.get("Resources", {})
+    ]
+    placement = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head[0], soft=False)}
+    return (
+        actor_class(manager_class)
+        .options(
+            name=MANAGER,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=1000,
+            **(placement if head else {}),
+        )
+        .remote(settings=settings)
+    )
+
+
+def start_manager(settings: dict[str, str]) -> Any:
+    """Start the EnvManager from a short helper driver, and return its handle.
+
+    A detached actor inherits working_dir and env_vars of the job that creates it, and nothing
+    unsets them: the user's job must not be that job. The helper has an isolated interpreter, `/`
+    as its folder and none of the job's variables.
+
+    Raises:
+        ManagerUnavailable: the helper failed; its last lines are in `detail`.
+    """
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    environ = {k: v for k, v in os.environ.items() if not k.startswith((*_OF_THE_JOB, "RAY_ENVS_"))}
+    environ.update(settings, RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
+    code = "import sys; from ray_envs.manager import start; start(sys.argv[1])"
+    command = [sys.executable, "-I", "-c", code, address]
+    try:
+        done = subprocess.run(
+            command, cwd="/", env=environ, capture_output=True, text=True,
+            timeout=_START_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ManagerUnavailable(
+            f"the EnvManager did not start within {_START_TIMEOUT_S} s",
+            hint="see Ray's logs of the actor EnvManager, then try again",
+        ) from None
+    lines = done.stdout.strip().splitlines()
+    if done.returncode and lines and lines[-1].startswith("{"):
+        raise from_dict(json.loads(lines[-1]))
+    if done.returncode:
+        raise ManagerUnavailable(
+            "the EnvManager could not be started",
+            detail="\n".join(done.stderr.strip().splitlines()[-8:]),
+            hint="ray_envs must be installed in the Python that runs the cluster's nodes",
+        )
+    handle = find_manager()
+    if handle is None:
+        raise ManagerUnavailable(
+            "the EnvManager ended right after its start", hint="see Ray's logs"
+        )
+    return handle
+
+
+def connect(address: str | None) -> bool:
+    """Connect this process to Ray; returns whether that started an embedded, local Ray.
+
+    Without an address: the cluster of `RAY_ADDRESS` or of a `ray start` on this machine, else an
+    embedded Ray that ends with this process.
+
+    Raises:
+        ManagerUnavailable: no cluster answers at the address.
+    """
+    # A driver under `uv run` would otherwise upload its folder and start workers with `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "namespace": NAMESPACE}
+    try:
+        if address not in (None, "", "local"):
+            ray.init(address=address, **quiet)
+            return False
+        if address != "local":
+            try:
+                ray.init(address="auto", **quiet)
+                return False
+            except ConnectionError:
+                if os.environ.get("RAY_ADDRESS"):
+                    raise
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return True
+    except (ConnectionError, RuntimeError, ValueError) as exc:
+        raise ManagerUnavailable(
+            f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}",
+            detail=str(exc).strip().splitlines()[-1] if str(exc).strip() else "",
+            hint="check --address and RAY_ADDRESS, or leave both out to use a local Ray",
+        ) from exc

@@ -1,0 +1,287 @@
+"""The only code that runs inside a prepared environment; standard library only.
+
+Two parts. `take_hold` is installed in every environment (with this file, as `_ray_envs_inside`)
+and runs at each interpreter start there: it proves to a collector that the environment is in use.
+`run_item` is sent by value with each item of a batch: it checks that the worker is where it was
+promised to be before the payload runs, and reports what it saw. Ray is met only through
+`sys.modules`: the worker that calls us has imported it.
+"""
+
+import os
+import sys
+
+#: The name under which this file stands in an environment's site-packages.
+INSTALLED_AS = "_ray_envs_inside"
+
+#: The descriptor whose shared lock is the hold; open for as long as the process lives.
+hold_fd = None
+
+
+def take_hold():
+    """Take the shared lock that says that this environment is in use, until the process ends.
+
+    The lock belongs to the open file, so a forked child keeps it and `kill -9` drops it. Exits the
+    process where a collector holds the exclusive lock: the files are about to go away, and a
+    process that went on would fail later, at an import, with a misleading error.
+    """
+    global hold_fd  # noqa: PLW0603 - one process, one hold
+    import fcntl
+
+    venv = __file__
+    for _ in range(4):  # .venv/lib/pythonX.Y/site-packages/_ray_envs_inside.py
+        venv = os.path.dirname(venv)
+    path = os.path.dirname(venv) + ".hold"
+    try:
+        hold_fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(hold_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit("ray_envs: this environment is being removed: " + venv) from None
+    except OSError as exc:
+        raise SystemExit("ray_envs: cannot hold this environment: %s" % exc) from None
+
+
+def run_item(request, payload, code):
+    """Run one item and report it, in three steps of a generator.
+
+    Yields, in this order: `{"started_at", "node_id", "pid"}` before anything else happens; the
+    outcome (see `_outcome`); and, where `request["as_json"]` is false and the payload succeeded,
+    its value as it is.
+
+    Args:
+        request: `key`, `venv`, `python`, `ray` (what was promised), `entrypoint` or None, `args`,
+            `kwargs`, `as_json` and `code_sha256`.
+        payload: the pickled function, where there is no entrypoint.
+        code: the zip archive of the code folder, or None.
+    """
+    import time
+
+    ray = sys.modules["ray"]
+    started = time.time()
+    yield {
+        "started_at": started,
+        "node_id": ray.get_runtime_context().get_node_id(),
+        "pid": os.getpid(),
+    }
+    clock = time.monotonic()
+    outcome = {
+        "python": ".".join(str(n) for n in sys.version_info[:3]),
+        "ray": ray.__version__,
+        "started_at": started,
+        "shadowed": [],
+        "kind": "payload",
+        "error": None,
+        "value": None,
+    }
+    value = None
+    wrong = _what_is_wrong_here(request, outcome)
+    if wrong:
+        outcome["kind"] = "environment"
+        outcome["error"] = {"type": "WrongEnvironment", "message": wrong, "traceback": ""}
+    else:
+        try:
+            outcome["kind"] = "entrypoint"
+            outcome["shadowed"] = _put_foreign_paths_last()
+            function = _load(request, payload, code, outcome)
+            _check_call(function, request)
+            outcome["kind"] = "payload"
+            value = function(*request["args"], **request["kwargs"])
+            if request["as_json"]:
+                value = _as_json(value)
+                outcome["value"] = value
+        except (Exception, SystemExit) as exc:
+            outcome["error"] = _described(exc)
+    outcome["duration_s"] = time.monotonic() - clock
+    yield outcome
+    if not request["as_json"] and outcome["error"] is None:
+        yield value
+
+
+def _what_is_wrong_here(request, outcome):
+    """Why this process is not in the environment that was promised, or an empty string."""
+    import json
+
+    venv = os.path.realpath(request["venv"])
+    if os.path.realpath(sys.prefix) != venv:
+        return "the worker runs in %s, not in %s" % (sys.prefix, venv)
+    try:
+        with open(os.path.join(os.path.dirname(venv), "record.json"), encoding="utf-8") as file:
+            key = json.load(file)["key"]
+    except (OSError, ValueError, KeyError) as exc:
+        return "the environment %s has no readable record: %s" % (venv, exc)
+    if key != request["key"]:
+        return "the environment %s has the key %s, not %s" % (venv, key, request["key"])
+    for name in ("python", "ray"):
+        if outcome[name] != request[name]:
+            return "the worker has %s %s, not %s" % (name, outcome[name], request[name])
+    hold = sys.modules.get(INSTALLED_AS)
+    if hold is None or hold.hold_fd is None:
+        return "the worker does not hold the environment %s" % venv
+    return ""
+
+
+def _put_foreign_paths_last():
+    """Move what is neither the environment nor the standard library behind them on sys.path.
+
+    Ray puts the driver's folders first in every worker: a local `pgvector/` would win over the
+    locked one. Returns the names of modules that stand in both; the environment's win now.
+    """
+    own = [os.path.realpath(sys.prefix) + os.sep]
+    base = os.path.realpath(sys.base_prefix) + os.sep
+
+    def is_foreign(path):
+        real = os.path.realpath(path or ".") + os.sep
+        if any(real.startswith(prefix) for prefix in own):
+            return False
+        return not (real.startswith(base) and "site-packages" not in real and real != base)
+
+    foreign = [path for path in sys.path if is_foreign(path) and not path.endswith(".zip")]
+    sys.path[:] = [path for path in sys.path if path not in foreign] + foreign
+    return _shadowed(foreign)
+
+
+_shadowed_by_folder = {}
+
+
+def _shadowed(folders):
+    """The names of modules in `folders` that site-packages of this environment has too."""
+    names = set()
+    for folder in folders:
+        if folder not in _shadowed_by_folder:
+            site = [path for path in sys.path if path.endswith("site-packages")]
+            theirs = set().union(*(_module_names(path) for path in site)) if site else set()
+            _shadowed_by_folder[folder] = _module_names(folder) & theirs
+        names |= _shadowed_by_folder[folder]
+    return sorted(names)
+
+
+def _module_names(folder):
+    try:
+        entries = list(os.scandir(folder or "."))
+    except OSError:
+        return set()
+    names = set()
+    for entry in entries:
+        stem, extension = os.path.splitext(entry.name)
+        if extension in (".py", ".so") or (
+            not extension and os.path.isfile(os.path.join(entry.path, "__init__.py"))
+        ):
+            names.add(stem.split(".")[0])
+    return names
+
+
+def _load(request, payload, code, outcome):
+    """The function to call: the unpickled payload, or the entrypoint imported here."""
+    folder = None
+    if code is not None:
+        folder = _unpacked(request["code_sha256"], code)
+        _use_code(folder)
+        outcome["shadowed"] = sorted({*outcome["shadowed"], *_shadowed([folder])})
+    if payload is not None:
+        return sys.modules["ray"].cloudpickle.loads(payload)
+    import importlib
+
+    module_name, _, name = request["entrypoint"].partition(":")
+    top = module_name.split(".")[0]
+    if folder is not None and top in _shadowed([folder]):
+        raise ImportError(
+            "the code folder and the environment both have a module %r; rename yours" % top
+        )
+    module = importlib.import_module(module_name)
+    try:
+        function = getattr(module, name)
+    except AttributeError:
+        raise AttributeError(
+            "%s has no function %r (entrypoint %r)" % (module_name, name, request["entrypoint"])
+        ) from None
+    if not callable(function):
+        raise TypeError("the entrypoint %r is not a function" % request["entrypoint"])
+    return function
+
+
+def _unpacked(sha256, code):
+    """The folder that holds the archive `code`, unpacked once per machine and content."""
+    import io
+    import shutil
+    import tempfile
+    import zipfile
+
+    parent = os.path.join(tempfile.gettempdir(), "ray_envs-code-%d" % os.getuid())
+    os.makedirs(parent, mode=0o700, exist_ok=True)
+    if os.stat(parent).st_uid != os.getuid():
+        raise PermissionError("%s belongs to another user" % parent)
+    folder = os.path.join(parent, sha256)
+    if not os.path.isdir(folder):
+        scratch = tempfile.mkdtemp(dir=parent)
+        with zipfile.ZipFile(io.BytesIO(code)) as archive:
+            archive.extractall(scratch)
+        try:
+            os.rename(scratch, folder)
+        except OSError:  # another worker was first; the content is the same by its name
+            shutil.rmtree(scratch, ignore_errors=True)
+            if not os.path.isdir(folder):
+                raise
+    return folder
+
+
+_code_folder = None
+
+
+def _use_code(folder):
+    """Put `folder` last on sys.path; forget the modules of an earlier code folder."""
+    global _code_folder  # noqa: PLW0603 - sys.path is global too
+    if _code_folder == folder:
+        return
+    if _code_folder is not None:
+        old = _code_folder + os.sep
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(old):
+                del sys.modules[name]
+        sys.path[:] = [path for path in sys.path if path != _code_folder]
+    sys.path.append(folder)
+    _code_folder = folder
+
+
+def _check_call(function, request):
+    import inspect
+
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built-in functions have none
+        return
+    try:
+        signature.bind(*request["args"], **request["kwargs"])
+    except TypeError as exc:
+        raise TypeError(
+            "%s%s: %s" % (getattr(function, "__name__", function), signature, exc)
+        ) from None
+
+
+def _as_json(value):
+    """`value` as plain data, the way a JSON file will hold it."""
+    import json
+
+    def plain(thing):
+        if type(thing).__module__ == "numpy" and getattr(thing, "ndim", None) == 0:
+            return thing.item()
+        raise TypeError(
+            "the value is not JSON: %s of type %s" % (repr(thing)[:80], type(thing).__qualname__)
+        )
+
+    try:
+        return json.loads(json.dumps(value, default=plain, allow_nan=False))
+    except ValueError as exc:  # NaN, infinity, a circle
+        raise TypeError("the value is not JSON: %s" % exc) from None
+
+
+def _described(exc):
+    import traceback
+
+    frames = exc.__traceback__.tb_next if exc.__traceback__ else None
+    text = "".join(traceback.format_exception(type(exc), exc, frames))
+    module = type(exc).__module__
+    name = type(exc).__qualname__
+    return {
+        "type": name if module == "builtins" else "%s.%s" % (module, name),
+        "message": str(exc),
+        "traceback": text[-20000:],
+    }

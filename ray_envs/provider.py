@@ -1,0 +1,654 @@
+"""What a program talks to: turns a `variant_id` into Ray options. One contract, two providers.
+
+`RayEnvironmentProvider` speaks to the EnvManager of a cluster, or, through a local door, to the same
+class in this process. `InMemoryEnvironmentProvider` keeps the contract without uv and without Ray,
+for the tests of programs that use a provider.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import sys
+import threading
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from ray_envs import cluster, placement, resolving
+from ray_envs.agent import NodeAgent
+from ray_envs.errors import (
+    EnvironmentNotReady,
+    InvalidInput,
+    NotFound,
+    RayEnvsError,
+    from_dict,
+)
+from ray_envs.inputs import read_definition
+from ray_envs.manager import EnvManager
+from ray_envs.models import Definition, EnvId, EnvSpec, Status, validated
+from ray_envs.registry import Registry
+from ray_envs.settings import Settings
+
+#: How long one long-poll lasts: short enough that Ctrl-C and a dead manager are noticed.
+_POLL_S = 2.0
+#: How long a verb that neither resolves nor builds may take.
+_VERB_TIMEOUT_S = 60.0
+
+#: A variant's status by its id, as `EnvManager.get_env_status` describes it.
+Statuses = dict[str, dict[str, Any]]
+OnStatus = Callable[[Statuses], None]
+
+_BUSY = (Status.CREATING.value, Status.UPDATING.value)
+_CONFIG_IDS = ("workflow_id", "node_id", "version_id")
+
+
+class EnvironmentProvider(ABC):
+    """Environments by `variant_id`. Safe to use from several threads.
+
+    Args:
+        specs: specs by variant id, by node id, or under "default", for callers of
+            `create_environment` whose config names no packages, project or requirements.
+        base_packages: requirements that every created environment gets as well.
+    """
+
+    def __init__(
+        self,
+        *,
+        specs: Mapping[str, EnvSpec] | None = None,
+        base_packages: Iterable[str] = (),
+    ) -> None:
+        self._specs = dict(specs or {})
+        self._base_packages = tuple(base_packages)
+        self._ids: dict[str, EnvId] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    # -- what the two providers do in their own way ----------------------------------------------
+
+    @abstractmethod
+    def _create(
+        self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float
+    ) -> Any:
+        """Define a variant; returns its status."""
+
+    @abstractmethod
+    def _statuses(self, ids: Iterable[EnvId], *, want: bool) -> Statuses:
+        """The status of variants by id; with `want`, ask for them to be made ready."""
+
+    @abstractmethod
+    def _next_statuses(self, ids: Iterable[EnvId]) -> Statuses:
+        """Like `_statuses`, but wait a moment for something to change."""
+
+    @abstractmethod
+    def _environment(self, env_id: EnvId) -> dict[str, Any]:
+        """See `EnvManager.get_environment`."""
+
+    @abstractmethod
+    def _delete(self, env_id: EnvId) -> None:
+        """Forget a variant."""
+
+    @abstractmethod
+    def list(self) -> list[dict[str, Any]]:
+        """The status of every defined variant."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of whatever the provider holds; twice is fine."""
+
+    # -- ours ----------------------------------------------------------------------------------
+
+    def create(
+        self,
+        variant_id: str,
+        spec: EnvSpec | Mapping[str, Any],
+        *,
+        replace: bool = True,
+        base: Path | None = None,
+    ) -> dict[str, Any]:
+        """Define a variant: validate it, lock it, and want it on every node. Returns its status.
+
+        Returns before the environment is built; `prepare` waits for that.
+
+        Args:
+            variant_id: "node", "workflow/node" or "workflow/node/version".
+            spec: an `EnvSpec`, or its fields.
+            replace: whether an existing variant with another spec gets a new generation.
+            base: the folder that paths in the spec are relative to; by default the cwd.
+
+        Raises:
+            InvalidId, InvalidInput, InvalidPackages: the input cannot be accepted.
+            AlreadyExists: it is defined differently and `replace` is false.
+            ResolutionFailed: no packages satisfy the spec; `detail` is uv's explanation.
+            UvFailed, StorageFailed, LockTimeout, ManagerUnavailable: it could not be done now.
+        """
+        env_id = EnvId.parse(variant_id)
+        definition = self._defined(spec, base=base, where=f"variant {variant_id}")
+        status: dict[str, Any] = self._create(env_id, definition, replace=replace, wait_s=0)
+        return status
+
+    def prepare(
+        self,
+        *variant_ids: str,
+        timeout_s: float | None = None,
+        strict: bool = True,
+        on_status: OnStatus | None = None,
+    ) -> Statuses:
+        """Wait until variants are ready on every eligible node, in parallel; returns their status.
+
+        Args:
+            variant_ids: the variants.
+            timeout_s: how long to wait, in seconds; by default `RAY_ENVS_PREPARE_TIMEOUT_S`.
+            strict: raise the first failure; otherwise it is left in the status (`error`).
+            on_status: called with every news, for a progress display.
+
+        Raises:
+            NotFound: a variant is not defined.
+            EnvironmentNotReady: the time is over.
+            RayEnvsError: with `strict`, what kept an environment from being built.
+        """
+        if not variant_ids:
+            return {}
+        ids = [self._id(text) for text in variant_ids]
+        limit_s = self._prepare_timeout_s() if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit_s
+        statuses = self._statuses(ids, want=True)
+        while True:
+            if on_status is not None:
+                on_status(statuses)
+            busy = sorted(name for name, status in statuses.items() if status["status"] in _BUSY)
+            if not busy:
+                break
+            if time.monotonic() >= deadline:
+                raise EnvironmentNotReady(
+                    f"not ready after {limit_s:g} s: {', '.join(busy)}",
+                    variant_id=busy[0],
+                    hint="the builds go on: call prepare() again, or see `ray-envs status`",
+                )
+            statuses = self._next_statuses(ids)
+        if strict:
+            for name, status in statuses.items():
+                raise_status_error(name, status)
+        return statuses
+
+    def options(self, variant_id: str, **given: Any) -> dict[str, Any]:
+        """The full dict for `.options(**…)` of a Ray task or actor, to run in a variant.
+
+        Names only nodes where the environment is ready now; prepares it first where none is.
+
+        Args:
+            variant_id: the variant.
+            given: the caller's own options (`num_cpus=2`, …); merged.
+
+        Raises:
+            NotFound, EnvironmentNotReady, NoEligibleNode: the variant cannot run now.
+            InvalidInput: `given` contradicts the environment or its placement.
+        """
+        environment = self.environment(variant_id)
+        return placement.options(
+            environment["runtime_env"], environment["ready_nodes"], given, variant_id=variant_id
+        )
+
+    def environment(self, variant_id: str) -> dict[str, Any]:
+        """Paths, versions and ready nodes of a variant; prepares it first where no node is ready."""
+        env_id = self._id(variant_id)
+        environment = self._environment(env_id)
+        if not environment["ready_nodes"]:
+            self.prepare(variant_id)
+            environment = self._environment(env_id)
+        return environment
+
+    def status(self, variant_id: str) -> dict[str, Any]:
+        """What is known of a variant; its `status` is NOT_EXISTS where it is not defined."""
+        env_id = self._id(variant_id)
+        return self._statuses([env_id], want=False)[str(env_id)]
+
+    def delete(self, variant_id: str) -> None:
+        """Forget a variant; its environment stays for whoever runs in it."""
+        self._delete(self._id(variant_id))
+
+    def _prepare_timeout_s(self) -> float:
+        return Settings().prepare_timeout_s
+
+    # -- the face that other batch runners know ------------------------------------------------
+
+    def create_environment(self, variant_id: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Create the environment of a variant and wait until it is ready.
+
+        An existing one is replaced. If that fails, this raises and the old one stays.
+
+        Args:
+            variant_id: any name; unique for this provider.
+            config: `workflow_id`, `node_id`, `version_id`, `packages`, `python_version`, and the
+                fields of `EnvSpec`. Without ids, the variant id is the node id.
+
+        Returns:
+            `variant_id, type, workflow_id, node_id, version_id, env_path, venv_path, python_path,
+            python_version, status, key`.
+        """
+        rest = dict(config)
+        ids = {name: rest.pop(name, None) for name in _CONFIG_IDS}
+        env_id = self._config_id(variant_id, ids)
+        if "python_version" in rest:
+            rest["python"] = rest.pop("python_version")
+        if not any(rest.get(name) for name in ("packages", "project", "requirements")):
+            names = (variant_id, ids["node_id"] or "", "default")
+            spec = next((self._specs[name] for name in names if name in self._specs), None)
+            if spec is not None:
+                rest = {**spec.model_dump(exclude_defaults=True), **rest}
+                rest["packages"] = spec.packages
+        definition = self._defined(rest, base=None, where=f"variant {variant_id}")
+        with self._one_at_a_time(variant_id):
+            status = self._create(
+                env_id, definition, replace=True, wait_s=self._prepare_timeout_s()
+            )
+            self._ids[variant_id] = env_id
+        names = (*_CONFIG_IDS, "env_path", "venv_path", "python_path", "python_version")
+        return {
+            "variant_id": variant_id,
+            "type": "uv",
+            **{name: status[name] for name in (*names, "status", "key")},
+        }
+
+    def get_runtime_env(self, variant_id: str) -> dict[str, Any] | None:
+        """The runtime_env of a variant without a placement, or None where it is unknown.
+
+        It carries no placement, so it is given only when every live eligible node is ready.
+
+        Raises:
+            EnvironmentNotReady: some node is not; `options` needs only one.
+        """
+        try:
+            environment = self._environment(self._id(variant_id))
+        except NotFound:
+            return None
+        if environment["status"] != Status.ACTIVE.value:
+            raise_status_error(variant_id, environment)
+            raise EnvironmentNotReady(
+                f"variant {variant_id!r} is not ready on every node: {environment['status']}",
+                variant_id=variant_id,
+                hint="call prepare() first, or use options(), which names the ready nodes",
+            )
+        return {
+            "type": "uv",
+            "env_path": environment["env_path"],
+            "venv_path": environment["venv_path"],
+            "python_path": environment["python_path"],
+            "py_executable": environment["python_path"],
+            "env_vars": dict(environment["runtime_env"]["env_vars"]),
+        }
+
+    def cleanup_environment(self, variant_id: str, timeout: float | None = None) -> None:
+        """Give the environment of a variant up; nothing happens where it is unknown.
+
+        Returns at once: files go when nothing wants or holds them any more.
+        """
+        with self._one_at_a_time(variant_id, timeout):
+            self._delete(self._id(variant_id))
+            self._ids.pop(variant_id, None)
+
+    def list_environments(self) -> list[str]:
+        """The ids of all defined variants, as this provider's callers know them."""
+        ours = {str(env_id): name for name, env_id in self._ids.items()}
+        return sorted(ours.get(s["variant_id"], s["variant_id"]) for s in self.list())
+
+    def __enter__(self) -> EnvironmentProvider:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- shared --------------------------------------------------------------------------------
+
+    def _id(self, variant_id: str) -> EnvId:
+        return self._ids.get(variant_id) or EnvId.parse(variant_id)
+
+    def _config_id(self, variant_id: str, ids: Mapping[str, str | None]) -> EnvId:
+        if ids["node_id"] is None:
+            return EnvId.parse(variant_id)
+        given = {name: value for name, value in ids.items() if value is not None}
+        return validated(EnvId, given, where=f"variant {variant_id}")
+
+    def _defined(
+        self, spec: EnvSpec | Mapping[str, Any], *, base: Path | None, where: str
+    ) -> Definition:
+        if not isinstance(spec, EnvSpec):
+            data = dict(spec)
+            if isinstance(data.get("packages"), str):
+                data["packages"] = resolving.requirement_lines(data["packages"], where=where)
+            spec = validated(EnvSpec, data, where=where)
+        if self._base_packages:
+            spec = spec.model_copy(update={"packages": (*spec.packages, *self._base_packages)})
+        return read_definition(spec, base or Path.cwd())
+
+    def _one_at_a_time(self, variant_id: str, timeout: float | None = None) -> _Held:
+        with self._guard:
+            lock = self._locks.setdefault(variant_id, threading.Lock())
+        return _Held(lock, variant_id, timeout)
+
+
+class _Held:
+    """A thread lock that is waited for at most `timeout` seconds."""
+
+    def __init__(self, lock: threading.Lock, variant_id: str, timeout: float | None) -> None:
+        self._lock, self._variant_id, self._timeout = lock, variant_id, timeout
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=-1 if self._timeout is None else self._timeout):
+            raise EnvironmentNotReady(
+                f"another thread is still busy with {self._variant_id!r}",
+                variant_id=self._variant_id,
+                hint="try again",
+            )
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
+def raise_status_error(variant_id: str, status: Mapping[str, Any]) -> None:
+    """Raise what a status says went wrong, if anything did.
+
+    Raises:
+        NotFound: the variant is not defined.
+        RayEnvsError: the error that its agent reported.
+    """
+    if status["status"] == Status.NOT_EXISTS.value:
+        raise NotFound(f"no variant {variant_id!r} is defined", variant_id=variant_id)
+    if status.get("error"):
+        raise from_dict(status["error"]).about(variant_id=variant_id)
+
+
+class Door(Protocol):
+    """How verbs of an EnvManager are called."""
+
+    def call(self, verb: str, *, within_s: float = _VERB_TIMEOUT_S, **arguments: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class RayDoor:
+    """The EnvManager actor of a cluster; `on_close` is called once, at the end."""
+
+    def __init__(self, handle: Any, *, on_close: Callable[[], None] | None = None) -> None:
+        self._handle = handle
+        self._on_close = on_close
+
+    def call(self, verb: str, *, within_s: float = _VERB_TIMEOUT_S, **arguments: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(getattr(self._handle, verb).remote(**arguments), timeout=within_s)
+        except Exception as exc:
+            raise cluster.unwrapped(exc) from exc
+
+    def close(self) -> None:
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
+
+
+class LocalDoor:
+    """The same EnvManager as an object in this process: this machine only, and no Ray."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._manager = EnvManager(
+            settings=settings.to_environment(), nodes=cluster.LocalNodes(NodeAgent)
+        )
+
+    def call(self, verb: str, *, within_s: float = _VERB_TIMEOUT_S, **arguments: Any) -> Any:
+        coroutine = getattr(self._manager, verb)(**arguments)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(within_s)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._manager.stop(), self._loop).result(30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class RayEnvironmentProvider(EnvironmentProvider):
+    """Environments of a Ray cluster, owned by its EnvManager.
+
+    Example:
+        >>> with RayEnvironmentProvider.connect() as envs:           # doctest: +SKIP
+        ...     envs.create("old", EnvSpec(packages=["scikit-learn==1.7.*"]))
+        ...     ray.get(task.options(**envs.options("old")).remote())
+    """
+
+    def __init__(self, door: Door, settings: Settings, **options: Any) -> None:
+        super().__init__(**options)
+        self._door = door
+        self._settings = settings
+        self._seen = 0
+
+    @classmethod
+    def connect(
+        cls, address: str | None = None, *, settings: Settings | None = None, **options: Any
+    ) -> RayEnvironmentProvider:
+        """Connect to the cluster's EnvManager; start it where none lives.
+
+        Uses the Ray that this process is connected to; else the cluster at `address`, of
+        `RAY_ADDRESS` or of this machine; else an embedded Ray that ends with `close`.
+
+        Args:
+            address: of a Ray cluster, as in `ray.init`.
+            settings: by default those of `RAY_ENVS_*`.
+            options: see `EnvironmentProvider`.
+
+        Raises:
+            ManagerUnavailable: no cluster answers, or its manager cannot be started.
+        """
+        settings = settings or Settings.from_environment()
+        import ray
+
+        was_connected = ray.is_initialized()
+        is_embedded = cluster.connect(address)
+        handle = cluster.find_manager()
+        if handle is None:
+            environment = settings.to_environment()
+            if is_embedded:  # our own job, whose context is clean
+                handle = cluster.create_manager(EnvManager, environment)
+            else:
+                handle = cluster.start_manager(environment)
+        else:
+            told = RayDoor(handle).call("describe")
+            if told["root"] != str(settings.root) and "RAY_ENVS_ROOT" in os.environ:
+                warnings.warn(
+                    f"this cluster's EnvManager uses the root {told['root']}, "
+                    f"not {settings.root} (RAY_ENVS_ROOT)",
+                    stacklevel=2,
+                )
+        door = RayDoor(handle, on_close=None if was_connected else ray.shutdown)
+        return cls(door, settings, **options)
+
+    @classmethod
+    def without_cluster(cls, settings: Settings, **options: Any) -> RayEnvironmentProvider:
+        """The environments of this machine's root, for `create`, `prepare`, `list` and `delete`.
+
+        Goes through the manager that lives on that root, if one does; starts no Ray otherwise.
+        """
+        address = Registry(settings).manager_address()
+        if address is not None:
+            return cls.connect(address, settings=settings, **options)
+        return cls(LocalDoor(settings), settings, **options)
+
+    def close(self) -> None:
+        self._door.close()
+
+    def list(self) -> list[dict[str, Any]]:
+        return list(self._door.call("list_envs"))
+
+    def _create(
+        self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float
+    ) -> Any:
+        limit = wait_s + self._settings.uv_lock_timeout_s + self._settings.lock_timeout_s
+        return self._door.call(
+            "create_env",
+            within_s=limit,
+            variant_id=str(env_id),
+            spec=definition.model_dump(mode="json", exclude_defaults=True),
+            replace=replace,
+            wait_s=wait_s,
+        )
+
+    def _statuses(self, ids: Iterable[EnvId], *, want: bool) -> Statuses:
+        names = [str(env_id) for env_id in ids]
+        if not want:
+            return {n: self._door.call("get_env_status", variant_id=n) for n in names}
+        told = self._door.call("prepare", variant_ids=names)
+        self._seen = told["version"]
+        return dict(told["variants"])
+
+    def _next_statuses(self, ids: Iterable[EnvId]) -> Statuses:
+        names = [str(env_id) for env_id in ids]
+        told = self._door.call("watch", variant_ids=names, seen=self._seen, timeout_s=_POLL_S)
+        self._seen = told["version"]
+        return dict(told["variants"])
+
+    def _environment(self, env_id: EnvId) -> dict[str, Any]:
+        return dict(self._door.call("get_environment", variant_id=str(env_id)))
+
+    def _delete(self, env_id: EnvId) -> None:
+        self._door.call(
+            "delete_env", variant_id=str(env_id), within_s=self._settings.lock_timeout_s + 10
+        )
+
+    def _prepare_timeout_s(self) -> float:
+        return self._settings.prepare_timeout_s
+
+
+class InMemoryEnvironmentProvider(EnvironmentProvider):
+    """The same contract without uv, Ray or disk: every environment is this interpreter.
+
+    Checks its input like the real one. `fail` makes a variant fail the way a real one would.
+
+    Args:
+        options: see `EnvironmentProvider`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._target = resolving_target()
+        self._defined_envs: dict[str, tuple[EnvId, Definition, int]] = {}
+        self._failures: dict[str, RayEnvsError] = {}
+
+    def fail(self, variant_id: str, error: RayEnvsError) -> None:
+        """Make every later `create` of `variant_id` raise `error`."""
+        self._failures[str(self._id(variant_id))] = error
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def list(self) -> list[dict[str, Any]]:
+        return [self._status(name) for name in sorted(self._defined_envs)]
+
+    def _create(
+        self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float
+    ) -> Any:
+        name = str(env_id)
+        packages = resolving.requirement_lines(definition.packages, where=f"variant {name}")
+        resolving.check_python(definition.python, self._target, where=f"variant {name}")
+        definition = definition.model_copy(update={"packages": packages})
+        if name in self._failures:
+            raise self._failures[name]
+        with self._guard:
+            before = self._defined_envs.get(name)
+            if before is not None and before[1] == definition:
+                return self._status(name)
+            if before is not None and not replace:
+                from ray_envs.errors import AlreadyExists
+
+                raise AlreadyExists(f"variant {name} exists with another spec", variant_id=name)
+            self._defined_envs[name] = (env_id, definition, before[2] + 1 if before else 1)
+        return self._status(name)
+
+    def _status(self, name: str) -> dict[str, Any]:
+        if name not in self._defined_envs:
+            return {"variant_id": name, "status": Status.NOT_EXISTS.value, "nodes": {}}
+        env_id, definition, number = self._defined_envs[name]
+        text = definition.model_dump_json(include={"packages", "pyproject", "uv_lock"})
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return {
+            "variant_id": name,
+            "workflow_id": env_id.workflow_id,
+            "node_id": env_id.node_id,
+            "version_id": env_id.version_id,
+            "status": Status.ACTIVE.value,
+            "key": key,
+            "generation": number,
+            "lock_sha256": hashlib.sha256(key.encode()).hexdigest(),
+            "env_path": sys.prefix,
+            "venv_path": sys.prefix,
+            "python_path": sys.executable,
+            "python_version": self._target.python,
+            "ray_version": self._target.ray,
+            "nodes": {"local": {"key": key, "phase": "ready"}},
+            "error": None,
+        }
+
+    def _statuses(self, ids: Iterable[EnvId], *, want: bool) -> Statuses:
+        statuses = {str(env_id): self._status(str(env_id)) for env_id in ids}
+        if want:
+            for name, status in statuses.items():
+                raise_status_error(name, status)
+        return statuses
+
+    def _next_statuses(self, ids: Iterable[EnvId]) -> Statuses:
+        return self._statuses(ids, want=False)
+
+    def _environment(self, env_id: EnvId) -> dict[str, Any]:
+        status = self._status(str(env_id))
+        raise_status_error(str(env_id), status)
+        env_vars = self._defined_envs[str(env_id)][1].env_vars
+        return {
+            **status,
+            "env_vars": dict(env_vars),
+            "runtime_env": {
+                **placement.runtime_env(status["venv_path"], env_vars),
+                "py_executable": sys.executable,
+            },
+            "ready_nodes": ["local"],
+        }
+
+    def _delete(self, env_id: EnvId) -> None:
+        with self._guard:
+            self._defined_envs.pop(str(env_id), None)
+
+
+def resolving_target() -> Any:
+    """What this process's own environments would have to match."""
+    from ray_envs.builder import this_target
+
+    return this_target(cluster.LocalNodes(NodeAgent).ray_version())
+
+
+__all__ = [
+    "Door",
+    "EnvironmentProvider",
+    "InMemoryEnvironmentProvider",
+    "InvalidInput",
+    "LocalDoor",
+    "RayDoor",
+    "RayEnvironmentProvider",
+    "raise_status_error",
+]
