@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -30,6 +32,14 @@ _HINTS = {
     errno.ENOTDIR: "a file stands where a folder is needed: set RAY_ENVS_ROOT elsewhere",
     errno.ENOSYS: "this file system has no flock: set RAY_ENVS_ROOT to a local disk",
 }
+
+#: filelock would otherwise put a lock file in the place of a missing flock. Releases that cannot be
+#: told (those for Python 3.10) are covered by `Store.set_up`, which takes a flock of its own.
+_NEVER_SOFT: dict[str, Any] = (
+    {"fallback_to_soft": False}
+    if "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
+    else {}
+)
 
 #: How often a waiter tries a lock again. Short against a build, long against the cost of a try.
 _POLL_S = 0.05
@@ -94,7 +104,7 @@ async def locked(path: Path, *, what: str, timeout_s: float) -> AsyncIterator[No
         LockTimeout: another process kept it; the message names the process.
         StorageFailed: the lock file could not be made, or the file system has no flock.
     """
-    lock = FileLock(path, thread_local=False, fallback_to_soft=False, blocking=False)
+    lock = FileLock(path, thread_local=False, **_NEVER_SOFT)
     deadline = time.monotonic() + timeout_s
     while True:
         with storage_errors(f"lock {what}"), suppress(TimeoutError):

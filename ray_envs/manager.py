@@ -42,7 +42,7 @@ from ray_envs.models import (
     VariantRecord,
     validated,
 )
-from ray_envs.registry import Registry, build_request
+from ray_envs.registry import Registry, build_request, describe_record
 from ray_envs.settings import Settings
 from ray_envs.store import Store
 
@@ -388,7 +388,7 @@ class EnvManager:
         status = planning.status_of(key, nodes, {n: {key: state} for n, state in nodes.items()})
         failed = next((state.error for state in nodes.values() if state.error), None)
         return {
-            **describe_record(record, self._registry, self._paths),
+            **describe_record(record, self._registry, self._paths.venv(key)),
             "status": status.value,
             "nodes": {node_id: state.model_dump(mode="json") for node_id, state in nodes.items()},
             "error": failed,
@@ -536,28 +536,6 @@ _FOR_PROGRAMS = (
     "variant_id", "workflow_id", "node_id", "version_id", "status", "key", "generation",
     "lock_sha256", "env_path", "venv_path", "python_path", "python_version", "ray_version", "error",
 )  # fmt: skip
-
-
-def describe_record(record: VariantRecord, registry: Registry, store: Store) -> dict[str, Any]:
-    """What the disk says of a variant, as plain data."""
-    key = record.current.key
-    return {
-        "variant_id": str(record.env_id),
-        "workflow_id": record.env_id.workflow_id,
-        "node_id": record.env_id.node_id,
-        "version_id": record.env_id.version_id,
-        "key": key,
-        "generation": record.current.number,
-        "lock_sha256": record.current.lock_sha256,
-        "env_path": str(registry.folder(record.env_id)),
-        "venv_path": str(store.venv(key)),
-        "python_path": str(store.python(key)),
-        "python_version": record.current.target.python,
-        "ray_version": record.current.target.ray,
-        "packages": dict(record.current.packages),
-        "created_at": record.created_at.isoformat(),
-        "updated_at": record.updated_at.isoformat(),
-    }
 
 
 def _site(platform: str, target: Target) -> str:

@@ -12,6 +12,7 @@ import shutil
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -252,3 +253,25 @@ def build_request(record: VariantRecord, pyproject: str, uv_lock: str) -> BuildR
         lock_sha256=generation.lock_sha256,
         packages=generation.packages,
     )
+
+
+def describe_record(record: VariantRecord, registry: Registry, venv: Path) -> dict[str, Any]:
+    """What the registry says of a variant, as plain data; `venv` is where the store has it."""
+    key = record.current.key
+    return {
+        "variant_id": str(record.env_id),
+        "workflow_id": record.env_id.workflow_id,
+        "node_id": record.env_id.node_id,
+        "version_id": record.env_id.version_id,
+        "key": key,
+        "generation": record.current.number,
+        "lock_sha256": record.current.lock_sha256,
+        "env_path": str(registry.folder(record.env_id)),
+        "venv_path": str(venv),
+        "python_path": str(venv / "bin" / "python"),
+        "python_version": record.current.target.python,
+        "ray_version": record.current.target.ray,
+        "packages": dict(record.current.packages),
+        "created_at": record.created_at.isoformat(),
+        "updated_at": record.updated_at.isoformat(),
+    }

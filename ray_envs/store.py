@@ -54,7 +54,9 @@ class Store:
             for folder in (self._store, self.cache, self._scratch, self._trash):
                 folder.mkdir(parents=True, exist_ok=True)
             probe = self._scratch / f"{os.getpid()}-{uuid.uuid4().hex}"
-            probe.write_bytes(b"x")
+            with probe.open("wb") as file:
+                file.write(b"x")
+                fcntl.flock(file, fcntl.LOCK_EX)  # a file system without it cannot hold the store
             probe.unlink()
         self._check_free()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -89,6 +89,7 @@ def env_id(triple: tuple[str, str, str | None]) -> EnvId:
     return EnvId(workflow_id=workflow, node_id=node, version_id=version)
 
 
+@settings(deadline=None)  # a thousand ids each time, on a machine that may be busy
 @given(triples)
 def test_two_ids_never_share_a_folder(triple: tuple[str, str, str | None]) -> None:
     some = {triple, *CLASHING_TRIPLES}
@@ -217,8 +218,8 @@ some_settings = st.builds(
 
 
 @given(some_settings)
-def test_settings_come_back_from_the_environment_they_make(settings: Settings) -> None:
-    assert Settings.from_environment(settings.to_environment()) == settings
+def test_settings_come_back_from_the_environment_they_make(made: Settings) -> None:
+    assert Settings.from_environment(made.to_environment()) == made
 
 
 def test_every_setting_has_its_variable() -> None:

@@ -1,0 +1,407 @@
+"""`ray-envs`: the command line. Data on stdout, people's text on stderr, exit codes from `errors`.
+
+Each command reads its input completely before it changes anything. Reads (`list`, `status`) use
+the disk and never Ray, so heavy modules are imported by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from ray_envs.errors import (
+    EnvironmentNotReady,
+    InvalidId,
+    InvalidInput,
+    InvalidPackages,
+    NotFound,
+    RayEnvsError,
+    ResolutionFailed,
+    UvFailed,
+)
+from ray_envs.models import EnvId, EnvSpec, ItemResult, Status, validated
+from ray_envs.settings import Settings
+
+if TYPE_CHECKING:
+    from ray_envs.display import RunDisplay
+    from ray_envs.models import BatchSpec
+    from ray_envs.provider import RayEnvironmentProvider
+    from ray_envs.registry import Registry
+    from ray_envs.store import Store
+
+_INTERRUPTED = 130
+_SOME_FAILED = 1
+
+#: What keeps one variant from being created while the others run.
+_OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, InvalidId)
+
+
+def main() -> None:
+    """The entry point: every error of ours in plain words, with its exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _complain("interrupted")
+        code = _INTERRUPTED
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        code = _INTERRUPTED
+    except click.ClickException as exc:
+        exc.show()
+        code = exc.exit_code
+    except RayEnvsError as exc:
+        _complain(str(exc))
+        code = exc.exit_code
+    except BrokenPipeError:  # the reader of our stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(text: str) -> None:
+    first, *rest = text.splitlines() or [""]
+    print(f"ray-envs: {first}", *(f"  {line}" for line in rest), sep="\n", file=sys.stderr)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ray-envs")
+def cli() -> None:
+    """Locked uv environments for Ray tasks, prepared ahead on every node.
+
+    \b
+    Example: ray-envs run envs/sklearn-upgrade/batch.toml
+
+    Settings are RAY_ENVS_* variables; RAY_ENVS_ROOT is where environments live.
+    """
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+# -- run ----------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--results", type=click.Path(path_type=Path), help="The JSONL file; by default <name>.results.jsonl here.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Skip what the results file already has for the same environment and arguments.")  # fmt: skip
+@click.option("--address", help="A Ray cluster; by default RAY_ADDRESS, one on this machine, or a local Ray.")  # fmt: skip
+@_json
+def run(file: Path, results: Path | None, resume: bool, address: str | None, as_json: bool) -> int:
+    """Run the batch FILE: every variant with every case.
+
+    \b
+    Example: ray-envs run envs/sklearn-upgrade/batch.toml --resume
+    Exit code: 0 all items succeeded, 1 some failed, others: nothing could run.
+    """
+    from ray_envs.inputs import check_entrypoint, read_batch, read_definition
+
+    settings = Settings.from_environment()
+    batch = read_batch(file)
+    base = file.resolve().parent
+    code = None if batch.code is None else base / batch.code
+    check_entrypoint(batch, code)
+    for number, variant in enumerate(batch.variants):
+        read_definition(variant.env_spec(), base, where=f"variants[{number}]")
+    path = results or Path(f"{batch.name}.results.jsonl")
+    with _results_file(path, resume=resume) as (log, done):
+        ended = _run_batch(batch, base, code, settings, address, log, done)
+    failed = [result for result in ended if not result.ok]
+    if as_json:
+        click.echo(json.dumps(_summary(batch, ended, path), indent=1))
+    else:
+        from ray_envs.display import data_console, failures, results_table
+
+        data_console().print(results_table(batch, ended))
+        for paragraph in failures(ended):
+            _complain(paragraph)
+        print(f"ray-envs: results in {path}", file=sys.stderr)
+    if not failed:
+        return 0
+    if any(result.attempts for result in ended):
+        return _SOME_FAILED
+    return _exit_code(failed[0])
+
+
+def _summary(batch: BatchSpec, ended: Sequence[ItemResult], path: Path) -> dict[str, Any]:
+    return {
+        "name": batch.name,
+        "total": len(ended),
+        "ok": sum(result.ok for result in ended),
+        "failed": sum(not result.ok for result in ended),
+        "results_file": str(path),
+        "results": [result.model_dump(mode="json") for result in ended],
+    }
+
+
+def _exit_code(result: ItemResult) -> int:
+    from ray_envs.errors import all_errors
+
+    codes = {cls.__name__: cls.exit_code for cls in all_errors()}
+    return codes.get(result.error.type if result.error else "", _SOME_FAILED)
+
+
+def _run_batch(
+    batch: BatchSpec,
+    base: Path,
+    code: Path | None,
+    settings: Settings,
+    address: str | None,
+    log: IO[str],
+    done: Sequence[ItemResult],
+) -> list[ItemResult]:
+    from ray_envs.batch import RayBatchRunner
+    from ray_envs.display import RunDisplay
+    from ray_envs.provider import RayEnvironmentProvider
+
+    kept = {id(result) for result in done}
+    ended: list[ItemResult] = []
+    # Ray prints what workers print to our stdout; data alone belongs there.
+    with contextlib.redirect_stdout(sys.stderr), RunDisplay(batch) as display:
+        for variant in batch.variants:
+            display.variant(variant.id, "waiting for Ray")
+        try:
+            with RayEnvironmentProvider.connect(address, settings=settings) as provider:
+                failed = _create_all(batch, base, provider, display)
+                runner = RayBatchRunner(provider)
+                for result in runner.run_batch(
+                    batch, code=code, done=done, failed=failed, on_status=display.statuses
+                ):
+                    ended.append(result)
+                    if id(result) not in kept:
+                        log.write(result.model_dump_json() + "\n")
+                        log.flush()
+                    display.item(result, runner.progress())
+        except KeyboardInterrupt:
+            display.say(
+                f"interrupted: {len(ended)} of {len(batch.variants) * len(batch.cases)} items ended; "
+                f"go on with: ray-envs run … --resume"
+            )
+            raise
+    return ended
+
+
+def _create_all(
+    batch: BatchSpec, base: Path, provider: RayEnvironmentProvider, display: RunDisplay
+) -> dict[str, RayEnvsError]:
+    """Define every variant of the batch at once; returns those that cannot be, with the reason."""
+
+    def create(variant: Any) -> RayEnvsError | None:
+        name = f"{batch.name}/{variant.id}"
+        display.variant(variant.id, "locking")
+        try:
+            provider.create(name, variant.env_spec(), replace=True, base=base)
+        except _OF_ONE_VARIANT as exc:
+            display.variant(variant.id, "failed", exc.message)
+            return exc
+        return None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        errors = list(pool.map(create, batch.variants))
+    return {v.id: e for v, e in zip(batch.variants, errors, strict=True) if e is not None}
+
+
+@contextlib.contextmanager
+def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[str], list[ItemResult]]]:
+    """The results file, open for appending, and what it holds already (with `resume`).
+
+    Without `resume`, earlier results are kept once more as `<path>.previous`.
+    """
+    from ray_envs.inputs import read_results
+
+    done = read_results(path) if resume else []
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InvalidInput(
+                    f"another run is writing to {path}", hint="give another file with --results"
+                ) from None
+            text = path.read_text(encoding="utf-8")
+            if resume:  # a run that was killed may have left half a line
+                log.truncate(len(text[: text.rfind("\n") + 1].encode()))
+            elif text:
+                path.with_name(path.name + ".previous").write_text(text, encoding="utf-8")
+                log.truncate(0)
+            yield log, done
+            is_empty = log.tell() == 0
+        if is_empty:
+            path.unlink()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidInput(
+            f"cannot write results to {path}: {getattr(exc, 'strerror', None) or exc}",
+            hint="give another file with --results",
+        ) from exc
+
+
+# -- variants ------------------------------------------------------------------------------------
+
+
+@cli.command(name="list")
+@_json
+def list_variants(as_json: bool) -> None:
+    """The variants that are defined under the root, and which of them are ready on this machine."""
+    registry, store = _disk()
+    rows = [_described(record, registry, store) for record in registry.all()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        print(f"no variants are defined under {store.root}", file=sys.stderr)
+        return
+    from ray_envs.display import data_console, variants_table
+
+    data_console().print(variants_table(rows))
+
+
+@cli.command()
+@click.argument("variant")
+@_json
+def status(variant: str, as_json: bool) -> None:
+    """What the disk of this machine says of VARIANT (node, workflow/node or workflow/node/version)."""
+    registry, store = _disk()
+    row = _described(_found(registry, variant), registry, store)
+    if as_json:
+        click.echo(json.dumps(row, indent=1))
+        return
+    for name, value in row.items():
+        if name == "packages":
+            value = " ".join(f"{n}=={v}" for n, v in sorted(value.items()))
+        click.echo(f"{name:16} {'-' if value is None else value}")
+
+
+@cli.command()
+@click.argument("variant")
+@click.argument("packages", nargs=-1)
+@click.option("--project", help="A folder with pyproject.toml (and uv.lock).")
+@click.option("--requirements", "-r", help="A requirements file.")
+@click.option("--python", help="Must admit the cluster's interpreter.")
+@click.option("--replace", is_flag=True, help="Make a new generation where the variant exists.")
+@_json
+def create(variant: str, packages: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Define VARIANT from PACKAGES, a project or a requirements file, and build it.
+
+    \b
+    Example: ray-envs create old 'scikit-learn==1.7.*'
+    """
+    replace = options.pop("replace")
+    given = {name: value for name, value in options.items() if value is not None}
+    spec = validated(EnvSpec, {"packages": packages, **given}, where="ray-envs create")
+    name = str(EnvId.parse(variant))
+    settings = Settings.from_environment()
+    from ray_envs.provider import RayEnvironmentProvider
+
+    with RayEnvironmentProvider.without_cluster(settings) as provider:
+        provider.create(name, spec, replace=replace, base=Path.cwd())
+        provider.prepare(name, on_status=_say_phase())
+        row = provider.status(name)
+    click.echo(json.dumps(row, indent=1) if as_json else row["python_path"])
+
+
+@cli.command()
+@click.argument("variant")
+@_json
+def delete(variant: str, as_json: bool) -> None:
+    """Forget VARIANT. Its environment stays in the store for whoever runs in it."""
+    registry, _ = _disk()
+    name = str(_found(registry, variant).env_id)
+    from ray_envs.provider import RayEnvironmentProvider
+
+    with RayEnvironmentProvider.without_cluster(Settings.from_environment()) as provider:
+        provider.delete(name)
+    if as_json:
+        click.echo(json.dumps({"variant_id": name, "deleted": True}))
+    else:
+        print(f"variant {name} is forgotten", file=sys.stderr)
+
+
+@cli.command(name="exec", context_settings={"ignore_unknown_options": True})
+@click.argument("variant")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def execute(variant: str, command: tuple[str, ...]) -> None:
+    """Run COMMAND in the environment of VARIANT on this machine; builds it first if need be.
+
+    \b
+    Example: ray-envs exec old -- python -c 'import sklearn; print(sklearn.__version__)'
+    """
+    registry, store = _disk()
+    record = _found(registry, variant)
+    key = record.current.key
+    if store.record(key) is None:
+        from ray_envs.provider import RayEnvironmentProvider
+
+        with RayEnvironmentProvider.without_cluster(Settings.from_environment()) as provider:
+            provider.prepare(str(record.env_id), on_status=_say_phase())
+        if store.record(key) is None:
+            raise EnvironmentNotReady(f"the environment {key} is not on this machine", key=key)
+    store.open_hold(key)  # inherited by the command: held for as long as it runs
+    venv = store.venv(key)
+    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH")}
+    environ.update(record.definition.env_vars, VIRTUAL_ENV=str(venv))
+    environ["PATH"] = f"{venv / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    try:
+        os.environ["PATH"] = environ["PATH"]  # execvpe looks the command up in our own PATH
+        os.execvpe(command[0], list(command), environ)  # noqa: S606 - that is what exec is for
+    except OSError as exc:
+        raise InvalidInput(
+            f"cannot run {command[0]!r} in variant {variant}: {exc.strerror}",
+            hint="the command must be in the environment or on PATH",
+        ) from exc
+
+
+def _disk() -> tuple[Registry, Store]:
+    from ray_envs.registry import Registry
+    from ray_envs.store import Store
+
+    settings = Settings.from_environment()
+    return Registry(settings), Store(settings)
+
+
+def _found(registry: Registry, variant: str) -> Any:
+    env_id = EnvId.parse(variant)
+    record = registry.get(env_id)
+    if record is None:
+        import difflib
+
+        names = [str(r.env_id) for r in registry.all()]
+        close = difflib.get_close_matches(str(env_id), names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "`ray-envs list` shows the defined ones"
+        raise NotFound(f"no variant {variant!r} is defined", variant_id=variant, hint=hint)
+    return record
+
+
+def _described(record: Any, registry: Registry, store: Store) -> dict[str, Any]:
+    from ray_envs.registry import describe_record
+
+    key = record.current.key
+    ready = store.record(key)
+    return {
+        **describe_record(record, registry, store.venv(key)),
+        "status": Status.ACTIVE.value if ready else "NOT_BUILT",
+        "is_held": store.is_held(key) if ready else False,
+        "how": ready.how if ready else None,
+    }
+
+
+def _say_phase() -> Any:
+    """A listener of `prepare` that says each new phase in a line."""
+    said: set[tuple[str, str]] = set()
+
+    def say(statuses: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, row in statuses.items():
+            for state in row["nodes"].values():
+                if (name, state["phase"]) not in said:
+                    said.add((name, state["phase"]))
+                    print(f"{name}: {state['phase']} {state['progress']}".rstrip(), file=sys.stderr)
+
+    return say

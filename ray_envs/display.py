@@ -1,0 +1,216 @@
+"""What people see: progress while environments are prepared and items run, and the tables at the end.
+
+Progress goes to stderr: a live display on a terminal, plain lines elsewhere. Only shows; `cli`
+decides what is shown and where data goes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ray_envs.batch import Progress
+from ray_envs.models import BatchSpec, ItemResult
+
+_KEY_SHOWN = 10
+_NODE_SHOWN = 8
+#: The width of tables where stdout is not a terminal: nothing is cut there.
+_FILE_WIDTH = 200
+#: How many lines of an error are shown in place; the results file has all.
+_ERROR_LINES = 12
+
+
+def data_console() -> Console:
+    """The console for data: stdout, and wide where nobody sees its edge."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+
+
+class RunDisplay:
+    """Shows a batch while it runs; a context manager.
+
+    Args:
+        batch: what runs.
+        stream: where to; by default stderr.
+    """
+
+    def __init__(self, batch: BatchSpec) -> None:
+        self._batch = batch
+        self._console = Console(stderr=True)
+        self._live: Live | None = None
+        self._phases: dict[str, str] = {}
+        self._progress: Progress | None = None
+        self._said: dict[str, str] = {}
+        self._began = time.monotonic()
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=8,
+                transient=True, redirect_stdout=False,
+            )  # fmt: skip
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def variant(self, variant_id: str, phase: str, detail: str = "") -> None:
+        """What a variant's environment is doing now."""
+        self._phases[variant_id] = f"{phase}  {detail}".rstrip()
+        if self._live is None and self._said.get(variant_id) != phase:
+            self._said[variant_id] = phase
+            self.say(f"[{self._elapsed()}] {variant_id}: {phase} {detail}".rstrip())
+
+    def statuses(self, statuses: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over the statuses that `prepare` reports."""
+        for name, status in statuses.items():
+            variant_id = name.removeprefix(f"{self._batch.name}/")
+            states = list(status["nodes"].values())
+            busy = [s for s in states if s["phase"] not in ("ready", "failed")]
+            state = busy[0] if busy else states[0] if states else {"phase": "waiting"}
+            phase = str(state["phase"])
+            if len(states) > 1:
+                ready = sum(s["phase"] == "ready" for s in states)
+                phase += f" ({ready} of {len(states)} nodes ready)"
+            self.variant(variant_id, phase, str(state.get("progress", "")))
+
+    def item(self, result: ItemResult, progress: Progress) -> None:
+        """One item has ended."""
+        self._progress = progress
+        if self._live is None:
+            how = "ok" if result.ok else f"FAILED {result.error.type if result.error else ''}"
+            over = progress.completed + progress.failed
+            self.say(
+                f"[{self._elapsed()}] {over}/{progress.total} {result.variant_id} × "
+                f"{result.case_id}: {how} ({result.duration_s:.2f} s)"
+            )
+
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._began:6.1f} s"
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for variant_id, phase in self._phases.items():
+            mark = "✓" if phase.startswith("ready") else "✗" if phase.startswith("failed") else "…"
+            table.add_row(mark, variant_id, Text(phase, overflow="ellipsis", no_wrap=True))
+        lines: list[Any] = [table]
+        if self._progress is not None:
+            p = self._progress
+            eta = "" if p.eta_s is None else f"   about {p.eta_s:.0f} s left"
+            lines.append(
+                Text(
+                    f"{p.completed} done, {p.failed} failed, {p.in_progress} running, "
+                    f"{p.total} in all   {p.elapsed_s:.0f} s{eta}"
+                )
+            )
+        return Group(*lines)
+
+
+def metric_of(result: ItemResult, name: str | None) -> float | None:
+    """The number that a result is compared by: the named one, else the value, else its first number."""
+    value = result.value
+    if isinstance(value, Mapping):
+        candidates = [value.get(name)] if name else list(value.values())
+    else:
+        candidates = [value]
+    numbers = [v for v in candidates if isinstance(v, int | float) and not isinstance(v, bool)]
+    return float(numbers[0]) if numbers else None
+
+
+def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
+    """Variant × case: metric and seconds, the environment's key and the node; the best is marked."""
+    by_item = {(r.variant_id, r.case_id): r for r in results}
+    best = {
+        case.id: max(
+            (
+                m
+                for v in batch.variants
+                if (r := by_item.get((v.id, case.id))) and r.ok
+                and (m := metric_of(r, batch.metric)) is not None
+            ),
+            default=None,
+        )
+        for case in batch.cases
+    }  # fmt: skip
+    table = Table(title=f"{batch.name}: {batch.metric or 'value'}, seconds", title_justify="left")
+    table.add_column("variant")
+    for case in batch.cases:
+        table.add_column(case.id, justify="right")
+    table.add_column("environment")
+    table.add_column("node")
+    for variant in batch.variants:
+        row = [by_item.get((variant.id, case.id)) for case in batch.cases]
+        cells = [_cell(r, batch.metric, best[c.id]) for r, c in zip(row, batch.cases, strict=True)]
+        there = [r for r in row if r is not None]
+        table.add_row(
+            variant.id,
+            *cells,
+            _joined((r.key for r in there), _KEY_SHOWN),
+            _joined((r.node_id for r in there), _NODE_SHOWN),
+        )
+    return table
+
+
+def _cell(result: ItemResult | None, metric: str | None, best: float | None) -> Text:
+    if result is None:
+        return Text("not run", style="dim")
+    if not result.ok:
+        return Text(result.error.type if result.error else "failed", style="red")
+    number = metric_of(result, metric)
+    shown = "ok" if number is None else f"{number:.4g}"
+    is_best = number is not None and number == best
+    return Text(
+        f"{shown}{'*' if is_best else ' '} {result.duration_s:6.2f} s",
+        style="bold green" if is_best else "",
+    )
+
+
+def _joined(values: Iterable[str | None], length: int) -> str:
+    return ", ".join(sorted({value[:length] for value in values if value})) or "-"
+
+
+def failures(results: Sequence[ItemResult]) -> list[str]:
+    """One paragraph for each different failure: which items, and the first lines of why."""
+    groups: dict[tuple[str, str, str], list[ItemResult]] = {}
+    for result in results:
+        if result.error is not None:
+            kind = (result.variant_id, result.error.type, result.error.message)
+            groups.setdefault(kind, []).append(result)
+    paragraphs = []
+    for (variant_id, kind, message), items in groups.items():
+        lines = message.splitlines() or [""]
+        shown = "\n  ".join(lines[:_ERROR_LINES] + (["…"] if len(lines) > _ERROR_LINES else []))
+        cases = ", ".join(item.case_id for item in items)
+        paragraphs.append(f"{variant_id} × {cases}: {kind}: {shown}")
+    return paragraphs
+
+
+def variants_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """The defined variants, one a line."""
+    table = Table()
+    for name in ("variant", "status", "generation", "environment", "python", "packages", "updated"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            row["variant_id"], row["status"], str(row["generation"]), row["key"][:_KEY_SHOWN],
+            row["python_version"], str(len(row["packages"])), row["updated_at"][:19],
+        )  # fmt: skip
+    return table

@@ -1,0 +1,2 @@
+def test_smoke(cluster):
+    print(cluster.list())
