@@ -1,4 +1,4 @@
-"""NodeAgent: makes true on one node what the manager wants. A plain class; `cluster` makes it an actor.
+"""NodeAgent: makes true on one node what the manager wants. `cluster` makes it an actor.
 
 It takes requests, runs them through `store` and `builder`, and tells how far each one is. What
 to build is not decided here (`planning`), nor where anything lies (`store`).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
@@ -69,12 +70,10 @@ class NodeAgent:
         Returns after `timeout_s` seconds at the latest, changed or not.
         """
         async with self._changed:
-            try:
+            with suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(
                     self._changed.wait_for(lambda: self._version > seen), timeout_s
                 )
-            except (TimeoutError, asyncio.TimeoutError):
-                pass
         return {
             "version": self._version,
             "states": [state.model_dump(mode="json") for state in self._states.values()],
@@ -101,7 +100,7 @@ class NodeAgent:
         return {"uv_lock": text, "duration_s": time.monotonic() - started}
 
     async def ensure(self, *, request: dict[str, Any], attempt: int) -> dict[str, Any]:
-        """Begin to make an environment ready, unless it is or somebody is at it; returns its state."""
+        """Begin to make an environment ready, unless it is or is being made; returns its state."""
         wanted = BuildRequest.model_validate(request)
         task = self._tasks.get(wanted.key)
         if task is None or task.done():

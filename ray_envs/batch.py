@@ -33,6 +33,8 @@ _WAIT_S = 0.5
 #: How often the runner looks whether the nodes that items wait for are still alive.
 _WATCHDOG_S = 5.0
 
+_RESOURCES = ("CPU", "GPU", "memory")
+
 
 class BatchState(str, Enum):
     """What a batch is; the last four are final, and decided once."""
@@ -62,7 +64,7 @@ class _Item:
     variant_id: str
     case: CaseSpec
     limits: RunDefaults
-    call_sha256: str
+    call_sha256: str | None
     attempts: int = 0
     environment: dict[str, Any] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
@@ -216,17 +218,23 @@ class RayBatchRunner:
                     yield self._counted(earlier)
                 else:
                     waiting.append(item)
+            warm: list[str] = []
             while waiting or flight.items:
                 if self._cancelled.is_set():
                     break
                 while waiting and len(flight.items) < self._max_pending:
-                    item = waiting.popleft()
+                    following = flight.next_of(waiting, warm)
+                    if following is None:
+                        break
+                    waiting.remove(following)
                     try:
-                        flight.launch(item)
+                        flight.launch(following)
                     except RayEnvsError as exc:
-                        yield self._counted(_not_run(item, exc))
+                        yield self._counted(_not_run(following, exc))
                 self._in_progress = len(flight.items)
+                warm = []
                 for item, result in flight.ended():
+                    warm.append(item.environment["key"])
                     if result is None:
                         waiting.appendleft(item)
                     else:
@@ -313,10 +321,8 @@ class _Payload:
             self.code_sha256, archive = pack_code(code)
             self.code = ray.put(archive)
         with _by_value([inside]):
-            self.task = ray.remote(inside.run_item)
-            # Ray pickles a remote function at its first use, and only then.
-            self._pickled = ray.cloudpickle.dumps(inside.run_item)
-            self.task = ray.remote(ray.cloudpickle.loads(self._pickled))
+            # A copy that belongs to no module: Ray pickles it later, at its first use.
+            self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(inside.run_item)))
 
     @classmethod
     def of(cls, function: Any, code: Path | None) -> _Payload:
@@ -341,7 +347,38 @@ class _Flight:
         self._provider = provider
         self._prefix = prefix
         self.items: dict[Any, _Item] = {}
+        self._totals = _totals()
         self._looked_at = time.monotonic()
+
+    def next_of(self, waiting: deque[_Item], warm: list[str]) -> _Item | None:
+        """The item to start now, or None where the cluster has no room for another.
+
+        Ray gives a worker's place to another environment after half a second and soon ends the
+        worker, so that items handed over all at once start the same environment again and again.
+        Here an item follows the one that ended in its environment (`warm`), and only as many are
+        handed over as can run.
+        """
+        by_key: dict[str, _Item] = {}
+        for item in waiting:
+            by_key.setdefault(item.environment["key"], item)
+        busy = [item.environment["key"] for item in self.items.values()]
+        order = [key for key in warm if key in by_key]
+        order += sorted(by_key, key=busy.count)  # stable: in the order of the batch
+        item = by_key[order[0]]
+        if self.items and not self._has_room(item):
+            return None
+        if warm and order[0] in warm:
+            warm.remove(order[0])
+        return item
+
+    def _has_room(self, item: _Item) -> bool:
+        for name in _RESOURCES:
+            wanted = _wanted(item.limits)[name]
+            used = sum(_wanted(other.limits)[name] for other in self.items.values())
+            total = sum(node.get(name, 0) for node in self._totals.values())
+            if wanted and used + wanted > total:
+                return False
+        return True
 
     def launch(self, item: _Item) -> None:
         """Hand one item to Ray, in its variant's environment on a node where that is ready.
@@ -352,8 +389,9 @@ class _Flight:
         if item.attempts:
             item.environment = self._provider.environment(self._prefix + item.variant_id)
         environment, limits = item.environment, item.limits
-        wanted = {"CPU": limits.num_cpus, "GPU": limits.num_gpus, "memory": limits.memory or 0}
-        nodes = _able_nodes(environment["ready_nodes"], wanted, item.variant_id)
+        nodes = _able_nodes(
+            environment["ready_nodes"], self._totals, _wanted(limits), item.variant_id
+        )
         options = placement.options(
             environment["runtime_env"],
             nodes,
@@ -453,7 +491,8 @@ class _Flight:
         if now - self._looked_at < _WATCHDOG_S:
             return
         self._looked_at = now
-        alive = set(_totals())
+        self._totals = _totals()
+        alive = set(self._totals)
         for stream, item in list(self.items.items()):
             if item.began is None and not alive & set(item.nodes):
                 self._end(stream)
@@ -483,9 +522,17 @@ def _totals() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def _able_nodes(ready: Sequence[str], wanted: Mapping[str, float], variant_id: str) -> list[str]:
+def _wanted(limits: RunDefaults) -> dict[str, float]:
+    return {"CPU": limits.num_cpus, "GPU": limits.num_gpus, "memory": limits.memory or 0}
+
+
+def _able_nodes(
+    ready: Sequence[str],
+    totals: Mapping[str, Mapping[str, float]],
+    wanted: Mapping[str, float],
+    variant_id: str,
+) -> list[str]:
     """Those of the ready nodes that have enough of everything, were they idle."""
-    totals = _totals()
     able = [
         node_id
         for node_id in ready

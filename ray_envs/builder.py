@@ -71,7 +71,7 @@ Progress = Callable[[str], None]
 
 
 def base_python() -> str:
-    """The interpreter that environments are made from: this one, outside any virtual environment."""
+    """The interpreter that environments are made from: this one's, outside any environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
@@ -253,7 +253,7 @@ class Builder:
             timeout_s=self._settings.uv_sync_timeout_s,
             stdin="\n".join(str(folder) for folder in folders),
         )  # fmt: skip
-        # 1: some file is not Python of this version; wheels ship such files, and nobody imports them.
+        # 1: a file is not Python of this version; wheels ship such files that nobody imports.
         if code not in (0, 1):
             raise UvFailed(f"compileall ended with exit code {code}", detail=_explanation(output))
 
@@ -270,7 +270,8 @@ class Builder:
         code, output = await self._run(
             [
                 str(python), "-I", "-c",
-                f"import sys, {INSTALLED_AS} as i; print(i.hold_fd is not None, *sys.version_info[:3])",
+                f"import sys, {INSTALLED_AS} as i;"
+                "print(i.hold_fd is not None, *sys.version_info[:3])",
             ],
             site_packages,
             timeout_s=60,

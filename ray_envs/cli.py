@@ -92,9 +92,20 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for pro
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--results", type=click.Path(path_type=Path), help="The JSONL file; by default <name>.results.jsonl here.")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Skip what the results file already has for the same environment and arguments.")  # fmt: skip
-@click.option("--address", help="A Ray cluster; by default RAY_ADDRESS, one on this machine, or a local Ray.")  # fmt: skip
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="The JSONL file; by default <name>.results.jsonl in this folder.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Skip what the results file has already for the same environment and arguments.",
+)
+@click.option(
+    "--address",
+    help="A Ray cluster; by default RAY_ADDRESS, one on this machine, or a local Ray.",
+)
 @_json
 def run(file: Path, results: Path | None, resume: bool, address: str | None, as_json: bool) -> int:
     """Run the batch FILE: every variant with every case.
@@ -183,8 +194,8 @@ def _run_batch(
                     display.item(result, runner.progress())
         except KeyboardInterrupt:
             display.say(
-                f"interrupted: {len(ended)} of {len(batch.variants) * len(batch.cases)} items ended; "
-                f"go on with: ray-envs run … --resume"
+                f"interrupted: {len(ended)} of {len(batch.variants) * len(batch.cases)} items "
+                "ended; go on with --resume"
             )
             raise
     return ended
@@ -268,16 +279,17 @@ def list_variants(as_json: bool) -> None:
 @click.argument("variant")
 @_json
 def status(variant: str, as_json: bool) -> None:
-    """What the disk of this machine says of VARIANT (node, workflow/node or workflow/node/version)."""
+    """What this machine's disk says of VARIANT: node, workflow/node or workflow/node/version."""
     registry, store = _disk()
     row = _described(_found(registry, variant), registry, store)
     if as_json:
         click.echo(json.dumps(row, indent=1))
         return
     for name, value in row.items():
+        shown = "-" if value is None else value
         if name == "packages":
-            value = " ".join(f"{n}=={v}" for n, v in sorted(value.items()))
-        click.echo(f"{name:16} {'-' if value is None else value}")
+            shown = " ".join(f"{n}=={v}" for n, v in sorted(value.items()))
+        click.echo(f"{name:16} {shown}")
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""What people see: progress while environments are prepared and items run, and the tables at the end.
+"""What people see: progress while environments are prepared and items run, then tables.
 
 Progress goes to stderr: a live display on a terminal, plain lines elsewhere. Only shows; `cli`
 decides what is shown and where data goes.
@@ -125,7 +125,7 @@ class RunDisplay:
 
 
 def metric_of(result: ItemResult, name: str | None) -> float | None:
-    """The number that a result is compared by: the named one, else the value, else its first number."""
+    """The number that a result is compared by: the named one, else the first in its value."""
     value = result.value
     if isinstance(value, Mapping):
         candidates = [value.get(name)] if name else list(value.values())
@@ -136,7 +136,7 @@ def metric_of(result: ItemResult, name: str | None) -> float | None:
 
 
 def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
-    """Variant × case: metric and seconds, the environment's key and the node; the best is marked."""
+    """Variant × case: metric and seconds, the environment's key, the node; the best is marked."""
     by_item = {(r.variant_id, r.case_id): r for r in results}
     best = {
         case.id: max(
@@ -192,8 +192,8 @@ def failures(results: Sequence[ItemResult]) -> list[str]:
     groups: dict[tuple[str, str, str], list[ItemResult]] = {}
     for result in results:
         if result.error is not None:
-            kind = (result.variant_id, result.error.type, result.error.message)
-            groups.setdefault(kind, []).append(result)
+            same = (result.variant_id, result.error.type, result.error.message)
+            groups.setdefault(same, []).append(result)
     paragraphs = []
     for (variant_id, kind, message), items in groups.items():
         lines = message.splitlines() or [""]

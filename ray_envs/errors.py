@@ -1,6 +1,6 @@
 """Every error that ray_envs raises on purpose, with its exit code and how it travels.
 
-An error is fields, not text to be parsed: what happened (`message`), what to do (`hint`), what uv or
+An error is fields, not text to parse: what happened (`message`), what to do (`hint`), what uv or
 the system said (`detail`), and to what it happened (`variant_id`, `key`, `node_id`, `where`). It
 survives pickling and, as plain data, the boundary of an actor (`to_dict`, `from_dict`): a caller
 in an environment without ray_envs must be able to read it.
@@ -120,7 +120,7 @@ class LockTimeout(RayEnvsError):
 
 
 class UvFailed(RayEnvsError):
-    """uv ended with an error that is not a resolution: network, index, a wheel that does not build."""
+    """uv could not do its work: network, index, a wheel that does not build."""
 
     exit_code = 10
     retryable = True
@@ -154,7 +154,7 @@ class ManagerUnavailable(RayEnvsError):
 
 
 class WrongEnvironment(RayEnvsError):
-    """A worker found itself in another environment than it was promised; the payload did not run."""
+    """A worker is in another environment than it was promised; the payload did not run."""
 
     exit_code = 15
 

@@ -7,17 +7,24 @@ promised to be before the payload runs, and reports what it saw. Ray is met only
 `sys.modules`: the worker that calls us has imported it.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+
+TYPE_CHECKING = False  # typing itself is not imported: this file runs at every interpreter start
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Any
 
 #: The name under which this file stands in an environment's site-packages.
 INSTALLED_AS = "_ray_envs_inside"
 
 #: The descriptor whose shared lock is the hold; open for as long as the process lives.
-hold_fd = None
+hold_fd: int | None = None
 
 
-def take_hold():
+def take_hold() -> None:
     """Take the shared lock that says that this environment is in use, until the process ends.
 
     The lock belongs to the open file, so a forked child keeps it and `kill -9` drops it. Exits the
@@ -37,10 +44,10 @@ def take_hold():
     except BlockingIOError:
         raise SystemExit("ray_envs: this environment is being removed: " + venv) from None
     except OSError as exc:
-        raise SystemExit("ray_envs: cannot hold this environment: %s" % exc) from None
+        raise SystemExit(f"ray_envs: cannot hold this environment: {exc}") from None
 
 
-def run_item(request, payload, code):
+def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None) -> Iterator[Any]:
     """Run one item and report it, in three steps of a generator.
 
     Yields, in this order: `{"started_at", "node_id", "pid"}` before anything else happens; the
@@ -96,30 +103,30 @@ def run_item(request, payload, code):
         yield value
 
 
-def _what_is_wrong_here(request, outcome):
+def _what_is_wrong_here(request: dict[str, Any], outcome: dict[str, Any]) -> str:
     """Why this process is not in the environment that was promised, or an empty string."""
     import json
 
     venv = os.path.realpath(request["venv"])
     if os.path.realpath(sys.prefix) != venv:
-        return "the worker runs in %s, not in %s" % (sys.prefix, venv)
+        return f"the worker runs in {sys.prefix}, not in {venv}"
     try:
         with open(os.path.join(os.path.dirname(venv), "record.json"), encoding="utf-8") as file:
             key = json.load(file)["key"]
     except (OSError, ValueError, KeyError) as exc:
-        return "the environment %s has no readable record: %s" % (venv, exc)
+        return f"the environment {venv} has no readable record: {exc}"
     if key != request["key"]:
-        return "the environment %s has the key %s, not %s" % (venv, key, request["key"])
+        return "the environment {} has the key {}, not {}".format(venv, key, request["key"])
     for name in ("python", "ray"):
         if outcome[name] != request[name]:
-            return "the worker has %s %s, not %s" % (name, outcome[name], request[name])
+            return f"the worker has {name} {outcome[name]}, not {request[name]}"
     hold = sys.modules.get(INSTALLED_AS)
     if hold is None or hold.hold_fd is None:
-        return "the worker does not hold the environment %s" % venv
+        return f"the worker does not hold the environment {venv}"
     return ""
 
 
-def _put_foreign_paths_last():
+def _put_foreign_paths_last() -> list[str]:
     """Move what is neither the environment nor the standard library behind them on sys.path.
 
     Ray puts the driver's folders first in every worker: a local `pgvector/` would win over the
@@ -128,7 +135,7 @@ def _put_foreign_paths_last():
     own = [os.path.realpath(sys.prefix) + os.sep]
     base = os.path.realpath(sys.base_prefix) + os.sep
 
-    def is_foreign(path):
+    def is_foreign(path: str) -> bool:
         real = os.path.realpath(path or ".") + os.sep
         if any(real.startswith(prefix) for prefix in own):
             return False
@@ -139,12 +146,12 @@ def _put_foreign_paths_last():
     return _shadowed(foreign)
 
 
-_shadowed_by_folder = {}
+_shadowed_by_folder: dict[str, set[str]] = {}
 
 
-def _shadowed(folders):
+def _shadowed(folders: Iterable[str]) -> list[str]:
     """The names of modules in `folders` that site-packages of this environment has too."""
-    names = set()
+    names: set[str] = set()
     for folder in folders:
         if folder not in _shadowed_by_folder:
             site = [path for path in sys.path if path.endswith("site-packages")]
@@ -154,7 +161,7 @@ def _shadowed(folders):
     return sorted(names)
 
 
-def _module_names(folder):
+def _module_names(folder: str) -> set[str]:
     try:
         entries = list(os.scandir(folder or "."))
     except OSError:
@@ -169,7 +176,9 @@ def _module_names(folder):
     return names
 
 
-def _load(request, payload, code, outcome):
+def _load(
+    request: dict[str, Any], payload: bytes | None, code: bytes | None, outcome: dict[str, Any]
+) -> Callable[..., Any]:
     """The function to call: the unpickled payload, or the entrypoint imported here."""
     folder = None
     if code is not None:
@@ -177,38 +186,41 @@ def _load(request, payload, code, outcome):
         _use_code(folder)
         outcome["shadowed"] = sorted({*outcome["shadowed"], *_shadowed([folder])})
     if payload is not None:
-        return sys.modules["ray"].cloudpickle.loads(payload)
+        function: Callable[..., Any] = sys.modules["ray"].cloudpickle.loads(payload)
+        return function
     import importlib
 
     module_name, _, name = request["entrypoint"].partition(":")
     top = module_name.split(".")[0]
     if folder is not None and top in _shadowed([folder]):
         raise ImportError(
-            "the code folder and the environment both have a module %r; rename yours" % top
+            f"the code folder and the environment both have a module {top!r}; rename yours"
         )
     module = importlib.import_module(module_name)
     try:
-        function = getattr(module, name)
+        found: Callable[..., Any] = getattr(module, name)
     except AttributeError:
         raise AttributeError(
-            "%s has no function %r (entrypoint %r)" % (module_name, name, request["entrypoint"])
+            "{} has no function {!r} (entrypoint {!r})".format(
+                module_name, name, request["entrypoint"]
+            )
         ) from None
-    if not callable(function):
-        raise TypeError("the entrypoint %r is not a function" % request["entrypoint"])
-    return function
+    if not callable(found):
+        raise TypeError("the entrypoint {!r} is not a function".format(request["entrypoint"]))
+    return found
 
 
-def _unpacked(sha256, code):
+def _unpacked(sha256: str, code: bytes) -> str:
     """The folder that holds the archive `code`, unpacked once per machine and content."""
     import io
     import shutil
     import tempfile
     import zipfile
 
-    parent = os.path.join(tempfile.gettempdir(), "ray_envs-code-%d" % os.getuid())
+    parent = os.path.join(tempfile.gettempdir(), f"ray_envs-code-{os.getuid()}")
     os.makedirs(parent, mode=0o700, exist_ok=True)
     if os.stat(parent).st_uid != os.getuid():
-        raise PermissionError("%s belongs to another user" % parent)
+        raise PermissionError(f"{parent} belongs to another user")
     folder = os.path.join(parent, sha256)
     if not os.path.isdir(folder):
         scratch = tempfile.mkdtemp(dir=parent)
@@ -223,10 +235,10 @@ def _unpacked(sha256, code):
     return folder
 
 
-_code_folder = None
+_code_folder: str | None = None
 
 
-def _use_code(folder):
+def _use_code(folder: str) -> None:
     """Put `folder` last on sys.path; forget the modules of an earlier code folder."""
     global _code_folder  # noqa: PLW0603 - sys.path is global too
     if _code_folder == folder:
@@ -241,7 +253,7 @@ def _use_code(folder):
     _code_folder = folder
 
 
-def _check_call(function, request):
+def _check_call(function: Callable[..., Any], request: dict[str, Any]) -> None:
     import inspect
 
     try:
@@ -252,28 +264,28 @@ def _check_call(function, request):
         signature.bind(*request["args"], **request["kwargs"])
     except TypeError as exc:
         raise TypeError(
-            "%s%s: %s" % (getattr(function, "__name__", function), signature, exc)
+            "{}{}: {}".format(getattr(function, "__name__", function), signature, exc)
         ) from None
 
 
-def _as_json(value):
+def _as_json(value: Any) -> Any:
     """`value` as plain data, the way a JSON file will hold it."""
     import json
 
-    def plain(thing):
+    def plain(thing: Any) -> Any:
         if type(thing).__module__ == "numpy" and getattr(thing, "ndim", None) == 0:
             return thing.item()
         raise TypeError(
-            "the value is not JSON: %s of type %s" % (repr(thing)[:80], type(thing).__qualname__)
+            f"the value is not JSON: {repr(thing)[:80]} of type {type(thing).__qualname__}"
         )
 
     try:
         return json.loads(json.dumps(value, default=plain, allow_nan=False))
     except ValueError as exc:  # NaN, infinity, a circle
-        raise TypeError("the value is not JSON: %s" % exc) from None
+        raise TypeError(f"the value is not JSON: {exc}") from None
 
 
-def _described(exc):
+def _described(exc: BaseException) -> dict[str, str]:
     import traceback
 
     frames = exc.__traceback__.tb_next if exc.__traceback__ else None
@@ -281,7 +293,7 @@ def _described(exc):
     module = type(exc).__module__
     name = type(exc).__qualname__
     return {
-        "type": name if module == "builtins" else "%s.%s" % (module, name),
+        "type": name if module == "builtins" else f"{module}.{name}",
         "message": str(exc),
         "traceback": text[-20000:],
     }

@@ -182,7 +182,7 @@ class EnvManager:
     async def watch(
         self, *, variant_ids: Iterable[str], seen: int, timeout_s: float = 10
     ) -> dict[str, Any]:
-        """The status of variants, as soon as anything is newer than `seen`, or after `timeout_s`."""
+        """The status of variants, once anything is newer than `seen`, or after `timeout_s`."""
         await self._awake()
         ids = [str(EnvId.parse(text)) for text in variant_ids]
         async with self._changed:
@@ -445,7 +445,8 @@ class EnvManager:
 
     async def _tick(self) -> None:
         await self._look_at_nodes()
-        platforms, wishes = {}, {}
+        platforms: dict[str, str] = {}
+        wishes: dict[str, list[VariantRecord]] = {}
         for record in self._variants.values():
             key = record.current.key
             if key in self._wishes:
@@ -510,7 +511,7 @@ class EnvManager:
         await self._announce()
 
     async def _watch(self, node: _Node, seen: int) -> None:
-        """Follow one agent for as long as it answers; the next tick meets it again if it does not."""
+        """Follow one agent for as long as it answers; the next tick meets it again after that."""
         try:
             while True:
                 told = await node.call("watch", seen=seen, timeout_s=_WATCH_S)

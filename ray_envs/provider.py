@@ -1,7 +1,7 @@
 """What a program talks to: turns a `variant_id` into Ray options. One contract, two providers.
 
-`RayEnvironmentProvider` speaks to the EnvManager of a cluster, or, through a local door, to the same
-class in this process. `InMemoryEnvironmentProvider` keeps the contract without uv and without Ray,
+`RayEnvironmentProvider` speaks to the EnvManager of a cluster or, through a local door, to the
+same class in this process. `InMemoryEnvironmentProvider` keeps the contract without uv and without Ray,
 for the tests of programs that use a provider.
 """
 
@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_envs import cluster, placement, resolving
 from ray_envs.agent import NodeAgent
@@ -34,6 +34,9 @@ from ray_envs.manager import EnvManager
 from ray_envs.models import Definition, EnvId, EnvSpec, Status, validated
 from ray_envs.registry import Registry
 from ray_envs.settings import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: How long one long-poll lasts: short enough that Ctrl-C and a dead manager are noticed.
 _POLL_S = 2.0
@@ -94,7 +97,7 @@ class EnvironmentProvider(ABC):
         """Forget a variant."""
 
     @abstractmethod
-    def list(self) -> list[dict[str, Any]]:
+    def list_variants(self) -> list[dict[str, Any]]:
         """The status of every defined variant."""
 
     @abstractmethod
@@ -195,7 +198,7 @@ class EnvironmentProvider(ABC):
         )
 
     def environment(self, variant_id: str) -> dict[str, Any]:
-        """Paths, versions and ready nodes of a variant; prepares it first where no node is ready."""
+        """Paths, versions, ready nodes of a variant; prepares it first where no node is ready."""
         env_id = self._id(variant_id)
         environment = self._environment(env_id)
         if not environment["ready_nodes"]:
@@ -248,11 +251,11 @@ class EnvironmentProvider(ABC):
                 env_id, definition, replace=True, wait_s=self._prepare_timeout_s()
             )
             self._ids[variant_id] = env_id
-        names = (*_CONFIG_IDS, "env_path", "venv_path", "python_path", "python_version")
+        shown = (*_CONFIG_IDS, "env_path", "venv_path", "python_path", "python_version")
         return {
             "variant_id": variant_id,
             "type": "uv",
-            **{name: status[name] for name in (*names, "status", "key")},
+            **{name: status[name] for name in (*shown, "status", "key")},
         }
 
     def get_runtime_env(self, variant_id: str) -> dict[str, Any] | None:
@@ -295,9 +298,9 @@ class EnvironmentProvider(ABC):
     def list_environments(self) -> list[str]:
         """The ids of all defined variants, as this provider's callers know them."""
         ours = {str(env_id): name for name, env_id in self._ids.items()}
-        return sorted(ours.get(s["variant_id"], s["variant_id"]) for s in self.list())
+        return sorted(ours.get(s["variant_id"], s["variant_id"]) for s in self.list_variants())
 
-    def __enter__(self) -> EnvironmentProvider:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -495,7 +498,7 @@ class RayEnvironmentProvider(EnvironmentProvider):
     def close(self) -> None:
         self._door.close()
 
-    def list(self) -> list[dict[str, Any]]:
+    def list_variants(self) -> list[dict[str, Any]]:
         return list(self._door.call("list_envs"))
 
     def _create(
@@ -559,11 +562,16 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
     def close(self) -> None:
         """Nothing to let go of."""
 
-    def list(self) -> list[dict[str, Any]]:
+    def list_variants(self) -> list[dict[str, Any]]:
         return [self._status(name) for name in sorted(self._defined_envs)]
 
     def _create(
-        self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float
+        self,
+        env_id: EnvId,
+        definition: Definition,
+        *,
+        replace: bool,
+        wait_s: float,  # noqa: ARG002 - nothing takes time here
     ) -> Any:
         name = str(env_id)
         packages = resolving.requirement_lines(definition.packages, where=f"variant {name}")

@@ -132,7 +132,7 @@ class Store:
             (self._store / key).mkdir(parents=True)
 
     def discard(self, key: str) -> int:
-        """Move the directory of `key` away and delete it; returns how many directories went: 0 or 1.
+        """Move the directory of `key` away and delete it; returns how many went: 0 or 1.
 
         Raises:
             EnvironmentInUse: a living process holds it.
