@@ -2,10 +2,10 @@
 
 A module imports only from the floors below its own:
 
-    faces       cli · batch · provider
+    faces       cli · display · testing · batch · provider
     actors      manager · agent
-    hands       store · registry · builder · cluster · inputs · files
-    decisions   planning · placement · resolving
+    hands       store · registry · builder · cluster · inputs · code · files
+    decisions   planning · placement · resolving · locks
     words       settings · models · errors · inside
 """
 

@@ -23,8 +23,8 @@ from types import ModuleType
 from typing import Any
 
 from ray_envs import inside, placement
+from ray_envs.code import pack_code
 from ray_envs.errors import InvalidInput, NoEligibleNode, RayEnvsError
-from ray_envs.inputs import pack_code
 from ray_envs.models import BatchSpec, CaseSpec, ErrorInfo, ItemResult, RunDefaults, validated
 from ray_envs.provider import EnvironmentProvider, Statuses
 

@@ -65,6 +65,34 @@ _NOT_FOR_UV = frozenset(
     ]
 )
 
+#: What uv takes from the process that calls us and that decides what a resolution finds.
+_INDEX_SETTINGS = (
+    "UV_BUILD_CONSTRAINT",
+    "UV_CONFIG_FILE",
+    "UV_CONSTRAINT",
+    "UV_DEFAULT_INDEX",
+    "UV_EXCLUDE",
+    "UV_EXTRA_INDEX_URL",
+    "UV_FIND_LINKS",
+    "UV_FORK_STRATEGY",
+    "UV_INDEX",
+    "UV_INDEX_STRATEGY",
+    "UV_INDEX_URL",
+    "UV_NO_BINARY",
+    "UV_NO_BINARY_PACKAGE",
+    "UV_NO_BUILD",
+    "UV_NO_BUILD_PACKAGE",
+    "UV_NO_CONFIG",
+    "UV_NO_INDEX",
+    "UV_NO_SOURCES",
+    "UV_NO_SOURCES_PACKAGE",
+    "UV_NO_SYSTEM_CONFIG",
+    "UV_OVERRIDE",
+    "UV_PRERELEASE",
+    "UV_RESOLUTION",
+    "UV_TORCH_BACKEND",
+)
+
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 
 Progress = Callable[[str], None]
@@ -105,6 +133,15 @@ def uv_version() -> str:
 def redacted(text: str) -> str:
     """`text` without the credentials of its URLs."""
     return _CREDENTIALS.sub("***@", text)
+
+
+def index_settings() -> dict[str, str]:
+    """The UV_* variables of this process that decide a resolution, for `resolving.fingerprint`.
+
+    Without credentials: an index is the same one after its password has changed.
+    """
+    found = {name: os.environ.get(name, "") for name in _INDEX_SETTINGS}
+    return {name: redacted(value) for name, value in found.items() if value}
 
 
 class Builder:
@@ -401,4 +438,12 @@ def _dying_with_parent(niceness: int) -> Callable[[], None]:
     return prepare
 
 
-__all__ = ["Builder", "base_python", "redacted", "this_platform", "this_target", "uv_version"]
+__all__ = [
+    "Builder",
+    "base_python",
+    "index_settings",
+    "redacted",
+    "this_platform",
+    "this_target",
+    "uv_version",
+]

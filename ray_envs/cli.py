@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +48,7 @@ _OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, In
 
 def main() -> None:
     """The entry point: every error of ours in plain words, with its exit code."""
+    warnings.showwarning = lambda message, *_args, **_kwargs: _complain(f"warning: {message}")
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
@@ -114,7 +116,8 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     Example: ray-envs run envs/sklearn-upgrade/batch.toml --resume
     Exit code: 0 all items succeeded, 1 some failed, others: nothing could run.
     """
-    from ray_envs.inputs import check_entrypoint, read_batch, read_definition
+    from ray_envs.code import check_entrypoint
+    from ray_envs.inputs import read_batch, read_definition
 
     settings = Settings.from_environment()
     batch = read_batch(file)

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -300,21 +301,17 @@ def connect(address: str | None) -> bool:
         return False
     quiet: dict[str, Any] = {"logging_level": "ERROR", "namespace": NAMESPACE}
     try:
-        if address not in (None, "", "local"):
-            ray.init(address=address, **quiet)
-            return False
-        if address != "local":
-            try:
-                ray.init(address="auto", **quiet)
-                return False
-            except ConnectionError:
-                if os.environ.get("RAY_ADDRESS"):
-                    raise
-        ray.init(address="local", include_dashboard=False, **quiet)
-        return True
+        with warnings.catch_warnings():  # of changes to come in Ray's own defaults
+            warnings.simplefilter("ignore", FutureWarning)
+            # Without an address, Ray finds what `ray start` started. "auto" would also find the
+            # embedded Ray of another process, which ends with that process.
+            ray.init(address=address or None, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as exc:
+        named = address or os.environ.get("RAY_ADDRESS") or "the address that `ray start` left"
         raise ManagerUnavailable(
-            f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}",
+            f"no Ray cluster answers at {named}",
             detail=str(exc).strip().splitlines()[-1] if str(exc).strip() else "",
-            hint="check --address and RAY_ADDRESS, or leave both out to use a local Ray",
+            hint="check --address and RAY_ADDRESS; `--address local` uses a local Ray; "
+            "`ray stop` forgets a cluster that has crashed",
         ) from exc
+    return bool(ray._private.worker._global_node.head)

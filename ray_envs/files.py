@@ -1,27 +1,30 @@
-"""Durable files: atomic writes, and locks that name their holder. Knows no layout.
+"""Files: how people's are read, and how durable ones are written and locked. Knows no layout.
 
-The neighbours `store` and `registry` say which files; this module says how they are written so
-that a process that dies on any line leaves either the old or the new content.
+The neighbours above say which files. What people name may be anything: it is refused by name, and
+nothing is read that could wait for ever. What we keep is written so that a process that dies on any
+line leaves either the old or the new content.
 """
 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import errno
 import inspect
 import json
 import os
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 
-from ray_envs.errors import LockTimeout, StorageFailed
+from ray_envs.errors import InvalidInput, LockTimeout, StorageFailed
 
 _HINTS = {
     errno.ENOSPC: "free space on that file system, or set RAY_ENVS_ROOT to a larger one",
@@ -43,6 +46,106 @@ _NEVER_SOFT: dict[str, Any] = (
 
 #: How often a waiter tries a lock again. Short against a build, long against the cost of a try.
 _POLL_S = 0.05
+
+
+# -- files that people name
+
+
+def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
+    """What `path` leads to; "missing" also where it cannot be a path at all."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as err:
+        if isinstance(err, PermissionError):
+            raise unreadable(path, err) from None
+        return "missing"
+    if stat.S_ISREG(mode):
+        return "file"
+    return "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` leads to a regular file."""
+    return kind_of(path) == "file"
+
+
+def check_folder(folder: Path, what: str, *, where: str, if_file: str = "name a folder") -> None:
+    """Nothing, if `folder` is one.
+
+    Args:
+        folder: what is named.
+        what: how the message calls it, as in "the project folder".
+        where: the file, table or option that names it.
+        if_file: the hint for a name that leads to a file.
+
+    Raises:
+        InvalidInput: there is none, or it is no folder.
+    """
+    kind = kind_of(folder)
+    if kind == "missing":
+        raise InvalidInput(f"{what} does not exist", where=where, hint=_near_entry(folder))
+    if kind != "folder":
+        raise InvalidInput(f"{what} is not a folder", where=where, hint=if_file)
+
+
+def _near_entry(path: Path) -> str:
+    """A hint that names the entry nearest to a missing `path`, or the place where it was sought."""
+    kind = kind_of(path.parent)
+    names = [entry.name for entry in entries_of(path.parent)] if kind == "folder" else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    place = os.path.abspath(path.parent)
+    return f"did you mean {near[0]!r}?" if near else f"it was looked for in {place}"
+
+
+def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in `folder`, in no order; nothing, where it has vanished.
+
+    Raises:
+        InvalidInput: it may not be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as err:
+        if has_vanished(err):
+            return []
+        raise unreadable(folder, err) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of the regular file `path`; a pipe or device could be waited for for ever.
+
+    Raises:
+        InvalidInput: there is no such file, or it may not be read.
+    """
+    kind = kind_of(path)
+    if kind == "missing":
+        raise InvalidInput("the file does not exist", where=str(path), hint=_near_entry(path))
+    if kind != "file":
+        what = "is a folder" if kind == "folder" else "is a pipe or a device"
+        raise InvalidInput(f"{what}, not a file", where=str(path), hint="name a regular file")
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise unreadable(path, err) from None
+
+
+def has_vanished(err: OSError) -> bool:
+    """Whether `err` says that a file or folder is not there any more."""
+    return err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+
+def unreadable(path: Path, err: OSError) -> InvalidInput:
+    """The error for a `path` that is there and, as `err` says, cannot be read."""
+    return InvalidInput(
+        "cannot be read",
+        where=str(path),
+        detail=err.strerror or str(err),
+        hint="give yourself the permission to read it",
+    )
+
+
+# -- durable files
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ray_envs import placement, planning, resolving
+from ray_envs import locks, placement, planning, resolving
 from ray_envs.agent import NodeAgent
-from ray_envs.builder import base_python, this_platform, this_target
+from ray_envs.builder import base_python, index_settings, this_platform, this_target
 from ray_envs.cluster import NAMESPACE, Call, NodeInfo, Nodes, RayNodes, create_manager
 from ray_envs.errors import (
     AlreadyExists,
@@ -238,12 +238,11 @@ class EnvManager:
 
     async def stop(self) -> None:
         """End the loop and, where the agent lives in this process, its builds."""
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-            await asyncio.gather(self._loop_task, return_exceptions=True)
-        for node in self._nodes.values():
-            if node.watcher is not None:
-                node.watcher.cancel()
+        tasks = [self._loop_task, *(node.watcher for node in self._nodes.values())]
+        ending = [task for task in tasks if task is not None]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
         await self._cluster.stop()
         if self._announced is not None:
             os.close(self._announced)
@@ -267,10 +266,16 @@ class EnvManager:
     async def _resolved(self, env_id: EnvId, definition: Definition) -> VariantRecord:
         """Lock `definition` and commit it as the newest generation of `env_id`."""
         project = resolving.project_text(definition, self._target)
-        fingerprint = resolving.fingerprint(project, definition.uv_lock, definition, self._target)
+        fingerprint = resolving.fingerprint(
+            project,
+            definition.uv_lock,
+            definition,
+            self._target,
+            index_settings=index_settings(),
+        )
         uv_lock = await self._locked_text(fingerprint, project, definition)
         if definition.uv_lock is not None and not definition.allow_moved_pins:
-            moved = resolving.moved_pins(definition.uv_lock, uv_lock, self._platform)
+            moved = locks.moved_pins(definition.uv_lock, uv_lock, self._platform)
             if moved:
                 raise ResolutionFailed(
                     f"adding ray {self._target.ray} to the project moves pins of its uv.lock",
@@ -278,13 +283,18 @@ class EnvManager:
                     hint="lock the project with this ray in it, or set allow_moved_pins = true",
                     variant_id=str(env_id),
                 )
-        packages = resolving.installed(
+        packages = locks.installed(
             uv_lock, self._platform, extras=definition.extras, groups=definition.groups
         )
         generation = Generation(
             number=self._registry.next_number(env_id),
-            key=resolving.key_of(packages, self._target, self._platform),
-            lock_sha256=resolving.lock_sha256(uv_lock),
+            key=locks.key_of(
+                packages,
+                self._target,
+                self._platform,
+                build_options=resolving.build_options(project),
+            ),
+            lock_sha256=locks.lock_sha256(uv_lock),
             fingerprint=fingerprint,
             target=self._target,
             platform=self._platform.name,
@@ -308,7 +318,7 @@ class EnvManager:
             if record.current.fingerprint == fingerprint:
                 with suppress(RayEnvsError):
                     text = self._registry.lock_text(record.env_id, record.current.number)[1]
-                    if resolving.lock_sha256(text) == record.current.lock_sha256:
+                    if locks.lock_sha256(text) == record.current.lock_sha256:
                         return text
         task = self._resolving.get(fingerprint)
         if task is None:

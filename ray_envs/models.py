@@ -8,6 +8,7 @@ those files in it, so that it means the same on every machine.
 from __future__ import annotations
 
 import difflib
+import keyword
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -23,6 +24,9 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: Long enough for people; three of them, encoded, stay below the 255 bytes of a file name.
 MAX_ID_LENGTH = 64
 _MAX_FOLDER_LENGTH = 240
+
+#: The dependency group that holds the cluster's Ray: `uv add ray` fails on dynamic dependencies.
+RAY_GROUP = "ray-envs"
 
 #: The workflow of variants that are addressed by one `variant_id`.
 DEFAULT_WORKFLOW = "default"
@@ -56,6 +60,38 @@ def checked_id(value: str, *, kind: str) -> str:
             hint="use letters, digits and . _ - and begin with a letter or a digit",
         )
     return value
+
+
+def split_entrypoint(text: str, *, where: str) -> tuple[str, str]:
+    """The module and the function that an entrypoint, `module:function`, names.
+
+    Raises:
+        InvalidInput: it has another form.
+    """
+    module, colon, function = text.partition(":")
+    if colon and is_name(function) and all(is_name(part) for part in module.split(".")):
+        return module, function
+    raise InvalidInput(
+        f"entrypoint: {text!r} is not of the form module:function",
+        where=where,
+        hint=_entrypoint_hint(text),
+    )
+
+
+def _entrypoint_hint(text: str) -> str:
+    """The entrypoint that was probably meant: a file's path or a dot for the colon are likely."""
+    module, colon, function = text.partition(":")
+    module = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+    if not colon:
+        module, _, function = module.rpartition(".")
+    if is_name(function) and all(is_name(part) for part in module.split(".")):
+        return f"write {module}:{function}"
+    return 'as in "accuracy:evaluate" for the function evaluate in accuracy.py'
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name a module, a function or another thing of Python."""
+    return text.isidentifier() and not keyword.iskeyword(text)
 
 
 class EnvId(Model):
@@ -97,7 +133,7 @@ class EnvId(Model):
 
     @property
     def folder(self) -> str:
-        """The folder name of this id; injective: `_` joins the parts and `%5F` stands inside one."""
+        """The folder name of this id; injective: `_` joins the parts, `%5F` stands inside one."""
         parts = [self.workflow_id, self.node_id]
         if self.version_id is not None:
             parts.append(self.version_id)
@@ -116,7 +152,7 @@ class _EnvOptions(Model):
 
     #: Requirement strings (PEP 508), installed in addition to a project's own.
     packages: tuple[str, ...] = ()
-    #: A version ("3.11", "3.11.7") or specifier (">=3.11") that must admit the cluster's interpreter.
+    #: A version ("3.11", "3.11.7") or specifier (">=3.11") that must admit the cluster's Python.
     python: str | None = None
     #: Extras and dependency groups of the project that are installed too.
     extras: tuple[str, ...] = ()
@@ -333,24 +369,24 @@ class ItemResult(Model):
 class RunDefaults(Model):
     """Resources and limits of an item, where its variant says nothing else."""
 
-    num_cpus: float = Field(default=1, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
+    num_cpus: float = Field(default=1, ge=0, allow_inf_nan=False)
+    num_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
     #: Bytes of memory that Ray reserves for an item.
     memory: int | None = Field(default=None, gt=0)
     #: How often an item is started again after its worker or node was lost.
     retries: int = Field(default=3, ge=0)
-    timeout_s: float = Field(default=3600, gt=0)
+    timeout_s: float = Field(default=3600, gt=0, allow_inf_nan=False)
 
 
 class VariantSpec(EnvSpec):
     """A variant of a batch: an environment, plus what differs from the defaults."""
 
     id: str
-    num_cpus: float | None = Field(default=None, ge=0)
-    num_gpus: float | None = Field(default=None, ge=0)
+    num_cpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    num_gpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     memory: int | None = Field(default=None, gt=0)
     retries: int | None = Field(default=None, ge=0)
-    timeout_s: float | None = Field(default=None, gt=0)
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def env_spec(self) -> EnvSpec:
         return EnvSpec(**{name: getattr(self, name) for name in EnvSpec.model_fields})
@@ -380,7 +416,9 @@ class BatchSpec(Model):
 
 
 def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> ModelT:
-    """`data` as a `model`, or one clear error for the first thing that is wrong with it.
+    """`data` as a `model`, or one clear error for one thing that is wrong with it.
+
+    An unknown key comes first: where a required key is misspelt, it says more than "is missing".
 
     Args:
         model: the model to build.
@@ -394,7 +432,8 @@ def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> Mo
     try:
         return model.model_validate(data)
     except ValidationError as exc:
-        first = exc.errors()[0]
+        errors = exc.errors()
+        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
         path = _dotted(first["loc"])
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
@@ -402,6 +441,8 @@ def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> Mo
             raise InvalidInput(
                 f"unknown key {path!r}", where=where, hint=_nearest(name, known)
             ) from None
+        if first["type"] == "missing":
+            raise InvalidInput(f"{path} is missing", where=where) from None
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidInput(f"{path}: {message}" if path else message, where=where) from None
 

@@ -59,11 +59,11 @@ for name in sorted(os.listdir(FOLDER + "/rules")):
         continue
     if not take(rule, path):
         continue
+    code = os.spawnv(os.P_WAIT, REAL, [REAL, *argv]) if rule["is_done"] else None
     if rule["kind"] == "fail":
         sys.stderr.write(rule["stderr"])
         sys.exit(rule["exit_code"])
     if rule["is_done"]:
-        code = os.spawnv(os.P_WAIT, REAL, [REAL, *argv])
         stop(path)
         sys.exit(code)
     stop(path)
@@ -151,6 +151,7 @@ class FakeUv:
         times: int | None = 1,
         exit_code: int = 2,
         stderr: str = "error: the fake uv was told to fail\n",
+        is_done: bool = False,
     ) -> None:
         """Answer `command` ("lock", "sync") with an error instead of doing it.
 
@@ -160,6 +161,7 @@ class FakeUv:
             times: how many calls fail; None for all.
             exit_code: what uv ends with: 1 is an answer, 2 a failure.
             stderr: what uv says.
+            is_done: do the work all the same, and fail after it.
         """
         self._rule(
             "fail",
@@ -168,6 +170,7 @@ class FakeUv:
             times=times,
             exit_code=exit_code,
             stderr=stderr,
+            is_done=is_done,
         )
 
     def hang(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 # Ray reads this while it is imported; `uv run pytest` would upload the whole checkout otherwise.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from ray_envs import EnvSpec, RayEnvironmentProvider, Settings
@@ -39,7 +40,7 @@ def wait_until(holds: Callable[[], bool], what: str, *, within_s: float = 20) ->
 
 def is_running(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -52,10 +53,8 @@ class Processes:
 
     def must_end(self, pid: int) -> None:
         """Record the running process `pid`; after the test it must be gone."""
-        try:
+        with suppress(psutil.NoSuchProcess):
             self._doomed.append(psutil.Process(pid))
-        except psutil.NoSuchProcess:
-            pass
 
     def left(self) -> list[str]:
         """The recorded processes that still run, and every uv or compiler below this process."""
@@ -85,9 +84,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def other_root(
-    root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Settings]:
+def other_root(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Settings]:
     """Makes settings with a root of their own that shares the downloaded wheels."""
     (root / "uv-cache").mkdir(exist_ok=True)
 

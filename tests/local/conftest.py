@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,7 +19,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
 import pytest
 
-from ray_envs import resolving
+from ray_envs import locks, resolving
 from ray_envs.agent import NodeAgent
 from ray_envs.builder import Builder, this_platform, this_target
 from ray_envs.models import BuildRequest, Definition, NodeEnvState
@@ -30,6 +32,9 @@ RAY = version("ray")
 #: How long a process that was killed may take to be gone, and everything that it had started.
 _GONE_S = 10.0
 
+#: How long a build in a test may take, on a machine that does other things too.
+BUILT_S = 120.0
+
 Locked = Callable[..., BuildRequest]
 
 
@@ -40,9 +45,9 @@ def new_agent(settings: Settings) -> NodeAgent:
 async def built(agent: NodeAgent, request: BuildRequest, *, attempt: int = 0) -> NodeEnvState:
     """The state of `request` once the agent has made it ready or given up."""
     await agent.ensure(request=request.model_dump(mode="json"), attempt=attempt)
-    seen, deadline = -1, time.monotonic() + 120
+    seen, deadline = -1, time.monotonic() + BUILT_S
     while time.monotonic() < deadline:
-        told = await agent.watch(seen=seen, timeout_s=5)
+        told = await agent.watch(seen=seen, timeout_s=1)
         seen = told["version"]
         for data in told["states"]:
             state = NodeEnvState.model_validate(data)
@@ -73,7 +78,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            words = [*process.cmdline(), *process.environ().values()]
+            words = [process.cwd(), *process.cmdline(), *process.environ().values()]
             if any(str(folder) in word for word in words):
                 found.append(process)
     return found
@@ -108,8 +113,7 @@ def broken_promises(settings: Settings) -> list[str]:
         )
         if check.returncode:
             broken.append(f"{key} is ready and does not start: {check.stderr}")
-    locks = [*settings.root.glob("**/*.lock"), *settings.root.glob("store/*.hold")]
-    for lock in locks:
+    for lock in [*settings.root.glob("**/*.lock"), *settings.root.glob("store/*.hold")]:
         if lock.name == "uv.lock" or "uv-cache" in lock.parts or not lock.is_file():
             continue
         fd = os.open(lock, os.O_RDONLY)
@@ -120,6 +124,23 @@ def broken_promises(settings: Settings) -> list[str]:
         finally:
             os.close(fd)
     return broken
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder, and a process that may not read what is closed to it; root drops its rights."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        for path in folder.rglob("*"):
+            path.chmod(0o700)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -163,14 +184,14 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Locked:
             text = resolving.project_text(Definition(packages=packages), target)
             (project / "pyproject.toml").write_text(text)
             uv_lock = asyncio.run(builder.lock(project))
-            installed = resolving.installed(uv_lock, platform)
+            installed = locks.installed(uv_lock, platform)
             known[packages] = BuildRequest(
-                key=resolving.key_of(installed, target, platform),
+                key=locks.key_of(installed, target, platform),
                 pyproject=text,
                 uv_lock=uv_lock,
                 target=target,
                 platform=platform.name,
-                lock_sha256=resolving.lock_sha256(uv_lock),
+                lock_sha256=locks.lock_sha256(uv_lock),
                 packages={package.name: package.version for package in installed},
             )
         return known[packages]

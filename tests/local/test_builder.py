@@ -279,9 +279,8 @@ def test_byte_code_goes_into_the_cache_and_every_later_environment_has_it(
     request = locked("iniconfig")
     first = sync(request, "first")
     builder = Builder(warm, Store(warm).cache)
-    names = builder.without_bytecode(first, before=float("inf"))
-    late = [name for name in builder.without_bytecode(first, before=0) if "iniconfig" in name]
-    assert (len(names), len(late)) == (len(request.packages), 1)
+    late = builder.without_bytecode(first, before=float("inf"))
+    assert [name.partition("-")[0] for name in late] == ["iniconfig"]
     assert run_compile(warm, first, late)
     second = sync(request, "second")
     for file in second.glob("iniconfig/*.py"):

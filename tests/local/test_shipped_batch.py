@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from ray_envs.inputs import check_entrypoint, pack_code, read_batch, read_definition
+from ray_envs.code import check_entrypoint, pack_code
+from ray_envs.inputs import read_batch, read_definition
 from ray_envs.models import BatchSpec, Definition
 
 if sys.version_info >= (3, 11):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -19,9 +20,11 @@ from ray_envs.models import (
     EnvId,
     EnvSpec,
     Phase,
+    RunDefaults,
     Target,
     VariantSpec,
     nearest_hint,
+    split_entrypoint,
     validated,
 )
 from ray_envs.settings import Settings
@@ -89,7 +92,6 @@ def env_id(triple: tuple[str, str, str | None]) -> EnvId:
     return EnvId(workflow_id=workflow, node_id=node, version_id=version)
 
 
-@settings(deadline=None)  # a thousand ids each time, on a machine that may be busy
 @given(triples)
 def test_two_ids_never_share_a_folder(triple: tuple[str, str, str | None]) -> None:
     some = {triple, *CLASHING_TRIPLES}
@@ -153,6 +155,8 @@ def test_an_id_that_could_leave_or_break_a_folder_is_refused(text: str, said: st
         (EnvSpec, {"package": ["a"]}, "unknown key 'package'", "did you mean 'packages'?"),
         (Target, {"python": "3", "ray": "2", "rya": 1}, "'rya'", "did you mean 'ray'?"),
         (Target, {"python": "3", "ray": "2", "qqq": 1}, "'qqq'", "known keys: python, ray"),
+        (Target, {"pyhton": "3"}, "unknown key 'pyhton'", "did you mean 'python'?"),
+        (Target, {"python": "3"}, "ray is missing", ""),
         (EnvSpec, {"packages": [1]}, "packages[0]: ", ""),
         (EnvSpec, {"project": "a", "requirements": "b"}, "either project", ""),
         (EnvSpec, {"extras": ["a"]}, "give project too", ""),
@@ -175,6 +179,36 @@ def test_a_nested_key_is_compared_with_the_keys_of_its_own_table() -> None:
         validated(BatchSpec, data, where="batch.toml")
     assert caught.value.hint == "did you mean 'retries'?"
     assert "retrys" in caught.value.message
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["num_cpus", "num_gpus", "memory", "retries", "timeout_s"])
+def test_resources_and_limits_are_finite(name: str, value: float) -> None:
+    for model, data in ((RunDefaults, {}), (VariantSpec, {"id": "a"})):
+        with pytest.raises(InvalidInput) as caught:
+            validated(model, {**data, name: value}, where="batch.toml")
+        assert caught.value.message.startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("entrypoint", ["digits:evaluate", "a.b.c:run", "_x:_y", "naïve:übung"])
+def test_an_entrypoint_is_a_module_and_a_function(entrypoint: str) -> None:
+    assert ":".join(split_entrypoint(entrypoint, where="x")) == entrypoint
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("./digits.py:evaluate", "write digits:evaluate"),
+        ("a.b.run", "write a.b:run"),
+        ("class:run", 'as in "accuracy:evaluate" for the function evaluate in accuracy.py'),
+    ],
+)
+def test_another_form_of_entrypoint_is_refused_with_the_one_that_was_meant(
+    text: str, hint: str
+) -> None:
+    with pytest.raises(InvalidInput, match="is not of the form module:function") as caught:
+        split_entrypoint(text, where="batch.toml")
+    assert (caught.value.hint, caught.value.where) == (hint, "batch.toml")
 
 
 def test_a_wrong_id_inside_data_stays_an_invalid_id() -> None:

@@ -1,0 +1,233 @@
+"""What a uv.lock installs on a platform, and the key that names it.
+
+Pure: texts in, values out; no disk, no processes, no clock. `resolving`, next door, makes the
+project that uv locks; `builder` runs uv, and `registry` keeps the texts. Formats come from
+elsewhere: `uv.lock` from uv 0.13, markers from PEP 508, wheel names from the packaging
+specifications.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from packaging.markers import Marker
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+
+from ray_envs.errors import InvalidInput, ResolutionFailed
+from ray_envs.models import RAY_GROUP, Installed, Platform, Target
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+
+def installed(
+    lock: str, platform: Platform, *, extras: Iterable[str] = (), groups: Iterable[str] = ()
+) -> tuple[Installed, ...]:
+    """What uv installs from `lock` on `platform`, sorted by name, without the project itself.
+
+    Args:
+        lock: the text of a uv.lock made from `resolving.project_text`.
+        platform: markers and wheel tags of the node.
+        extras: the extras of the project that are installed too.
+        groups: its dependency groups that are installed too; `ray-envs` always is.
+
+    Raises:
+        InvalidInput: `lock` is no uv.lock of a project.
+        ResolutionFailed: a package has no file for this platform, or nothing pins its content.
+    """
+    wanted_extras = {str(canonicalize_name(name)) for name in extras}
+    wanted_groups = {str(canonicalize_name(name)) for name in (RAY_GROUP, *groups)}
+    packages = _walk(_parsed(lock), platform, wanted_extras, wanted_groups)
+    best_wheel = _wheel_chooser(platform)
+    found = [_installed(package, platform, best_wheel) for package in packages]
+    return tuple(sorted(found, key=lambda item: (item.name, item.version)))
+
+
+def moved_pins(before: str, after: str, platform: Platform) -> tuple[str, ...]:
+    """The packages that `after` installs on `platform` in another version than `before` pins.
+
+    Args:
+        before: the text of the user's own uv.lock.
+        after: the text of the lock made for the cluster. All its extras and groups count.
+        platform: whose markers decide.
+
+    Returns:
+        Lines such as "packaging 21.0 -> 26.3", sorted. What `before` does not know is not moved.
+
+    Raises:
+        InvalidInput: one of the texts is no uv.lock.
+    """
+    holds = _marker_evaluator(platform)
+    old: dict[str, list[str]] = {}
+    for package in _parsed(before).get("package", []):
+        if _is_used(package, holds):
+            old.setdefault(package["name"], []).append(package.get("version", ""))
+    moved = []
+    for package in _walk(_parsed(after), platform, None, None):
+        versions, version = old.get(package["name"]), package.get("version", "")
+        if versions is not None and version not in versions:
+            moved.append(f"{package['name']} {' or '.join(sorted(versions))} -> {version}")
+    return tuple(sorted(moved))
+
+
+def key_of(
+    packages: Iterable[Installed], target: Target, platform: Platform, *, build_options: str = ""
+) -> str:
+    """The key of the environment that holds `packages`: 32 hex characters, whatever their order.
+
+    Files decide, not the texts that led to them: variants that install the same share one key.
+
+    Args:
+        packages: the result of `installed`.
+        target: the cluster's interpreter and Ray.
+        platform: of the node.
+        build_options: what else decides how these files are installed; see
+            `resolving.build_options`.
+    """
+    pins = sorted([item.name, item.version, item.pin] for item in packages)
+    parts = [pins, target.python, target.ray, platform.name, build_options]
+    text = json.dumps(parts, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def lock_sha256(lock: str) -> str:
+    """The sha256 (hex) of the text of a lock."""
+    return hashlib.sha256(lock.encode()).hexdigest()
+
+
+def _parsed(lock: str) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = tomllib.loads(lock)
+    except tomllib.TOMLDecodeError as exc:
+        raise InvalidInput(f"not valid TOML: {exc}", where="uv.lock") from None
+    return data
+
+
+def _marker_evaluator(platform: Platform) -> Callable[[str], bool]:
+    """A function that says whether a marker holds on `platform`; each marker is parsed once."""
+    environment = {**platform.markers, "extra": ""}
+    known: dict[str, bool] = {"": True}
+
+    def holds(marker: str) -> bool:
+        if marker not in known:
+            known[marker] = Marker(marker).evaluate(environment)
+        return known[marker]
+
+    return holds
+
+
+def _is_used(package: Mapping[str, Any], holds: Callable[[str], bool]) -> bool:
+    """Whether this entry is the one for the platform, where a lock has several of one name."""
+    markers = package.get("resolution-markers")
+    return not markers or any(holds(marker) for marker in markers)
+
+
+def _walk(
+    lock: Mapping[str, Any], platform: Platform, extras: set[str] | None, groups: set[str] | None
+) -> list[dict[str, Any]]:
+    """The packages that the root of `lock` needs on `platform`; None is every extra or group."""
+    holds = _marker_evaluator(platform)
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for package in lock.get("package", []):
+        by_name.setdefault(package["name"], []).append(package)
+    for root in lock.get("package", []):
+        if root.get("source") in ({"virtual": "."}, {"editable": "."}):
+            break
+    else:
+        raise InvalidInput("there is no project in the lock", where="uv.lock", hint="run `uv lock`")
+
+    def chosen(edge: Mapping[str, Any]) -> dict[str, Any]:
+        found = by_name.get(edge["name"], [])
+        for field in ("version", "source"):
+            if len(found) > 1 and field in edge:
+                found = [package for package in found if package.get(field) == edge[field]]
+        used = [package for package in found if _is_used(package, holds)] or found
+        if not used:
+            raise InvalidInput(f"{edge['name']} is missing", where="uv.lock", hint="run `uv lock`")
+        return used[0]
+
+    edges = list(root.get("dependencies", []))
+    for table, wanted in (("optional-dependencies", extras), ("dev-dependencies", groups)):
+        for name, more in root.get(table, {}).items():
+            if wanted is None or canonicalize_name(name) in wanted:
+                edges += more
+    seen: dict[tuple[int, str], dict[str, Any]] = {(id(root), ""): root}
+    while edges:
+        edge = edges.pop()
+        if not holds(edge.get("marker", "")):
+            continue
+        package = chosen(edge)
+        for extra in ("", *edge.get("extra", ())):
+            if (id(package), extra) not in seen:
+                seen[id(package), extra] = package
+                optional = package.get("optional-dependencies", {})
+                edges += optional.get(extra, []) if extra else package.get("dependencies", [])
+    return [package for (_, extra), package in seen.items() if not extra and package is not root]
+
+
+def _wheel_chooser(
+    platform: Platform,
+) -> Callable[[Iterable[Mapping[str, Any]]], Mapping[str, Any] | None]:
+    """A function that picks the wheel that uv installs on `platform`, or None."""
+    rank = {tag: index for index, tag in enumerate(platform.tags)}
+    parts = [set(column) for column in zip(*(tag.split("-") for tag in rank), strict=True)]
+
+    def choose(wheels: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        best: tuple[Any, ...] | None = None
+        found = None
+        for wheel in wheels:
+            name = unquote(wheel.get("filename") or wheel.get("url") or wheel.get("path") or "")
+            name = name.split("#")[0].rpartition("/")[2]
+            # Most wheels are for others: asked by the parts of the name, before it is parsed.
+            columns = name.removesuffix(".whl").rsplit("-", 3)[1:]
+            if any(
+                known.isdisjoint(c.split(".")) for known, c in zip(parts, columns, strict=False)
+            ):
+                continue
+            try:
+                _, _, build, tags = parse_wheel_filename(name)
+            except InvalidWheelFilename:
+                continue
+            ranks = [rank[str(tag)] for tag in tags if str(tag) in rank]
+            if ranks and (best is None or (-min(ranks), build) > best):
+                best, found = (-min(ranks), build), wheel
+        return found
+
+    return choose
+
+
+def _installed(
+    package: Mapping[str, Any],
+    platform: Platform,
+    best_wheel: Callable[[Iterable[Mapping[str, Any]]], Mapping[str, Any] | None],
+) -> Installed:
+    name, version = package["name"], package.get("version", "")
+    source = package.get("source", {})
+    wheel = best_wheel(package.get("wheels", ()))
+    pin = ""
+    if wheel is not None:
+        pin = wheel.get("hash", "")
+    elif "sdist" in package:
+        pin = package["sdist"].get("hash", "")
+    elif "git" in source:
+        url, _, commit = source["git"].partition("#")
+        folder = re.search(r"[?&](subdirectory=[^&]+)", url)
+        pin = f"git:{commit}" + (f":{folder[1]}" if folder else "")
+    elif "url" in source:
+        pin = source["url"].partition("#")[2].replace("=", ":")
+    if not pin:
+        raise ResolutionFailed(
+            f"{name} {version} has no wheel and no source archive for {platform.name} "
+            "whose content is pinned",
+            where="uv.lock",
+            hint="choose a version that has one, or exclude the package here with a marker",
+        )
+    return Installed(name=name, version=version, pin=pin, is_built=wheel is None)
