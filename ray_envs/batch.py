@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import sysconfig
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
@@ -23,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from ray_envs import inside, placement
+from ray_envs.cluster import by_value
 from ray_envs.code import pack_code
 from ray_envs.errors import InvalidInput, NoEligibleNode, RayEnvsError
 from ray_envs.models import BatchSpec, CaseSpec, ErrorInfo, ItemResult, RunDefaults, validated
@@ -33,6 +35,7 @@ _WAIT_S = 0.5
 #: How often the runner looks whether the nodes that items wait for are still alive.
 _WATCHDOG_S = 5.0
 
+_ENTRYPOINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _RESOURCES = ("CPU", "GPU", "memory")
 
 
@@ -182,24 +185,32 @@ class RayBatchRunner:
         done: Iterable[ItemResult] = (),
         failed: Mapping[str, RayEnvsError] | None = None,
     ) -> Iterator[ItemResult]:
-        if self._state is BatchState.RUNNING:
-            raise InvalidInput("this runner is running a batch", hint="use a runner for each batch")
-        payload = _Payload.of(function, code)
-        self._state, self._started = BatchState.RUNNING, time.monotonic()
-        self._cancelled.clear()
-        self._total, self._completed, self._failed, self._in_progress = len(items), 0, 0, 0
-        return self._results(payload, items, prefix, on_status, list(done), dict(failed or {}))
+        if isinstance(function, str) and not _ENTRYPOINT.fullmatch(function):
+            raise InvalidInput(f"{function!r} is no entrypoint", hint='write "module:function"')
+        pairs = [(item.variant_id, item.case.id) for item in items]
+        twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
+        if twice is not None:
+            raise InvalidInput(f"variant {twice[0]!r} with case {twice[1]!r} is there twice")
+        return self._results(
+            function, items, prefix, code, on_status, list(done), dict(failed or {})
+        )
 
     def _results(
         self,
-        payload: _Payload,
+        function: Any,
         items: list[_Item],
         prefix: str,
+        code: Path | None,
         on_status: Callable[[Statuses], None] | None,
         done: list[ItemResult],
         failed: dict[str, RayEnvsError],
     ) -> Iterator[ItemResult]:
-        flight = _Flight(payload, self._provider, prefix)
+        if self._state is BatchState.RUNNING:
+            raise InvalidInput("this runner is running a batch", hint="use a runner for each batch")
+        flight = _Flight(_Payload.of(function, code), self._provider, prefix)
+        self._state, self._started = BatchState.RUNNING, time.monotonic()
+        self._cancelled.clear()
+        self._total, self._completed, self._failed, self._in_progress = len(items), 0, 0, 0
         is_over = False
         try:
             environments = self._fetched(items, prefix, failed, on_status)
@@ -271,7 +282,7 @@ class RayBatchRunner:
                     raise
         for name in names:
             try:
-                environments[name] = self._provider.environment(prefix + name)
+                environments[name] = self._provider.environment(prefix + name, prepare=False)
             except RayEnvsError as exc:
                 failed[name] = exc
         return environments
@@ -320,7 +331,7 @@ class _Payload:
         if code is not None:
             self.code_sha256, archive = pack_code(code)
             self.code = ray.put(archive)
-        with _by_value([inside]):
+        with by_value([inside]):
             # A copy that belongs to no module: Ray pickles it later, at its first use.
             self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(inside.run_item)))
 
@@ -335,7 +346,7 @@ class _Payload:
             raise InvalidInput(
                 f"{function!r} cannot be called", hint='give a function or "module:function"'
             )
-        with _by_value(_modules_of(plain)):
+        with by_value(_modules_of(plain)):
             return cls(None, ray.cloudpickle.dumps(plain), code)
 
 
@@ -365,11 +376,16 @@ class _Flight:
         order = [key for key in warm if key in by_key]
         order += sorted(by_key, key=busy.count)  # stable: in the order of the batch
         item = by_key[order[0]]
-        if self.items and not self._has_room(item):
+        if self.items and self._is_able(item) and not self._has_room(item):
             return None
         if warm and order[0] in warm:
             warm.remove(order[0])
         return item
+
+    def _is_able(self, item: _Item) -> bool:
+        """Whether any node could run the item at all; `launch` says why none can."""
+        wanted = _wanted(item.limits)
+        return any(_has_all(node, wanted) for node in self._totals.values())
 
     def _has_room(self, item: _Item) -> bool:
         for name in _RESOURCES:
@@ -461,19 +477,28 @@ class _Flight:
                 return None
             return (_result(item, message),)
         except StopIteration:
-            return (_broken(item, "WorkerLost", "the worker ended without a result"),)
+            return self._again_or(item, "WorkerLost", "the worker ended without a result")
         except (
             exceptions.WorkerCrashedError,
             exceptions.NodeDiedError,
             exceptions.ObjectLostError,
+            exceptions.LocalRayletDiedError,
+            exceptions.OutOfMemoryError,
+            exceptions.TaskUnschedulableError,  # the named nodes are gone
+            exceptions.RuntimeEnvSetupError,
         ) as exc:
-            if item.attempts <= item.limits.retries:
-                return (None,)
-            return (_broken(item, type(exc).__name__, str(exc)),)
+            return self._again_or(item, type(exc).__name__, str(exc))
         except exceptions.RayTaskError as exc:
             return (_broken(item, type(exc.cause).__name__, str(exc.cause), str(exc)),)
         except Exception as exc:
             return (_broken(item, type(exc).__name__, str(exc)),)
+
+    @staticmethod
+    def _again_or(item: _Item, kind: str, message: str) -> tuple[ItemResult | None]:
+        """Start a lost item again; when its retries are used up, that is its result."""
+        if item.attempts <= item.limits.retries:
+            return (None,)
+        return (_broken(item, kind, message),)
 
     def _overdue(self) -> Iterator[tuple[_Item, ItemResult | None]]:
         now = time.monotonic()
@@ -526,6 +551,10 @@ def _wanted(limits: RunDefaults) -> dict[str, float]:
     return {"CPU": limits.num_cpus, "GPU": limits.num_gpus, "memory": limits.memory or 0}
 
 
+def _has_all(node: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
+    return all(node.get(name, 0) >= amount for name, amount in wanted.items())
+
+
 def _able_nodes(
     ready: Sequence[str],
     totals: Mapping[str, Mapping[str, float]],
@@ -533,12 +562,7 @@ def _able_nodes(
     variant_id: str,
 ) -> list[str]:
     """Those of the ready nodes that have enough of everything, were they idle."""
-    able = [
-        node_id
-        for node_id in ready
-        if node_id in totals
-        and all(totals[node_id].get(name, 0) >= amount for name, amount in wanted.items())
-    ]
+    able = [node_id for node_id in ready if node_id in totals and _has_all(totals[node_id], wanted)]
     if ready and not able:
         needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
         raise NoEligibleNode(
@@ -633,20 +657,3 @@ def _modules_of(function: Any) -> list[ModuleType]:
     if any(Path(path).is_relative_to(folder) for folder in installed):
         return []
     return [top]
-
-
-@contextmanager
-def _by_value(modules: Iterable[ModuleType]) -> Iterator[None]:
-    """Pickle functions of `modules` by value in the block: environments do not have them."""
-    from ray import cloudpickle
-
-    registered = []
-    try:
-        for module in modules:
-            if module.__name__ not in cloudpickle.list_registry_pickle_by_value():
-                cloudpickle.register_pickle_by_value(module)
-                registered.append(module)
-        yield
-    finally:
-        for module in registered:
-            cloudpickle.unregister_pickle_by_value(module)

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ray_envs.errors import (
     NotFound,
     RayEnvsError,
     ResolutionFailed,
+    StorageFailed,
     UvFailed,
 )
 from ray_envs.models import EnvId, EnvSpec, ItemResult, Status, validated
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 _SOME_FAILED = 1
+#: How often `create` looks how its build goes.
+_LOOK_S = 0.1
 
 #: What keeps one variant from being created while the others run.
 _OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, InvalidId)
@@ -266,16 +270,20 @@ def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[str], list[I
 def list_variants(as_json: bool) -> None:
     """The variants that are defined under the root, and which of them are ready on this machine."""
     registry, store = _disk()
-    rows = [_described(record, registry, store) for record in registry.all()]
+    damaged: list[StorageFailed] = []
+    rows = [_described(record, registry, store) for record in registry.all(damaged=damaged)]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
-        return
-    if not rows:
-        print(f"no variants are defined under {store.root}", file=sys.stderr)
-        return
-    from ray_envs.display import data_console, variants_table
+    elif rows:
+        from ray_envs.display import data_console, variants_table
 
-    data_console().print(variants_table(rows))
+        data_console().print(variants_table(rows))
+    else:
+        print(f"no variants are defined under {store.root}", file=sys.stderr)
+    if damaged:
+        for other in damaged[1:]:
+            _complain(str(other))
+        raise damaged[0]
 
 
 @cli.command()
@@ -316,10 +324,24 @@ def create(variant: str, packages: tuple[str, ...], as_json: bool, **options: An
     settings = Settings.from_environment()
     from ray_envs.provider import RayEnvironmentProvider
 
-    with RayEnvironmentProvider.without_cluster(settings) as provider:
-        provider.create(name, spec, replace=replace, base=Path.cwd())
-        provider.prepare(name, on_status=_say_phase())
-        row = provider.status(name)
+    with (
+        RayEnvironmentProvider.without_cluster(settings) as provider,
+        ThreadPoolExecutor(max_workers=1) as pool,
+    ):
+        # A failed build puts back what was before; meanwhile, this thread says how it goes.
+        creating = pool.submit(
+            provider.create,
+            name,
+            spec,
+            replace=replace,
+            base=Path.cwd(),
+            wait_s=settings.prepare_timeout_s,
+        )
+        say = _say_phase()
+        while not creating.done():
+            say({name: provider.status(name)})
+            futures_wait([creating], timeout=_LOOK_S)
+        row = creating.result()
     click.echo(json.dumps(row, indent=1) if as_json else row["python_path"])
 
 

@@ -8,19 +8,21 @@ the registry must not pay for it.
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import json
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any, Protocol
 
-from ray_envs.errors import ManagerUnavailable, RayEnvsError, from_dict
+from ray_envs import inside
+from ray_envs.errors import ManagerUnavailable, from_dict
 
 NAMESPACE = "ray_envs"
 MANAGER = "EnvManager"
@@ -157,29 +159,35 @@ class RayNodes:
 
 
 def actor_class(cls: type) -> Any:
-    """`cls` as a Ray actor whose errors any environment can unpickle.
-
-    An error of ours would need ray_envs where it arrives. So each verb turns it into a
-    `RuntimeError` of the message and a plain dict; `unwrapped` turns it back.
-    """
+    """`cls` as a Ray actor: see `inside.actor_shell`; `unwrapped` turns its errors back."""
     import ray
 
-    def travelling(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        @functools.wraps(method)
-        async def verb(self: Any, **arguments: Any) -> Any:
-            try:
-                return await method(self, **arguments)
-            except RayEnvsError as exc:
-                raise RuntimeError(f"{type(exc).__name__}: {exc}", exc.to_dict()) from None
-
-        return verb
-
-    verbs = {
-        name: travelling(method)
-        for name, method in inspect.getmembers(cls, inspect.iscoroutinefunction)
+    verbs = [
+        name
+        for name, _ in inspect.getmembers(cls, inspect.iscoroutinefunction)
         if not name.startswith("_")
-    }
-    return ray.remote(type(cls.__name__, (cls,), verbs))
+    ]
+    with by_value([inside]):
+        shell = inside.actor_shell(cls.__module__, cls.__name__, verbs)
+        # A copy that belongs to no module: Ray pickles it later, at its first use.
+        return ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(shell)))
+
+
+@contextmanager
+def by_value(modules: Iterable[ModuleType]) -> Iterator[None]:
+    """Pickle functions and classes of `modules` by value in the block: workers lack them."""
+    from ray import cloudpickle
+
+    registered = []
+    try:
+        for module in modules:
+            if module.__name__ not in cloudpickle.list_registry_pickle_by_value():
+                cloudpickle.register_pickle_by_value(module)
+                registered.append(module)
+        yield
+    finally:
+        for module in registered:
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def unwrapped(exc: BaseException) -> BaseException:

@@ -180,34 +180,41 @@ def _load(
     request: dict[str, Any], payload: bytes | None, code: bytes | None, outcome: dict[str, Any]
 ) -> Callable[..., Any]:
     """The function to call: the unpickled payload, or the entrypoint imported here."""
-    folder = None
-    if code is not None:
-        folder = _unpacked(request["code_sha256"], code)
-        _use_code(folder)
+    folder = None if code is None else _unpacked(request["code_sha256"], code)
+    _use_code(folder)
+    if folder is not None:
         outcome["shadowed"] = sorted({*outcome["shadowed"], *_shadowed([folder])})
     if payload is not None:
         function: Callable[..., Any] = sys.modules["ray"].cloudpickle.loads(payload)
         return function
     import importlib
 
-    module_name, _, name = request["entrypoint"].partition(":")
-    top = module_name.split(".")[0]
-    if folder is not None and top in _shadowed([folder]):
-        raise ImportError(
-            f"the code folder and the environment both have a module {top!r}; rename yours"
-        )
+    entrypoint = request["entrypoint"]
+    module_name, _, name = entrypoint.partition(":")
     module = importlib.import_module(module_name)
+    top = module_name.split(".")[0]
+    if folder is not None and top in _module_names(folder):
+        place = os.path.realpath(getattr(module, "__file__", None) or "")
+        if not place.startswith(os.path.realpath(folder) + os.sep):
+            raise ImportError(
+                f"the code folder and the environment both have a module {top!r}; rename yours"
+            )
     try:
         found: Callable[..., Any] = getattr(module, name)
     except AttributeError:
         raise AttributeError(
-            "{} has no function {!r} (entrypoint {!r})".format(
-                module_name, name, request["entrypoint"]
-            )
+            f"{module_name} has no function {name!r} (entrypoint {entrypoint!r})"
         ) from None
     if not callable(found):
-        raise TypeError("the entrypoint {!r} is not a function".format(request["entrypoint"]))
+        raise TypeError(f"the entrypoint {entrypoint!r} is not a function")
     return found
+
+
+def _code_folders() -> str:
+    """Where this user's code folders are unpacked on this machine."""
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), f"ray_envs-code-{os.getuid()}")
 
 
 def _unpacked(sha256: str, code: bytes) -> str:
@@ -217,40 +224,47 @@ def _unpacked(sha256: str, code: bytes) -> str:
     import tempfile
     import zipfile
 
-    parent = os.path.join(tempfile.gettempdir(), f"ray_envs-code-{os.getuid()}")
+    parent = _code_folders()
     os.makedirs(parent, mode=0o700, exist_ok=True)
     if os.stat(parent).st_uid != os.getuid():
         raise PermissionError(f"{parent} belongs to another user")
     folder = os.path.join(parent, sha256)
     if not os.path.isdir(folder):
         scratch = tempfile.mkdtemp(dir=parent)
-        with zipfile.ZipFile(io.BytesIO(code)) as archive:
-            archive.extractall(scratch)
         try:
+            with zipfile.ZipFile(io.BytesIO(code)) as archive:
+                archive.extractall(scratch)
             os.rename(scratch, folder)
         except OSError:  # another worker was first; the content is the same by its name
-            shutil.rmtree(scratch, ignore_errors=True)
             if not os.path.isdir(folder):
                 raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-_code_folder: str | None = None
+def _use_code(folder: str | None) -> None:
+    """Put `folder` last on sys.path; forget every other code folder and its modules.
 
+    A warm worker may have run other code before. It is recognised by where it lies, not by what
+    this module remembers: each batch sends a fresh copy of this module.
+    """
+    parent = os.path.realpath(_code_folders()) + os.sep
+    keep = None if folder is None else os.path.realpath(folder) + os.sep
 
-def _use_code(folder: str) -> None:
-    """Put `folder` last on sys.path; forget the modules of an earlier code folder."""
-    global _code_folder  # noqa: PLW0603 - sys.path is global too
-    if _code_folder == folder:
-        return
-    if _code_folder is not None:
-        old = _code_folder + os.sep
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(old):
-                del sys.modules[name]
-        sys.path[:] = [path for path in sys.path if path != _code_folder]
-    sys.path.append(folder)
-    _code_folder = folder
+    def is_old(path: str) -> bool:
+        real = os.path.realpath(path) + os.sep
+        return real.startswith(parent) and not (keep and real.startswith(keep))
+
+    for name, module in list(sys.modules.items()):
+        if is_old(getattr(module, "__file__", None) or ""):
+            del sys.modules[name]
+    sys.path[:] = [path for path in sys.path if not path or not is_old(path)]
+    if folder is not None and folder not in sys.path:
+        import importlib
+
+        sys.path.append(folder)
+        importlib.invalidate_caches()
 
 
 def _check_call(function: Callable[..., Any], request: dict[str, Any]) -> None:
@@ -275,25 +289,67 @@ def _as_json(value: Any) -> Any:
     def plain(thing: Any) -> Any:
         if type(thing).__module__ == "numpy" and getattr(thing, "ndim", None) == 0:
             return thing.item()
-        raise TypeError(
-            f"the value is not JSON: {repr(thing)[:80]} of type {type(thing).__qualname__}"
-        )
+        raise TypeError(f"{repr(thing)[:80]} of type {type(thing).__qualname__}")
 
     try:
         return json.loads(json.dumps(value, default=plain, allow_nan=False))
-    except ValueError as exc:  # NaN, infinity, a circle
+    except (TypeError, ValueError, RecursionError) as exc:  # also NaN, a circle, too deep
         raise TypeError(f"the value is not JSON: {exc}") from None
 
 
+#: How much of an error travels: a message may hold a whole array.
+_MESSAGE_LENGTH = 10_000
+_TRACEBACK_LENGTH = 20_000
+
+
 def _described(exc: BaseException) -> dict[str, str]:
+    """`exc` as plain data, without the frames of this file."""
     import traceback
 
-    frames = exc.__traceback__.tb_next if exc.__traceback__ else None
-    text = "".join(traceback.format_exception(type(exc), exc, frames))
+    frames = exc.__traceback__
+    while (
+        frames is not None and frames.tb_frame.f_code.co_filename == _described.__code__.co_filename
+    ):
+        frames = frames.tb_next
+    try:
+        message = str(exc)
+        text = "".join(traceback.format_exception(type(exc), exc, frames))
+    except Exception as broken:  # a payload's own __str__
+        message = text = f"<no message: its __str__ raised {type(broken).__name__}>"
     module = type(exc).__module__
     name = type(exc).__qualname__
     return {
         "type": name if module == "builtins" else f"{module}.{name}",
-        "message": str(exc),
-        "traceback": text[-20000:],
+        "message": message[:_MESSAGE_LENGTH],
+        "traceback": text[-_TRACEBACK_LENGTH:],
     }
+
+
+def actor_shell(module: str, name: str, verbs: Iterable[str]) -> type:
+    """A class that is `module.name` for Ray, and imports it only where it runs.
+
+    Sent by value to a worker of the cluster's own Python. Ray puts the folders of the job that
+    creates an actor before its packages: a `tomlkit.py` there would end the actor. So they go
+    behind first. And an error of ours would need ray_envs where it arrives, so that each verb
+    turns it into a `RuntimeError` of its text and a plain dict.
+    """
+
+    def __init__(self: Any, **arguments: Any) -> None:
+        _put_foreign_paths_last()
+        import importlib
+
+        self._actor = getattr(importlib.import_module(module), name)(**arguments)
+
+    def travelling(verb: str) -> Callable[..., Any]:
+        async def call(self: Any, **arguments: Any) -> Any:
+            try:
+                return await getattr(self._actor, verb)(**arguments)
+            except Exception as exc:
+                if not hasattr(exc, "to_dict"):
+                    raise
+                raise RuntimeError(f"{type(exc).__name__}: {exc}", exc.to_dict()) from None
+
+        call.__name__ = call.__qualname__ = verb
+        return call
+
+    return type(name, (), {"__init__": __init__, **{verb: travelling(verb) for verb in verbs}})

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ray_envs.builder import base_python, index_settings, this_platform, this_ta
 from ray_envs.cluster import NAMESPACE, Call, NodeInfo, Nodes, RayNodes, create_manager
 from ray_envs.errors import (
     AlreadyExists,
+    EnvironmentNotReady,
     InvalidInput,
     NotFound,
     RayEnvsError,
@@ -86,6 +88,8 @@ class EnvManager:
         #: The keys that somebody asked for, with the attempt that the last request began.
         self._wishes: dict[str, int] = {}
         self._resolving: dict[str, asyncio.Task[str]] = {}
+        #: Tells clients that a restart has forgotten their wishes.
+        self._life = uuid.uuid4().hex
         self._version = 0
         self._changed = asyncio.Condition()
         self._wake_up = asyncio.Event()
@@ -157,14 +161,14 @@ class EnvManager:
             self._remember(record)
             self._want([record.current.key])
             if wait_s > 0 and record is not before:
+                await self._until_final(env_id, wait_s)
                 try:
-                    await self._until_final([env_id], wait_s)
                     self._raise_failure(record)
                 except RayEnvsError:
                     self._restore(env_id, before)
                     raise
         if wait_s > 0 and record is before:
-            await self._until_final([env_id], wait_s)
+            await self._until_final(env_id, wait_s)
             self._raise_failure(record)
         return self._status(str(env_id))
 
@@ -177,7 +181,7 @@ class EnvManager:
         await self._awake()
         ids = [str(EnvId.parse(text)) for text in variant_ids]
         self._want([self._get(name).current.key for name in ids])
-        return {"version": self._version, "variants": {name: self._status(name) for name in ids}}
+        return self._told(ids)
 
     async def watch(
         self, *, variant_ids: Iterable[str], seen: int, timeout_s: float = 10
@@ -190,7 +194,11 @@ class EnvManager:
                 await asyncio.wait_for(
                     self._changed.wait_for(lambda: self._version > seen), timeout_s
                 )
-        return {"version": self._version, "variants": {name: self._status(name) for name in ids}}
+        return self._told(ids)
+
+    def _told(self, ids: Iterable[str]) -> dict[str, Any]:
+        statuses = {name: self._status(name) for name in ids}
+        return {"life": self._life, "version": self._version, "variants": statuses}
 
     async def get_env_status(self, *, variant_id: str) -> dict[str, Any]:
         """What is known of a variant; NOT_EXISTS where it is not defined. Never counts as use."""
@@ -414,13 +422,19 @@ class EnvManager:
         if status["error"]:
             raise from_dict(status["error"]).about(variant_id=str(record.env_id))
 
-    async def _until_final(self, ids: list[EnvId], timeout_s: float) -> None:
+    async def _until_final(self, env_id: EnvId, timeout_s: float) -> None:
         def is_final() -> bool:
-            busy = (Status.CREATING.value, Status.UPDATING.value)
-            return all(self._status(str(env_id))["status"] not in busy for env_id in ids)
+            return bool(self._status(str(env_id))["status"] != Status.CREATING.value)
 
-        async with self._changed:
-            await asyncio.wait_for(self._changed.wait_for(is_final), timeout_s)
+        try:
+            async with self._changed:
+                await asyncio.wait_for(self._changed.wait_for(is_final), timeout_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise EnvironmentNotReady(
+                f"variant {env_id} was not ready after {timeout_s:g} s",
+                variant_id=str(env_id),
+                hint="its build goes on: see `ray-envs status`",
+            ) from None
 
     # -- the loop ---------------------------------------------------------------------------
 

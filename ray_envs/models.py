@@ -28,6 +28,9 @@ _MAX_FOLDER_LENGTH = 240
 #: The dependency group that holds the cluster's Ray: `uv add ray` fails on dynamic dependencies.
 RAY_GROUP = "ray-envs"
 
+#: Variables that decide what a worker imports; an environment sets them itself.
+RESERVED_VARIABLES = ("PATH", "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH")
+
 #: The workflow of variants that are addressed by one `variant_id`.
 DEFAULT_WORKFLOW = "default"
 
@@ -170,7 +173,7 @@ class _EnvOptions(Model):
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} is not the name of an environment variable")
-            if name in ("PATH", "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH"):
+            if name in RESERVED_VARIABLES:
                 raise ValueError(f"{name} is set by ray_envs and cannot be given")
         return value
 
@@ -461,9 +464,8 @@ def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if inner:
-            model = inner[0]
+        inner = (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        model = next(inner, model)
     return list(model.model_fields)
 
 

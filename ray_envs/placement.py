@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_envs.errors import InvalidInput, NoEligibleNode
+from ray_envs.models import RESERVED_VARIABLES
 
 #: More names in a selector cost every task milliseconds (1,000 of them 12 ms, 32 of them 0.6).
 MAX_NAMED_NODES = 32
@@ -69,7 +70,15 @@ def options(
                 hint="leave it out, or put the packages into the variant",
                 variant_id=variant_id,
             )
-    env_vars = {**theirs.pop("env_vars", {}), **environment["env_vars"]}
+    given_vars = dict(theirs.pop("env_vars", None) or {})
+    for name in RESERVED_VARIABLES:
+        if name in given_vars:
+            raise InvalidInput(
+                f"runtime_env['env_vars'][{name!r}] is what the variant {variant_id!r} decides",
+                hint="leave it out",
+                variant_id=variant_id,
+            )
+    env_vars = {**given_vars, **environment["env_vars"]}
     selector = dict(given.get("label_selector") or {})
     if _NODE_ID_LABEL in selector:
         raise InvalidInput(

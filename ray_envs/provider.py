@@ -1,13 +1,14 @@
 """What a program talks to: turns a `variant_id` into Ray options. One contract, two providers.
 
 `RayEnvironmentProvider` speaks to the EnvManager of a cluster or, through a local door, to the
-same class in this process. `InMemoryEnvironmentProvider` keeps the contract without uv and without Ray,
-for the tests of programs that use a provider.
+same class in this process. `InMemoryEnvironmentProvider` keeps the contract without uv and without
+Ray, for the tests of programs that use a provider.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import hashlib
 import os
 import sys
@@ -23,8 +24,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ray_envs import cluster, placement, resolving
 from ray_envs.agent import NodeAgent
 from ray_envs.errors import (
+    AlreadyExists,
     EnvironmentNotReady,
-    InvalidInput,
+    InvalidId,
+    ManagerUnavailable,
     NotFound,
     RayEnvsError,
     from_dict,
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 _POLL_S = 2.0
 #: How long a verb that neither resolves nor builds may take.
 _VERB_TIMEOUT_S = 60.0
+#: How long a verb is said again while the manager restarts, and the pause in between.
+_RESTART_S = 60.0
+_AGAIN_S = 0.5
 
 #: A variant's status by its id, as `EnvManager.get_env_status` describes it.
 Statuses = dict[str, dict[str, Any]]
@@ -68,7 +74,10 @@ class EnvironmentProvider(ABC):
     ) -> None:
         self._specs = dict(specs or {})
         self._base_packages = tuple(base_packages)
+        #: The address behind each id of `create_environment`; several may share one.
         self._ids: dict[str, EnvId] = {}
+        #: Ids whose create surely failed: nothing of theirs is anywhere.
+        self._refused: set[str] = set()
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
 
@@ -113,16 +122,19 @@ class EnvironmentProvider(ABC):
         *,
         replace: bool = True,
         base: Path | None = None,
+        wait_s: float = 0,
     ) -> dict[str, Any]:
         """Define a variant: validate it, lock it, and want it on every node. Returns its status.
 
-        Returns before the environment is built; `prepare` waits for that.
+        Returns before the environment is built, unless `wait_s` is given; `prepare` waits too.
 
         Args:
             variant_id: "node", "workflow/node" or "workflow/node/version".
             spec: an `EnvSpec`, or its fields.
             replace: whether an existing variant with another spec gets a new generation.
             base: the folder that paths in the spec are relative to; by default the cwd.
+            wait_s: how long to wait until it is ready, in seconds. If the build fails within that
+                time, this raises, and the definition is again what it was before.
 
         Raises:
             InvalidId, InvalidInput, InvalidPackages: the input cannot be accepted.
@@ -132,7 +144,7 @@ class EnvironmentProvider(ABC):
         """
         env_id = EnvId.parse(variant_id)
         definition = self._defined(spec, base=base, where=f"variant {variant_id}")
-        status: dict[str, Any] = self._create(env_id, definition, replace=replace, wait_s=0)
+        status: dict[str, Any] = self._create(env_id, definition, replace=replace, wait_s=wait_s)
         return status
 
     def prepare(
@@ -197,13 +209,29 @@ class EnvironmentProvider(ABC):
             environment["runtime_env"], environment["ready_nodes"], given, variant_id=variant_id
         )
 
-    def environment(self, variant_id: str) -> dict[str, Any]:
-        """Paths, versions, ready nodes of a variant; prepares it first where no node is ready."""
+    def environment(self, variant_id: str, *, prepare: bool = True) -> dict[str, Any]:
+        """Paths, versions and ready nodes of a variant.
+
+        Args:
+            variant_id: the variant.
+            prepare: make it ready first where no node is; otherwise say why none is.
+
+        Raises:
+            NotFound, EnvironmentNotReady: there is nothing to run in.
+            RayEnvsError: what kept it from being built.
+        """
         env_id = self._id(variant_id)
         environment = self._environment(env_id)
-        if not environment["ready_nodes"]:
+        if prepare and not environment["ready_nodes"]:
             self.prepare(variant_id)
             environment = self._environment(env_id)
+        if not environment["ready_nodes"]:
+            raise_status_error(variant_id, environment)
+            raise EnvironmentNotReady(
+                f"variant {variant_id!r} is ready on no node: {environment['status']}",
+                variant_id=variant_id,
+                hint="call prepare() first, or see `ray-envs status`",
+            )
         return environment
 
     def status(self, variant_id: str) -> dict[str, Any]:
@@ -247,10 +275,19 @@ class EnvironmentProvider(ABC):
                 rest["packages"] = spec.packages
         definition = self._defined(rest, base=None, where=f"variant {variant_id}")
         with self._one_at_a_time(variant_id):
-            status = self._create(
-                env_id, definition, replace=True, wait_s=self._prepare_timeout_s()
-            )
-            self._ids[variant_id] = env_id
+            before = self._ids.get(variant_id)
+            self._ids[variant_id] = env_id  # now: an answer that is lost can be cleaned up
+            self._refused.discard(variant_id)
+            try:
+                status = self._create(
+                    env_id, definition, replace=True, wait_s=self._prepare_timeout_s()
+                )
+            except RayEnvsError as exc:
+                if not exc.retryable:  # surely not created
+                    self._forget(variant_id, before)
+                raise
+            if before is not None and before != env_id:
+                self._release(before)
         shown = (*_CONFIG_IDS, "env_path", "venv_path", "python_path", "python_version")
         return {
             "variant_id": variant_id,
@@ -266,8 +303,11 @@ class EnvironmentProvider(ABC):
         Raises:
             EnvironmentNotReady: some node is not; `options` needs only one.
         """
+        env_id = self._known_id(variant_id)
+        if env_id is None:
+            return None
         try:
-            environment = self._environment(self._id(variant_id))
+            environment = self._environment(env_id)
         except NotFound:
             return None
         if environment["status"] != Status.ACTIVE.value:
@@ -292,13 +332,20 @@ class EnvironmentProvider(ABC):
         Returns at once: files go when nothing wants or holds them any more.
         """
         with self._one_at_a_time(variant_id, timeout):
-            self._delete(self._id(variant_id))
+            env_id = self._known_id(variant_id)
+            if env_id is not None:
+                self._release(env_id, but=variant_id)
             self._ids.pop(variant_id, None)
+            self._refused.discard(variant_id)
 
     def list_environments(self) -> list[str]:
         """The ids of all defined variants, as this provider's callers know them."""
-        ours = {str(env_id): name for name, env_id in self._ids.items()}
-        return sorted(ours.get(s["variant_id"], s["variant_id"]) for s in self.list_variants())
+        defined = {status["variant_id"] for status in self.list_variants()}
+        ours = {name: str(env_id) for name, env_id in self._ids.items()}
+        return sorted(
+            {name for name, address in ours.items() if address in defined}
+            | (defined - set(ours.values()))
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -315,6 +362,30 @@ class EnvironmentProvider(ABC):
 
     def _id(self, variant_id: str) -> EnvId:
         return self._ids.get(variant_id) or EnvId.parse(variant_id)
+
+    def _known_id(self, variant_id: str) -> EnvId | None:
+        """The address behind a caller's id; None where there can be nothing of that name."""
+        if variant_id in self._ids:
+            return self._ids[variant_id]
+        if variant_id in self._refused:
+            return None
+        try:
+            return EnvId.parse(variant_id)
+        except InvalidId:
+            return None
+
+    def _forget(self, variant_id: str, before: EnvId | None) -> None:
+        """Take back that a caller's id has an address, after a create that surely failed."""
+        if before is None:
+            del self._ids[variant_id]
+            self._refused.add(variant_id)
+        else:
+            self._ids[variant_id] = before
+
+    def _release(self, env_id: EnvId, *, but: str = "") -> None:
+        """Delete a definition, unless another id of our callers (than `but`) stands for it."""
+        if not any(other == env_id for name, other in self._ids.items() if name != but):
+            self._delete(env_id)
 
     def _config_id(self, variant_id: str, ids: Mapping[str, str | None]) -> EnvId:
         if ids["node_id"] is None:
@@ -366,7 +437,11 @@ def raise_status_error(variant_id: str, status: Mapping[str, Any]) -> None:
         RayEnvsError: the error that its agent reported.
     """
     if status["status"] == Status.NOT_EXISTS.value:
-        raise NotFound(f"no variant {variant_id!r} is defined", variant_id=variant_id)
+        raise NotFound(
+            f"no variant {variant_id!r} is defined",
+            variant_id=variant_id,
+            hint="`ray-envs list` shows the defined ones, create() makes one",
+        )
     if status.get("error"):
         raise from_dict(status["error"]).about(variant_id=variant_id)
 
@@ -389,10 +464,16 @@ class RayDoor:
     def call(self, verb: str, *, within_s: float = _VERB_TIMEOUT_S, **arguments: Any) -> Any:
         import ray
 
-        try:
-            return ray.get(getattr(self._handle, verb).remote(**arguments), timeout=within_s)
-        except Exception as exc:
-            raise cluster.unwrapped(exc) from exc
+        deadline = time.monotonic() + min(within_s, _RESTART_S)
+        while True:
+            try:
+                return ray.get(getattr(self._handle, verb).remote(**arguments), timeout=within_s)
+            except Exception as exc:
+                error = cluster.unwrapped(exc)
+                # A killed manager restarts by itself, and every verb may be said twice.
+                if not isinstance(error, ManagerUnavailable) or time.monotonic() >= deadline:
+                    raise error from exc
+            time.sleep(_AGAIN_S)
 
     def close(self) -> None:
         if self._on_close is not None:
@@ -412,10 +493,15 @@ class LocalDoor:
         )
 
     def call(self, verb: str, *, within_s: float = _VERB_TIMEOUT_S, **arguments: Any) -> Any:
+        if self._loop.is_closed():
+            raise ManagerUnavailable("this provider is closed", hint="connect a new one")
         coroutine = getattr(self._manager, verb)(**arguments)
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(within_s)
+        except (TimeoutError, concurrent.futures.TimeoutError):
+            future.cancel()
+            raise ManagerUnavailable(f"{verb} did not end within {within_s:g} s") from None
         except BaseException:
             future.cancel()
             raise
@@ -442,7 +528,8 @@ class RayEnvironmentProvider(EnvironmentProvider):
         super().__init__(**options)
         self._door = door
         self._settings = settings
-        self._seen = 0
+        #: Which life of the manager told us last, and its version then.
+        self._seen: tuple[str, int] = ("", 0)
 
     @classmethod
     def connect(
@@ -518,14 +605,18 @@ class RayEnvironmentProvider(EnvironmentProvider):
         names = [str(env_id) for env_id in ids]
         if not want:
             return {n: self._door.call("get_env_status", variant_id=n) for n in names}
-        told = self._door.call("prepare", variant_ids=names)
-        self._seen = told["version"]
-        return dict(told["variants"])
+        return self._told(self._door.call("prepare", variant_ids=names))
 
     def _next_statuses(self, ids: Iterable[EnvId]) -> Statuses:
         names = [str(env_id) for env_id in ids]
-        told = self._door.call("watch", variant_ids=names, seen=self._seen, timeout_s=_POLL_S)
-        self._seen = told["version"]
+        life, seen = self._seen
+        told = self._door.call("watch", variant_ids=names, seen=seen, timeout_s=_POLL_S)
+        if told["life"] != life:  # a manager that restarted has forgotten what we want
+            told = self._door.call("prepare", variant_ids=names)
+        return self._told(told)
+
+    def _told(self, told: Mapping[str, Any]) -> Statuses:
+        self._seen = (told["life"], told["version"])
         return dict(told["variants"])
 
     def _environment(self, env_id: EnvId) -> dict[str, Any]:
@@ -584,9 +675,11 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
             if before is not None and before[1] == definition:
                 return self._status(name)
             if before is not None and not replace:
-                from ray_envs.errors import AlreadyExists
-
-                raise AlreadyExists(f"variant {name} exists with another spec", variant_id=name)
+                raise AlreadyExists(
+                    f"variant {name} exists with another spec",
+                    variant_id=name,
+                    hint="give replace=True for a new generation, or another id",
+                )
             self._defined_envs[name] = (env_id, definition, before[2] + 1 if before else 1)
         return self._status(name)
 
@@ -654,7 +747,6 @@ __all__ = [
     "Door",
     "EnvironmentProvider",
     "InMemoryEnvironmentProvider",
-    "InvalidInput",
     "LocalDoor",
     "RayDoor",
     "RayEnvironmentProvider",

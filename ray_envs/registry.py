@@ -63,18 +63,27 @@ class Registry:
             )
         return record
 
-    def all(self) -> list[VariantRecord]:
-        """Every definition under the root, by workflow, node and version.
+    def all(self, *, damaged: list[StorageFailed] | None = None) -> list[VariantRecord]:
+        """Every definition under the root that can be read, by its id.
 
-        Raises:
-            StorageFailed: a definition cannot be read.
+        Args:
+            damaged: receives an error for each definition that cannot be read; one of them must
+                not hide the others.
         """
         try:
             with os.scandir(self._envs) as entries:
                 folders = [entry.path for entry in entries if entry.is_dir()]
         except FileNotFoundError:
             return []
-        found = (self._read(Path(folder, _METADATA)) for folder in folders)
+        except OSError as exc:
+            raise StorageFailed(f"cannot read {self._envs}: {exc.strerror}") from exc
+        found = []
+        for folder in folders:
+            try:
+                found.append(self._read(Path(folder, _METADATA)))
+            except StorageFailed as exc:
+                if damaged is not None:
+                    damaged.append(exc)
         return sorted((r for r in found if r is not None), key=lambda r: str(r.env_id))
 
     def _read(self, path: Path) -> VariantRecord | None:

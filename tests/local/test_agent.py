@@ -1,4 +1,4 @@
-"""The agent: one build at a time, whatever is killed, and never a ready record without its promise."""
+"""The agent: one build of a key at a time, and no record without its promise, whatever dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The builder: uv's words come back, secrets do not, and no process outlives its time or its parent."""
+"""The builder: uv's words come back, secrets do not, no process outlives its time or parent."""
 
 from __future__ import annotations
 
@@ -318,7 +318,9 @@ def test_a_source_that_is_no_python_keeps_nothing_else_from_being_compiled(
     (archive / "iniconfig" / "template.py").write_text("{{ not python }}")
     late = [name for name in os.listdir(site) if name.startswith("iniconfig-")]
     assert run_compile(warm, site, late)
-    assert Path(importlib.util.cache_from_source(str(archive / "iniconfig" / "__init__.py"))).exists()
+    assert Path(
+        importlib.util.cache_from_source(str(archive / "iniconfig" / "__init__.py"))
+    ).exists()
 
 
 def test_wheels_that_the_cache_does_not_have_are_reported(

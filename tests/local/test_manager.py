@@ -32,6 +32,9 @@ from tests.local.conftest import processes_of, wait_until
 
 Act = Callable[[EnvManager], Any]
 
+#: How long a manager may take to stop: it has nothing to wait for.
+STOP_S = 5
+
 BARE = Definition().model_dump()
 
 
@@ -47,7 +50,7 @@ def in_manager(settings: Settings, act: Act) -> Any:
         try:
             return await asyncio.wait_for(act(manager), 120)
         finally:
-            await manager.stop()
+            await asyncio.wait_for(manager.stop(), STOP_S)
 
     return asyncio.run(main())
 
@@ -75,7 +78,7 @@ def on_disk(settings: Settings) -> dict[str, str]:
         if path.is_file()
         and path.suffix not in (".holder", ".hold", ".pyc")
         and (path.suffix != ".lock" or path.name == "uv.lock")
-        and "site-packages" not in path.parts
+        and ".venv" not in path.parts
     }
 
 
@@ -170,6 +173,22 @@ def test_one_caller_who_gives_up_does_not_end_the_resolution_of_the_others(
     assert len(fake_uv.calls("lock")) == 1
 
 
+def test_a_manager_stops_at_once_whatever_it_was_just_asked(warm: Settings) -> None:
+    """A cancellation that meets an event in the same turn of the loop must not be lost."""
+    create(warm, "v", BARE)
+
+    async def main() -> None:
+        manager = EnvManager(settings=warm.to_environment(), nodes=LocalNodes(NodeAgent))
+        await manager.prepare(variant_ids=["v"])
+        await asyncio.sleep(0)  # the loop waits for its next wish
+        await manager.prepare(variant_ids=["v"])
+        stopping = asyncio.create_task(manager.stop())
+        _, late = await asyncio.wait([stopping], timeout=STOP_S)
+        assert not late
+
+    asyncio.run(main())
+
+
 # -- all or nothing
 
 
@@ -192,10 +211,9 @@ def test_every_one_who_shared_a_failed_resolution_is_told(warm: Settings, fake_u
     fake_uv.fail("lock", exit_code=1, stderr="  × No solution found: because\n")
 
     async def act(manager: EnvManager) -> list[Any]:
-        return await asyncio.gather(
-            *(manager.create_env(variant_id=f"v{n}", spec=BARE, wait_s=60) for n in range(5)),
-            return_exceptions=True,
-        )
+        ids = [f"v{number}" for number in range(5)]
+        asked = (manager.create_env(variant_id=name, spec=BARE, wait_s=60) for name in ids)
+        return list(await asyncio.gather(*asked, return_exceptions=True))
 
     told = in_manager(warm, act)
     assert {type(error) for error in told} == {ResolutionFailed}

@@ -122,6 +122,12 @@ def test_a_folder_is_one_plain_name_and_the_id_reads_back(
     assert EnvId.model_validate(given_id.model_dump()) == given_id
 
 
+def test_an_id_is_written_as_short_as_it_can_be() -> None:
+    assert str(EnvId(node_id="a")) == "a"
+    assert str(EnvId(workflow_id="w", node_id="a")) == "w/a"
+    assert str(EnvId(node_id="a", version_id="1")) == "default/a/1"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
