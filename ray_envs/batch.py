@@ -187,6 +187,10 @@ class RayBatchRunner:
     ) -> Iterator[ItemResult]:
         if isinstance(function, str) and not _ENTRYPOINT.fullmatch(function):
             raise InvalidInput(f"{function!r} is no entrypoint", hint='write "module:function"')
+        if not isinstance(function, str) and not callable(_plain(function)):
+            raise InvalidInput(
+                f"{function!r} cannot be called", hint='give a function or "module:function"'
+            )
         pairs = [(item.variant_id, item.case.id) for item in items]
         twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
         if twice is not None:
@@ -341,11 +345,7 @@ class _Payload:
             return cls(function, None, code)
         import ray
 
-        plain = getattr(function, "_function", function)
-        if not callable(plain):
-            raise InvalidInput(
-                f"{function!r} cannot be called", hint='give a function or "module:function"'
-            )
+        plain = _plain(function)
         with by_value(_modules_of(plain)):
             return cls(None, ray.cloudpickle.dumps(plain), code)
 
@@ -641,6 +641,11 @@ def _filled(item: _Item, **fields: Any) -> ItemResult:
         call_sha256=item.call_sha256,
         **fields,
     )
+
+
+def _plain(function: Any) -> Any:
+    """The function behind a Ray remote function; any other one as it is."""
+    return getattr(function, "_function", function)
 
 
 def _modules_of(function: Any) -> list[ModuleType]:

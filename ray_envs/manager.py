@@ -95,6 +95,7 @@ class EnvManager:
         self._wake_up = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._first_look = asyncio.Event()
+        self._is_stopping = False
         #: The open lock that tells other processes that this manager serves the root.
         self._announced: int | None = None
 
@@ -161,8 +162,8 @@ class EnvManager:
             self._remember(record)
             self._want([record.current.key])
             if wait_s > 0 and record is not before:
-                await self._until_final(env_id, wait_s)
                 try:
+                    await self._until_final(env_id, wait_s)
                     self._raise_failure(record)
                 except RayEnvsError:
                     self._restore(env_id, before)
@@ -246,11 +247,13 @@ class EnvManager:
 
     async def stop(self) -> None:
         """End the loop and, where the agent lives in this process, its builds."""
+        self._is_stopping = True
         tasks = [self._loop_task, *(node.watcher for node in self._nodes.values())]
-        ending = [task for task in tasks if task is not None]
-        for task in ending:
-            task.cancel()
-        await asyncio.gather(*ending, return_exceptions=True)
+        ending = {task for task in tasks if task is not None}
+        while ending:  # before Python 3.12, wait_for may swallow a cancellation
+            for task in ending:
+                task.cancel()
+            _, ending = await asyncio.wait(ending, timeout=1)
         await self._cluster.stop()
         if self._announced is not None:
             os.close(self._announced)
@@ -433,7 +436,7 @@ class EnvManager:
             raise EnvironmentNotReady(
                 f"variant {env_id} was not ready after {timeout_s:g} s",
                 variant_id=str(env_id),
-                hint="its build goes on: see `ray-envs status`",
+                hint="allow more time; what is built so far is used again",
             ) from None
 
     # -- the loop ---------------------------------------------------------------------------
@@ -457,7 +460,7 @@ class EnvManager:
         await self._first_look.wait()
 
     async def _loop(self) -> None:
-        while True:
+        while not self._is_stopping:
             self._wake_up.clear()
             try:
                 await self._tick()
@@ -537,7 +540,7 @@ class EnvManager:
     async def _watch(self, node: _Node, seen: int) -> None:
         """Follow one agent for as long as it answers; the next tick meets it again after that."""
         try:
-            while True:
+            while not self._is_stopping:
                 told = await node.call("watch", seen=seen, timeout_s=_WATCH_S)
                 if told["version"] != seen:
                     seen = told["version"]

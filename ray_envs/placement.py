@@ -55,7 +55,7 @@ def options(
         NoEligibleNode: no node is ready.
         InvalidInput: the caller's options contradict the environment or its placement.
     """
-    nodes = sorted(ready_nodes)[:MAX_NAMED_NODES]
+    nodes = sorted(set(ready_nodes))[:MAX_NAMED_NODES]
     if not nodes:
         raise NoEligibleNode(
             f"no live node has the environment of {variant_id!r} ready",
@@ -70,15 +70,22 @@ def options(
                 hint="leave it out, or put the packages into the variant",
                 variant_id=variant_id,
             )
+    if "fallback_strategy" in given:
+        raise InvalidInput(
+            "fallback_strategy would lead around the nodes where the environment is ready",
+            hint="leave it out",
+            variant_id=variant_id,
+        )
     given_vars = dict(theirs.pop("env_vars", None) or {})
-    for name in RESERVED_VARIABLES:
-        if name in given_vars:
+    decided = environment["env_vars"]
+    for name, value in given_vars.items():
+        if name in RESERVED_VARIABLES or decided.get(name, value) != value:
             raise InvalidInput(
                 f"runtime_env['env_vars'][{name!r}] is what the variant {variant_id!r} decides",
-                hint="leave it out",
+                hint="leave it out, or change the variant's env_vars",
                 variant_id=variant_id,
             )
-    env_vars = {**given_vars, **environment["env_vars"]}
+    env_vars = {**given_vars, **decided}
     selector = dict(given.get("label_selector") or {})
     if _NODE_ID_LABEL in selector:
         raise InvalidInput(

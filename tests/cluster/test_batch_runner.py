@@ -671,9 +671,9 @@ def test_an_item_whose_nodes_died_before_it_began_is_placed_again(
     gone, real_totals, real = "ab" * 28, batch._totals, cluster.environment
     asked: list[str] = []
 
-    def environment(variant_id: str) -> dict[str, Any]:
+    def environment(variant_id: str, *, prepare: bool = True) -> dict[str, Any]:
         asked.append(variant_id)
-        found = real(variant_id)
+        found = real(variant_id, prepare=prepare)
         return {**found, "ready_nodes": [gone]} if len(asked) == 1 else found
 
     def totals() -> dict[str, dict[str, float]]:
@@ -851,11 +851,15 @@ def test_a_task_without_ray_envs_can_ask_the_manager(cluster: RayEnvironmentProv
 def test_a_manager_that_was_killed_comes_back_with_what_it_knew(
     cluster: RayEnvironmentProvider, runner: RayBatchRunner
 ) -> None:
-    found = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::EnvManager")
-    ]
+
+    def title(process: psutil.Process) -> str:
+        try:
+            return str((process.cmdline() or [""])[0])
+        except psutil.Error:  # it has ended meanwhile
+            return ""
+
+    children = psutil.Process().children(recursive=True)
+    found = [process for process in children if title(process).startswith("ray::EnvManager")]
     assert len(found) == 1
     os.kill(found[0].pid, signal.SIGKILL)
 

@@ -140,7 +140,8 @@ def test_variants_that_share_an_environment_share_their_runtime_env(warm: Settin
 def test_a_repeated_create_does_nothing(warm: Settings, fake_uv: FakeUv) -> None:
     first = create(warm, "v", BARE)
     calls, there = len(fake_uv.calls()), on_disk(warm)
-    assert create(warm, "v", BARE) == first
+    again = create(warm, "v", BARE)
+    assert {**again, "nodes": {}} == {**first, "nodes": {}}
     assert (len(fake_uv.calls()), on_disk(warm)) == (calls, there)
 
 
