@@ -7,6 +7,7 @@ to build is not decided here (`planning`), nor where anything lies (`store`).
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -20,6 +21,8 @@ from ray_envs.store import Store
 
 #: The first pause before a failed download is tried again; it doubles. A guess.
 _RETRY_PAUSE_S = 1.0
+#: How uv reports ENOSPC; uv has no exit code for it, and may have freed the space again.
+_NO_SPACE = f"os error {errno.ENOSPC}"
 
 
 class NodeAgent:
@@ -40,6 +43,8 @@ class NodeAgent:
         self._states: dict[str, NodeEnvState] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(self._settings.max_parallel_builds)
+        #: Resolutions have places of their own: they must not wait behind long builds.
+        self._lock_slots = asyncio.Semaphore(self._settings.max_parallel_builds)
         self._version = 0
         self._changed = asyncio.Condition()
         self._is_set_up = False
@@ -54,6 +59,7 @@ class NodeAgent:
         for key, record in self._store.records().items():
             if key not in self._states:
                 self._states[key] = NodeEnvState(key=key, phase=Phase.READY, how=record.how)
+        self._forget_lost()
         return {
             "node_id": self._node_id,
             "platform": this_platform().model_dump(mode="json"),
@@ -67,8 +73,9 @@ class NodeAgent:
     async def watch(self, *, seen: int, timeout_s: float) -> dict[str, Any]:
         """The states of all environments, as soon as there is something newer than `seen`.
 
-        Returns after `timeout_s` seconds at the latest, changed or not.
+        Returns after `timeout_s` seconds at the latest, changed or not. `seen=-1` returns at once.
         """
+        self._forget_lost()
         async with self._changed:
             with suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(
@@ -92,11 +99,12 @@ class NodeAgent:
         files = {"pyproject.toml": pyproject}
         if uv_lock is not None:
             files["uv.lock"] = uv_lock
-        with self._store.scratch(files) as project:
-            try:
-                text = await self._builder.lock(project, exclude_newer=exclude_newer)
-            except UvFailed as exc:
-                raise self._blamed(exc) from exc
+        async with self._lock_slots:
+            with self._store.scratch(files) as project:
+                try:
+                    text = await self._builder.lock(project, exclude_newer=exclude_newer)
+                except UvFailed as exc:
+                    raise self._blamed(exc) from exc
         return {"uv_lock": text, "duration_s": time.monotonic() - started}
 
     async def ensure(self, *, request: dict[str, Any], attempt: int) -> dict[str, Any]:
@@ -117,6 +125,14 @@ class NodeAgent:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _forget_lost(self) -> None:
+        """Stop calling ready what the disk has lost, so that it is built again."""
+        ready = [key for key, state in self._states.items() if state.phase is Phase.READY]
+        for key in ready:
+            if self._store.record(key) is None:
+                del self._states[key]
+                self._version += 1
 
     async def _set_up(self) -> None:
         if not self._is_set_up:
@@ -143,6 +159,8 @@ class NodeAgent:
             await self._fail(request.key, attempt, exc)
         except OSError as exc:
             await self._fail(request.key, attempt, StorageFailed(f"{exc}"))
+        except Exception as exc:  # noqa: BLE001 - a build without an end would be waited for
+            await self._fail(request.key, attempt, RayEnvsError(f"{type(exc).__name__}: {exc}"))
         except asyncio.CancelledError:
             await self._fail(request.key, attempt, UvFailed("the build was stopped"))
             raise
@@ -209,6 +227,8 @@ class NodeAgent:
     async def _download(self, project: Any, request: BuildRequest, progress: Any) -> None:
         pause_s = _RETRY_PAUSE_S
         for left in range(self._settings.uv_retries, -1, -1):
+            # uv would take what a failed try left for complete: it checks names, not files.
+            self._store.begin(request.key)
             progress(Phase.DOWNLOADING)
             try:
                 await self._builder.sync(
@@ -220,7 +240,7 @@ class NodeAgent:
                 )
                 return
             except UvFailed as exc:
-                if not left or self._store.is_full():
+                if not left or self._store.is_full() or _NO_SPACE in exc.detail:
                     raise
                 progress(Phase.DOWNLOADING, f"trying again in {pause_s:g} s: {exc.message}")
                 await asyncio.sleep(pause_s)
@@ -233,7 +253,7 @@ class NodeAgent:
 
     def _blamed(self, exc: UvFailed) -> RayEnvsError:
         """`exc`, or the full disk behind it."""
-        if self._store.is_full():
+        if self._store.is_full() or _NO_SPACE in exc.detail:
             return StorageFailed(
                 f"the disk of {self._settings.root} is full",
                 detail=exc.detail,

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 import uv
 from packaging.markers import default_environment
 from packaging.tags import sys_tags
+from packaging.utils import canonicalize_name
 
 from ray_envs.errors import ResolutionFailed, StorageFailed, UvFailed
 from ray_envs.inside import INSTALLED_AS
@@ -31,6 +32,8 @@ from ray_envs.settings import Settings
 #: uv's exit code where it works as meant but the answer is no: nothing satisfies the requirements.
 _UV_SAYS_NO = 1
 _DETAIL_LINES = 40
+#: How much of a child's output is read at once, in bytes.
+_CHUNK = 65536
 _PR_SET_PDEATHSIG = 1
 
 #: What uv must not take over from the process that calls us: it names other projects and modes.
@@ -93,7 +96,7 @@ _INDEX_SETTINGS = (
     "UV_TORCH_BACKEND",
 )
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 
 Progress = Callable[[str], None]
 
@@ -250,7 +253,7 @@ class Builder:
         where uv cannot cache a wheel (some local builds), there is nothing to compile there.
 
         As `unchecked-hash`: by time stamp, byte-code is worthless where uv copies instead of
-        linking. Outside `*.data/`: a `__pycache__` among a wheel's scripts makes uv refuse it.
+        linking.
         """
         archives = self._archives()
         todo: list[Path] = []
@@ -280,19 +283,34 @@ class Builder:
         return found
 
     async def _compile_folders(self, folders: list[Path]) -> None:
-        code, output = await self._run(
-            [
-                base_python(), "-I", "-m", "compileall", "-qq", "-j", str(os.cpu_count() or 1),
-                "--invalidation-mode", "unchecked-hash",
-                "-x", r"/archive-v\d+/[^/]+/[^/]+\.data/", "-i", "-",
-            ],
-            self._cache,
-            timeout_s=self._settings.uv_sync_timeout_s,
-            stdin="\n".join(str(folder) for folder in folders),
-        )  # fmt: skip
-        # 1: a file is not Python of this version; wheels ship such files that nobody imports.
-        if code not in (0, 1):
-            raise UvFailed(f"compileall ended with exit code {code}", detail=_explanation(output))
+        """Compile the modules below `folders`, with one process for each processor.
+
+        Not with compileall's own pool: its workers would outlive us when we are killed.
+        """
+        modules = sorted(
+            (os.path.getsize(path), path) for folder in folders for path in _modules_below(folder)
+        )
+        count = max(1, min(os.cpu_count() or 1, len(modules)))
+        shares = [[path for _, path in modules[start::count]] for start in range(count)]
+        command = [base_python(), "-I", "-m", "compileall", "-qq"]
+        command += ["--invalidation-mode", "unchecked-hash", "-i", "-"]
+        ended = await asyncio.gather(
+            *(
+                self._run(
+                    command,
+                    self._cache,
+                    timeout_s=self._settings.uv_sync_timeout_s,
+                    stdin="\n".join(share) + "\n",
+                )
+                for share in shares
+            )
+        )
+        for code, output in ended:
+            # 1: a file is not Python of this version; wheels ship such files that nobody imports.
+            if code not in (0, 1):
+                raise UvFailed(
+                    f"compileall ended with exit code {code}", detail=_explanation(output)
+                )
 
     async def verify(self, python: Path, request: BuildRequest, site_packages: Path) -> None:
         """Check that the environment starts, takes its hold, and has the promised versions.
@@ -302,8 +320,14 @@ class Builder:
         Raises:
             UvFailed: it does not, although uv reported success.
         """
-        if not (site_packages / f"ray-{request.target.ray}.dist-info").is_dir():
-            raise UvFailed(f"uv reported success but ray {request.target.ray} is not installed")
+        installed = set()
+        for entry in os.scandir(site_packages):
+            name, dot, _ = entry.name.rpartition(".dist-info")
+            if dot and os.path.exists(os.path.join(entry.path, "RECORD")):
+                installed.add(canonicalize_name(name.rpartition("-")[0]))
+        missing = {canonicalize_name(name) for name in request.packages} - installed
+        if missing:
+            raise UvFailed(f"uv reported success but did not install {', '.join(sorted(missing))}")
         code, output = await self._run(
             [
                 str(python), "-I", "-c",
@@ -367,17 +391,26 @@ class Builder:
             raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
         lines: list[str] = []
 
+        def tell(raw: bytes) -> None:
+            line = redacted(raw.decode("utf-8", "replace").rstrip())
+            lines.append(line)
+            if on_line is not None:
+                on_line(line)
+
         async def talk() -> None:
             if process.stdin is not None:
-                process.stdin.write(stdin.encode())
-                await process.stdin.drain()
+                with suppress(BrokenPipeError, ConnectionResetError):  # it ended before it read all
+                    process.stdin.write(stdin.encode())
+                    await process.stdin.drain()
                 process.stdin.close()
             assert process.stdout is not None
-            async for raw in process.stdout:
-                line = redacted(raw.decode("utf-8", "replace").rstrip())
-                lines.append(line)
-                if on_line is not None:
-                    on_line(line)
+            rest = b""
+            while chunk := await process.stdout.read(_CHUNK):
+                *whole, rest = (rest + chunk).split(b"\n")
+                for raw in whole:
+                    tell(raw)
+            if rest:
+                tell(rest)
             await process.wait()
 
         try:
@@ -408,6 +441,18 @@ def _marker_name() -> str:
     so tells for each whether the byte-code was there in time.
     """
     return f"ray_envs-bytecode.{sys.implementation.cache_tag}"
+
+
+def _modules_below(folder: Path) -> Iterator[str]:
+    """The modules of an unpacked wheel. Outside `*.data/`: a `__pycache__` among a wheel's
+    scripts makes uv refuse the wheel.
+    """
+    for place, folders, files in os.walk(folder):
+        if Path(place) == folder:
+            folders[:] = [name for name in folders if not name.endswith(".data")]
+        for name in files:
+            if name.endswith(".py"):
+                yield os.path.join(place, name)
 
 
 def _is_linked(archive: Path, site_packages: Path, dist_info: str) -> bool:

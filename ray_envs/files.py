@@ -238,5 +238,5 @@ def _holder_of(path: Path) -> str:
     try:
         holder = json.loads(_holder_file(path).read_text())
         return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"

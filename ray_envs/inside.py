@@ -32,7 +32,6 @@ def take_hold() -> None:
     process that went on would fail later, at an import, with a misleading error.
     """
     global hold_fd  # noqa: PLW0603 - one process, one hold
-    import fcntl
 
     venv = __file__
     for _ in range(4):  # .venv/lib/pythonX.Y/site-packages/_ray_envs_inside.py
@@ -40,11 +39,30 @@ def take_hold() -> None:
     path = os.path.dirname(venv) + ".hold"
     try:
         hold_fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        fcntl.flock(hold_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit("ray_envs: this environment is being removed: " + venv) from None
+        is_held = shared_lock(hold_fd)
     except OSError as exc:
         raise SystemExit(f"ray_envs: cannot hold this environment: {exc}") from None
+    if not is_held:
+        raise SystemExit("ray_envs: this environment is being removed: " + venv)
+
+
+def shared_lock(fd: int) -> bool:
+    """Take a shared lock on `fd`; False where somebody keeps the exclusive one.
+
+    Whoever only looks whether an environment is held has it for an instant: so, a few tries.
+    """
+    import fcntl
+
+    for _ in range(20):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            import time
+
+            time.sleep(0.02)
+        else:
+            return True
+    return False
 
 
 def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None) -> Iterator[Any]:

@@ -30,6 +30,7 @@ from ray_envs.errors import (
     NotFound,
     RayEnvsError,
     ResolutionFailed,
+    StorageFailed,
     from_dict,
 )
 from ray_envs.models import (
@@ -49,7 +50,7 @@ from ray_envs.settings import Settings
 from ray_envs.store import Store
 
 #: How long one long-poll of an agent lasts before it is asked again.
-_WATCH_S = 30.0
+_WATCH_S = 5.0
 
 
 @dataclass(slots=True)
@@ -181,6 +182,7 @@ class EnvManager:
         """
         await self._awake()
         ids = [str(EnvId.parse(text)) for text in variant_ids]
+        await self._look_at_disks()
         self._want([self._get(name).current.key for name in ids])
         return self._told(ids)
 
@@ -315,12 +317,13 @@ class EnvManager:
         record = self._registry.commit(
             env_id, definition, generation, pyproject=project, uv_lock=uv_lock
         )
-        self._registry.write_view(
-            env_id,
-            base_python=Path(base_python()),
-            python=self._target.python,
-            site=self._paths.site_packages(generation.key, self._target.python_minor),
-        )
+        with suppress(StorageFailed):  # it is for people; the definition is committed
+            self._registry.write_view(
+                env_id,
+                base_python=Path(base_python()),
+                python=self._target.python,
+                site=self._paths.site_packages(generation.key, self._target.python_minor),
+            )
         return record
 
     async def _locked_text(self, fingerprint: str, project: str, definition: Definition) -> str:
@@ -552,6 +555,15 @@ class EnvManager:
             ).to_dict()
             await self._announce()
             self._wake_up.set()
+
+    async def _look_at_disks(self) -> None:
+        """Ask every agent what its disk has now: whoever asks may start a worker there at once."""
+
+        async def look(node: _Node) -> None:
+            with suppress(Exception):  # a dead agent is the watcher's business
+                node.states = _states((await node.call("watch", seen=-1, timeout_s=0))["states"])
+
+        await asyncio.gather(*(look(node) for node in self._nodes.values() if node.error is None))
 
     async def _announce(self) -> None:
         self._version += 1

@@ -6,6 +6,7 @@ never leaves here without naming the nodes where the environment is ready now.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,7 +56,9 @@ def options(
         NoEligibleNode: no node is ready.
         InvalidInput: the caller's options contradict the environment or its placement.
     """
-    nodes = sorted(set(ready_nodes))[:MAX_NAMED_NODES]
+    nodes = sorted(set(ready_nodes))
+    if len(nodes) > MAX_NAMED_NODES:  # others for each variant, the same ones each time
+        nodes = sorted(random.Random(variant_id).sample(nodes, MAX_NAMED_NODES))  # noqa: S311
     if not nodes:
         raise NoEligibleNode(
             f"no live node has the environment of {variant_id!r} ready",

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ray_envs.errors import StorageFailed
+from ray_envs.errors import InvalidId, StorageFailed
 from ray_envs.files import locked, storage_errors, sync_folder, write_atomically
 from ray_envs.models import BuildRequest, Definition, EnvId, Generation, VariantRecord
 from ray_envs.settings import Settings
@@ -95,10 +95,10 @@ class Registry:
             raise StorageFailed(f"cannot read {path}: {exc.strerror}") from exc
         try:
             return VariantRecord.model_validate_json(text)
-        except ValidationError as exc:
+        except (ValidationError, InvalidId) as exc:
             raise StorageFailed(
                 f"{path} is damaged",
-                detail=str(exc.errors()[0]["msg"]),
+                detail=str(exc).splitlines()[-1],
                 hint=f"restore it, or remove the folder {path.parent} to forget the variant",
             ) from exc
 
@@ -164,7 +164,7 @@ class Registry:
                 if before is None:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
-            # Copies for people; `generations/` is what programs read.
+        with suppress(OSError):  # copies for people; `generations/` is what programs read
             write_atomically(folder / "pyproject.toml", pyproject)
             write_atomically(folder / "uv.lock", uv_lock)
         return record
@@ -212,7 +212,11 @@ class Registry:
             except BlockingIOError:
                 os.close(fd)
                 return None
-            write_atomically(self._settings.root / "manager.address", address + "\n")
+            try:
+                write_atomically(self._settings.root / "manager.address", address + "\n")
+            except OSError:
+                os.close(fd)
+                raise
         return fd
 
     def manager_address(self) -> str | None:

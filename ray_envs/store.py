@@ -145,7 +145,10 @@ class Store:
                 self._trash.mkdir(exist_ok=True)
                 doomed = self._trash / f"{key}-{uuid.uuid4().hex}"
                 os.rename(place, doomed)
-            shutil.rmtree(doomed)
+            if doomed.is_symlink() or not doomed.is_dir():
+                doomed.unlink(missing_ok=True)
+            # What stays is rubbish in the trash; the next sweep, of any process, removes it.
+            shutil.rmtree(doomed, ignore_errors=True)
         return 1
 
     def install_hold(self, key: str, python_minor: str) -> None:
@@ -178,11 +181,9 @@ class Store:
         """
         with storage_errors(f"hold the environment {key}"):
             fd = os.open(self._store / f"{key}.hold", os.O_RDONLY | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not inside.shared_lock(fd):
             os.close(fd)
-            raise EnvironmentInUse(f"the environment {key} is being removed", key=key) from None
+            raise EnvironmentInUse(f"the environment {key} is being removed", key=key)
         os.set_inheritable(fd, True)
         return fd
 

@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--root", type=Path, help="keep the environments here")
     arguments = parser.parse_args()
-    scratch = None if arguments.root else Path(tempfile.mkdtemp(prefix="ray_envs-bench-"))
+    scratch = Path(tempfile.mkdtemp(prefix="ray_envs-bench-"))
     root = arguments.root or scratch / "root"
     settings = Settings.from_environment(root=root)
     print(json.dumps({"python": sys.version.split()[0], "cores": os.cpu_count()}))
@@ -235,8 +235,7 @@ def main() -> None:
         for name in arguments.names or ALL:
             ALL[name](settings, arguments.rounds)
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch)
+        shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":
