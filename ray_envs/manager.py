@@ -421,7 +421,10 @@ class EnvManager:
     def _state(self, node: _Node, key: str) -> NodeEnvState:
         if node.error is not None:
             return NodeEnvState(key=key, phase=Phase.FAILED, error=node.error)
-        return node.states.get(key) or NodeEnvState(key=key, phase=Phase.WAITING)
+        state = node.states.get(key)
+        if state is None or planning.is_to_try_again(state, self._wishes.get(key, 0)):
+            return NodeEnvState(key=key, phase=Phase.WAITING)
+        return state
 
     def _raise_failure(self, record: VariantRecord) -> None:
         status = self._status(str(record.env_id))

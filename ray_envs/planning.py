@@ -71,9 +71,14 @@ def _why_build(wish: Wish, state: NodeEnvState | None) -> str:
     names = ", ".join(wish.variants[:3]) + (", …" if len(wish.variants) > 3 else "")
     if state is None:
         return f"wanted by {names} and not there"
-    if state.phase is Phase.FAILED and state.attempt < wish.attempt:
+    if is_to_try_again(state, wish.attempt):
         return f"wanted again by {names} after a failure"
     return ""
+
+
+def is_to_try_again(state: NodeEnvState, attempt: int) -> bool:
+    """Whether a failure is older than the last request for the environment."""
+    return state.phase is Phase.FAILED and state.attempt < attempt
 
 
 def status_of(

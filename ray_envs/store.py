@@ -126,8 +126,8 @@ class Store:
             EnvironmentInUse: a process runs from what stands there without a record.
             StorageFailed: it cannot be cleared, or the disk is full.
         """
-        self._check_free()
         self.discard(key)
+        self._check_free()
         with storage_errors(f"make the environment {key}"):
             (self._store / key).mkdir(parents=True)
 

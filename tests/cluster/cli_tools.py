@@ -87,12 +87,15 @@ class Ended:
             assert text not in self.err + self.out, self.err + self.out
 
 
-def wait_until(holds: Callable[[], Any], what: str, *, within_s: float = 30) -> None:
+def wait_until(
+    holds: Callable[[], Any], what: str | Callable[[], str], *, within_s: float = 30
+) -> None:
     """Return as soon as `holds()`; fail with `what` after `within_s` seconds."""
     deadline = time.monotonic() + within_s
     while not holds():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {within_s:g} s: {what}")
+            said = what if isinstance(what, str) else what()
+            pytest.fail(f"not within {within_s:g} s: {said}")
         time.sleep(0.02)
 
 
@@ -113,7 +116,7 @@ def described(processes: Iterable[psutil.Process]) -> list[str]:
     texts = []
     for process in processes:
         with suppress(psutil.Error):
-            texts.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+            texts.append(f"{process.pid} {' '.join(' '.join(process.cmdline()).split())[:120]}")
     return texts
 
 
@@ -212,7 +215,7 @@ class Shell:
     def check_idle(self, *, within_s: float = 30) -> None:
         wait_until(
             self.is_idle,
-            f"the end of {described(processes_with(self.mark))}",
+            lambda: f"the end of {described(processes_with(self.mark))}",
             within_s=within_s,
         )
 

@@ -33,7 +33,6 @@ from tests.cluster.cli_tools import (
     WatchedUv,
     at_most,
     calls_in,
-    described,
     ended,
     free_port,
     lines_of,
@@ -912,11 +911,10 @@ class Cluster:
         self.address = f"127.0.0.1:{free_port()}"
         self.process = shell.command(
             [
-                BIN / "ray", "start", "--head", "--block", "--num-cpus", "2",
-                "--node-ip-address", "127.0.0.1", "--port", self.address.split(":")[1],
+                BIN / "python", "-u", BIN / "ray", "start", "--head", "--block",
+                "--num-cpus", "2", "--port", self.address.split(":")[1],
                 "--include-dashboard", "false", "--temp-dir", shell.ray_tmp,
                 "--object-store-memory", "100000000", "--disable-usage-stats",
-                "--ray-client-server-port", str(free_port()),
                 "--min-worker-port", "0", "--max-worker-port", "0",
             ],
             stdout=(shell.ray_tmp / "start.log").open("w"),
@@ -943,7 +941,7 @@ class Cluster:
         """End what this fixture has started, and nothing else: `ray stop` would end all Rays."""
         self.process.terminate()
         self.process.wait(30)
-        wait_until(self.shell.is_idle, f"the end of {described(processes_with(self.shell.mark))}")
+        self.shell.check_idle()
 
 
 SECRET = {"ONLY_IN_THE_JOB": "from the user's job"}
@@ -996,7 +994,11 @@ def cluster(
     running = Cluster(Shell(warm_root, folder, Path("/"), variables={"OF_THE_CLUSTER": "1"}))
     user = Shell(warm_root, folder, work)
     try:
-        wait_until(lambda: "Ray runtime started" in (folder / "start.log").read_text(), "ray start")
+        log = folder / "start.log"
+        wait_until(
+            lambda: "Ray runtime started" in log.read_text() or running.process.poll(),
+            log.read_text,
+        )
         told = ended(
             user.command(
                 [str(BIN / "python"), "-c", OWN_INIT, str(work)],
