@@ -33,6 +33,9 @@ _START_TIMEOUT_S = 120
 #: What a helper driver must not inherit from the job that calls us: it names that job.
 _OF_THE_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_CLIENT_", "RAY_OVERRIDE_", "PYTHON")
 
+#: Ray's switch for copying `uv run` from the driver to the workers.
+_UV_RUN_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+
 Call = Callable[..., Awaitable[Any]]
 
 
@@ -262,7 +265,7 @@ def start_manager(settings: dict[str, str]) -> Any:
 
     address = ray.get_runtime_context().gcs_address
     environ = {k: v for k, v in os.environ.items() if not k.startswith((*_OF_THE_JOB, "RAY_ENVS_"))}
-    environ.update(settings, RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
+    environ.update(settings, **{_UV_RUN_HOOK: "0"})
     code = "import sys; from ray_envs.manager import start; start(sys.argv[1])"
     command = [sys.executable, "-I", "-c", code, address]
     try:
@@ -301,13 +304,16 @@ def connect(address: str | None) -> bool:
     Raises:
         ManagerUnavailable: no cluster answers at the address.
     """
-    # A driver under `uv run` would otherwise upload its folder and start workers with `uv run`.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
+    from ray._private import ray_constants
 
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"logging_level": "ERROR", "namespace": NAMESPACE}
+    # A driver under `uv run` would otherwise upload its folder and start every worker, also those
+    # of the manager, with `uv run`. Ray has read the variable at its import, which may be past.
+    os.environ.setdefault(_UV_RUN_HOOK, "0")
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ[_UV_RUN_HOOK] not in ("0", "false")
     try:
         with warnings.catch_warnings():  # of changes to come in Ray's own defaults
             warnings.simplefilter("ignore", FutureWarning)

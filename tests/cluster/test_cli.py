@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import statistics
@@ -903,6 +904,11 @@ def test_a_run_that_is_killed_takes_its_ray_and_its_uv_with_it(
 # -- with a cluster --------------------------------------------------------------------------------
 
 
+#: The cluster's own token. Where `~/.ray/auth_token` exists, `ray start` wants one of every driver;
+#: that of the machine's user is none of ours.
+AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 class Cluster:
     """`ray start --head` on ports and in a folder of its own; its processes carry its mark."""
 
@@ -991,8 +997,10 @@ def cluster(
     folder = Path(tempfile.mkdtemp(prefix="rc", dir="/tmp"))
     work = tmp_path_factory.mktemp("job")
     (work / "job-file").touch()
-    running = Cluster(Shell(warm_root, folder, Path("/"), variables={"OF_THE_CLUSTER": "1"}))
-    user = Shell(warm_root, folder, work)
+    running = Cluster(
+        Shell(warm_root, folder, Path("/"), variables={"OF_THE_CLUSTER": "1", **AUTH})
+    )
+    user = Shell(warm_root, folder, work, variables=AUTH)
     try:
         log = folder / "start.log"
         wait_until(
@@ -1013,6 +1021,12 @@ def cluster(
         shutil.rmtree(folder)
 
 
+@pytest.fixture
+def member(new_shell: NewShell, warm_root: Path) -> Shell:
+    """A shell of somebody who may use the cluster, on its root."""
+    return new_shell(warm_root, variables=AUTH)
+
+
 def python_in(shell: Shell, cluster: Cluster, code: str, *words: str) -> Ended:
     """How a program ended that a user started on a node of the cluster."""
     command = [BIN / "python", "-c", code, *words]
@@ -1020,10 +1034,10 @@ def python_in(shell: Shell, cluster: Cluster, code: str, *words: str) -> Ended:
 
 
 def test_the_manager_takes_nothing_over_from_the_job_that_needed_it_first(
-    cluster: tuple[Cluster, Path, str], shell: Shell, warm_root: Path
+    cluster: tuple[Cluster, Path, str], member: Shell, warm_root: Path
 ) -> None:
     running, work, _ = cluster
-    told = python_in(shell, running, ASK)
+    told = python_in(member, running, ASK)
     assert told.code == 0, told.err
     assert told.data()["describe"]["root"] == str(warm_root)
     assert str(work) not in told.data()["path"]
@@ -1048,14 +1062,13 @@ def test_a_program_with_its_own_init_and_runtime_env_gets_its_variants_too(
 
 
 def test_runs_share_the_manager_of_a_cluster_and_leave_it_there(
-    cluster: tuple[Cluster, Path, str], new_shell: NewShell, warm_root: Path, tmp_path: Path
+    cluster: tuple[Cluster, Path, str], member: Shell, tmp_path: Path
 ) -> None:
     """The second under `uv run`, in a folder that Ray could not upload if it tried."""
     running, _, _ = cluster
-    shell = new_shell(warm_root)
     before = running.manager().pid
     batch = write_batch(tmp_path / "batch", [OLD, NEW], ["a"])
-    first = shell("run", batch, "--json", variables={"RAY_ADDRESS": running.address})
+    first = member("run", batch, "--json", variables={"RAY_ADDRESS": running.address})
     assert first.code == 0, first.err
     assert running.manager().pid == before
 
@@ -1066,7 +1079,7 @@ def test_runs_share_the_manager_of_a_cluster_and_leave_it_there(
     (junk / "six.py").write_text("raise ImportError('the junk won')\n")
     (junk / ".env").write_text("JUNK=1\n")
     told = ended(
-        shell.command(
+        member.command(
             [
                 BIN / "uv", "run", "--no-project", "--python", BIN / "python", "--",
                 BIN / "ray-envs", "run", batch, "--json", "--address", running.address,
@@ -1085,24 +1098,24 @@ def test_runs_share_the_manager_of_a_cluster_and_leave_it_there(
 
 
 def test_commands_on_a_root_with_a_manager_go_through_it(
-    cluster: tuple[Cluster, Path, str], shell: Shell
+    cluster: tuple[Cluster, Path, str], member: Shell
 ) -> None:
     running, _, _ = cluster
-    told = shell("create", "through", "tabulate==0.9.0", "--json")
+    told = member("create", "through", "tabulate==0.9.0", "--json")
     assert told.code == 0, told.err
     (node_id,) = told.data()["nodes"]
     assert re.fullmatch("[0-9a-f]{56}", node_id)  # a Ray node, where no cluster would say "local"
     ask = ASK.replace("told = ray.get(manager.describe.remote(), timeout=60)",
                       "told = ray.get(manager.list_envs.remote(), timeout=60)")  # fmt: skip
-    known = python_in(shell, running, ask).data()["describe"]
+    known = python_in(member, running, ask).data()["describe"]
     assert "through" in {row["variant_id"] for row in known}
 
-    listed = shell("list", "--json", variables=PROFILED)
+    listed = member("list", "--json", variables=PROFILED)
     assert "through" in {row["variant_id"] for row in listed.data()}
     assert "ray" not in imports_of(listed)  # reads use the disk, cluster or not
 
-    assert shell("delete", "through").code == 0
-    known = python_in(shell, running, ask).data()["describe"]
+    assert member("delete", "through").code == 0
+    known = python_in(member, running, ask).data()["describe"]
     assert "through" not in {row["variant_id"] for row in known}
 
 
@@ -1140,7 +1153,7 @@ asyncio.run(main())
 
 
 def test_it_runs_inside_a_submitted_job(
-    cluster: tuple[Cluster, Path, str], shell: Shell, tmp_path: Path
+    cluster: tuple[Cluster, Path, str], member: Shell, tmp_path: Path
 ) -> None:
     running, _, _ = cluster
     before = running.manager().pid
@@ -1148,7 +1161,7 @@ def test_it_runs_inside_a_submitted_job(
     results = tmp_path / "job.jsonl"
     entrypoint = f"{BIN / 'ray-envs'} run batch.toml --results {results}"
     runtime_env = {"working_dir": str(folder), "env_vars": SECRET}
-    told = python_in(shell, running, SUBMIT, entrypoint, json.dumps(runtime_env))
+    told = python_in(member, running, SUBMIT, entrypoint, json.dumps(runtime_env))
     assert told.code == 0, told.err
     job = told.data()
     assert job["status"] == "SUCCEEDED", job
