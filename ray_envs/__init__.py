@@ -2,8 +2,8 @@
 
 A module imports only from the floors below its own:
 
-    faces       cli · display · testing · batch · provider
-    actors      manager · agent
+    faces       cli · display · testing · batch · flight · in_memory · provider · doors
+    actors      manager · fleet · agent
     hands       store · registry · builder · cluster · inputs · code · files
     decisions   planning · placement · resolving · locks
     words       settings · models · errors · inside
@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_envs.batch import BatchState, Progress, RayBatchRunner
     from ray_envs.errors import RayEnvsError
+    from ray_envs.in_memory import InMemoryEnvironmentProvider
     from ray_envs.models import BatchSpec, CaseSpec, EnvSpec, ItemResult
-    from ray_envs.provider import (
-        EnvironmentProvider,
-        InMemoryEnvironmentProvider,
-        RayEnvironmentProvider,
-    )
+    from ray_envs.provider import EnvironmentProvider, RayEnvironmentProvider
     from ray_envs.settings import Settings
 
 #: Where each public name lives; imported at first use, so that a read does not pay for a batch.
@@ -31,7 +28,7 @@ _HOMES = {
     "CaseSpec": "models",
     "EnvSpec": "models",
     "EnvironmentProvider": "provider",
-    "InMemoryEnvironmentProvider": "provider",
+    "InMemoryEnvironmentProvider": "in_memory",
     "ItemResult": "models",
     "Progress": "batch",
     "RayBatchRunner": "batch",

@@ -159,7 +159,7 @@ class NodeAgent:
             await self._fail(request.key, attempt, exc)
         except OSError as exc:
             await self._fail(request.key, attempt, StorageFailed(f"{exc}"))
-        except Exception as exc:  # noqa: BLE001 - a build without an end would be waited for
+        except Exception as exc:
             await self._fail(request.key, attempt, RayEnvsError(f"{type(exc).__name__}: {exc}"))
         except asyncio.CancelledError:
             await self._fail(request.key, attempt, UvFailed("the build was stopped"))

@@ -11,10 +11,10 @@ import asyncio
 import json
 import os
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from ray_envs import locks, placement, planning, resolving
 from ray_envs.agent import NodeAgent
 from ray_envs.builder import base_python, index_settings, this_platform, this_target
-from ray_envs.cluster import NAMESPACE, Call, NodeInfo, Nodes, RayNodes, create_manager
+from ray_envs.cluster import NAMESPACE, Nodes, RayNodes, create_manager
 from ray_envs.errors import (
     AlreadyExists,
     EnvironmentNotReady,
@@ -33,6 +33,7 @@ from ray_envs.errors import (
     StorageFailed,
     from_dict,
 )
+from ray_envs.fleet import Fleet, Node, ended, site_name
 from ray_envs.models import (
     Definition,
     EnvId,
@@ -49,20 +50,12 @@ from ray_envs.registry import Registry, build_request, describe_record
 from ray_envs.settings import Settings
 from ray_envs.store import Store
 
-#: How long one long-poll of an agent lasts before it is asked again.
-_WATCH_S = 5.0
 
-
-@dataclass(slots=True)
-class _Node:
-    """A live node, as its agent last described it."""
-
-    info: NodeInfo
-    call: Call
-    site: str = ""
-    error: dict[str, str] | None = None
-    states: dict[str, NodeEnvState] = field(default_factory=dict)
-    watcher: asyncio.Task[None] | None = None
+#: What `get_environment` takes from a status.
+_FOR_PROGRAMS = (
+    "variant_id", "workflow_id", "node_id", "version_id", "status", "key", "generation",
+    "lock_sha256", "env_path", "venv_path", "python_path", "python_version", "ray_version", "error",
+)  # fmt: skip
 
 
 class EnvManager:
@@ -76,24 +69,21 @@ class EnvManager:
     """
 
     def __init__(self, *, settings: dict[str, str], nodes: Nodes | None = None) -> None:
-        self._environment = settings
         self._settings = Settings.from_environment(settings)
-        self._cluster: Nodes = nodes or RayNodes(NodeAgent)
+        cluster = nodes or RayNodes(NodeAgent)
+        self._fleet = Fleet(cluster, settings)
+        self._address = cluster.address
         self._registry = Registry(self._settings)
         self._paths = Store(self._settings)
         self._platform: Platform = this_platform()
-        self._target: Target = this_target(self._cluster.ray_version())
+        self._target: Target = this_target(cluster.ray_version())
         self._variants: dict[str, VariantRecord] = {}
         self._stamps: dict[str, int] = {}
-        self._nodes: dict[str, _Node] = {}
         #: The keys that somebody asked for, with the attempt that the last request began.
         self._wishes: dict[str, int] = {}
         self._resolving: dict[str, asyncio.Task[str]] = {}
         #: Tells clients that a restart has forgotten their wishes.
         self._life = uuid.uuid4().hex
-        self._version = 0
-        self._changed = asyncio.Condition()
-        self._wake_up = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._first_look = asyncio.Event()
         self._is_stopping = False
@@ -117,7 +107,7 @@ class EnvManager:
                     "site": node.site,
                     "error": node.error,
                 }
-                for node in self._nodes.values()
+                for node in self._fleet.nodes.values()
             },
         }
 
@@ -182,7 +172,7 @@ class EnvManager:
         """
         await self._awake()
         ids = [str(EnvId.parse(text)) for text in variant_ids]
-        await self._look_at_disks()
+        await self._fleet.look_at_disks()
         self._want([self._get(name).current.key for name in ids])
         return self._told(ids)
 
@@ -192,16 +182,12 @@ class EnvManager:
         """The status of variants, once anything is newer than `seen`, or after `timeout_s`."""
         await self._awake()
         ids = [str(EnvId.parse(text)) for text in variant_ids]
-        async with self._changed:
-            with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(
-                    self._changed.wait_for(lambda: self._version > seen), timeout_s
-                )
+        await self._fleet.news(seen, timeout_s)
         return self._told(ids)
 
     def _told(self, ids: Iterable[str]) -> dict[str, Any]:
         statuses = {name: self._status(name) for name in ids}
-        return {"life": self._life, "version": self._version, "variants": statuses}
+        return {"life": self._life, "version": self._fleet.version, "variants": statuses}
 
     async def get_env_status(self, *, variant_id: str) -> dict[str, Any]:
         """What is known of a variant; NOT_EXISTS where it is not defined. Never counts as use."""
@@ -244,19 +230,15 @@ class EnvManager:
         self._stamps.pop(str(env_id), None)
         if record and not any(r.current.key == record.current.key for r in self._variants.values()):
             self._wishes.pop(record.current.key, None)
-        await self._announce()
+        await self._fleet.announce()
         return {"variant_id": str(env_id), "deleted": was_there, "status": "NOT_EXISTS"}
 
     async def stop(self) -> None:
         """End the loop and, where the agent lives in this process, its builds."""
         self._is_stopping = True
-        tasks = [self._loop_task, *(node.watcher for node in self._nodes.values())]
-        ending = {task for task in tasks if task is not None}
-        while ending:  # before Python 3.12, wait_for may swallow a cancellation
-            for task in ending:
-                task.cancel()
-            _, ending = await asyncio.wait(ending, timeout=1)
-        await self._cluster.stop()
+        if self._loop_task is not None:
+            await ended({self._loop_task})
+        await self._fleet.stop()
         if self._announced is not None:
             os.close(self._announced)
             self._announced = None
@@ -342,7 +324,7 @@ class EnvManager:
         return await asyncio.shield(task)
 
     async def _ask_uv(self, project: str, definition: Definition) -> str:
-        home = next((n for n in self._nodes.values() if n.info.is_head), None)
+        home = next((n for n in self._fleet.nodes.values() if n.info.is_head), None)
         if home is None or home.error is not None:
             error = from_dict(home.error) if home and home.error else None
             raise error or InvalidInput("the head node of the cluster is not there")
@@ -375,7 +357,7 @@ class EnvManager:
         found = {str(record.env_id): record for record in self._registry.all()}
         if found != self._variants:
             self._variants = found
-            self._version += 1
+            self._fleet.version += 1
 
     def _get(self, name: str) -> VariantRecord:
         record = self._variants.get(name)
@@ -395,11 +377,11 @@ class EnvManager:
 
     @property
     def _site(self) -> str:
-        return _site(self._platform.name, self._target)
+        return site_name(self._platform.name, self._target)
 
-    def _eligible(self, generation: Generation) -> list[_Node]:
-        site = _site(generation.platform, generation.target)
-        return [node for node in self._nodes.values() if node.error or node.site == site]
+    def _eligible(self, generation: Generation) -> list[Node]:
+        site = site_name(generation.platform, generation.target)
+        return [node for node in self._fleet.nodes.values() if node.error or node.site == site]
 
     def _status(self, name: str) -> dict[str, Any]:
         try:
@@ -418,7 +400,7 @@ class EnvManager:
             "error": failed,
         }
 
-    def _state(self, node: _Node, key: str) -> NodeEnvState:
+    def _state(self, node: Node, key: str) -> NodeEnvState:
         if node.error is not None:
             return NodeEnvState(key=key, phase=Phase.FAILED, error=node.error)
         state = node.states.get(key)
@@ -432,18 +414,19 @@ class EnvManager:
             raise from_dict(status["error"]).about(variant_id=str(record.env_id))
 
     async def _until_final(self, env_id: EnvId, timeout_s: float) -> None:
-        def is_final() -> bool:
-            return bool(self._status(str(env_id))["status"] != Status.CREATING.value)
-
-        try:
-            async with self._changed:
-                await asyncio.wait_for(self._changed.wait_for(is_final), timeout_s)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise EnvironmentNotReady(
-                f"variant {env_id} was not ready after {timeout_s:g} s",
-                variant_id=str(env_id),
-                hint="allow more time; what is built so far is used again",
-            ) from None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            seen = self._fleet.version
+            if self._status(str(env_id))["status"] != Status.CREATING.value:
+                return
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise EnvironmentNotReady(
+                    f"variant {env_id} was not ready after {timeout_s:g} s",
+                    variant_id=str(env_id),
+                    hint="allow more time; what is built so far is used again",
+                )
+            await self._fleet.news(seen, left_s)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -451,39 +434,39 @@ class EnvManager:
         for key in keys:
             failed = any(
                 node.states[key].phase is Phase.FAILED
-                for node in self._nodes.values()
+                for node in self._fleet.nodes.values()
                 if key in node.states
             )
             self._wishes[key] = self._wishes.get(key, 0) + (1 if failed else 0)
-        self._wake_up.set()
+        self._fleet.wake_up.set()
 
     async def _awake(self) -> None:
         """Start the loop with the first verb: an actor's constructor has no running loop."""
         if self._loop_task is None:
-            self._announced = self._registry.announce_manager(self._cluster.address())
+            self._announced = self._registry.announce_manager(self._address())
             self._reload()
             self._loop_task = asyncio.create_task(self._loop())
         await self._first_look.wait()
 
     async def _loop(self) -> None:
         while not self._is_stopping:
-            self._wake_up.clear()
+            self._fleet.wake_up.clear()
             try:
                 await self._tick()
             except Exception as exc:
                 print(f"ray_envs: EnvManager: {type(exc).__name__}: {exc}", file=sys.stderr)
             self._first_look.set()
             with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake_up.wait(), self._settings.tick_s)
+                await asyncio.wait_for(self._fleet.wake_up.wait(), self._settings.tick_s)
 
     async def _tick(self) -> None:
-        await self._look_at_nodes()
+        await self._fleet.look_at_nodes()
         platforms: dict[str, str] = {}
         wishes: dict[str, list[VariantRecord]] = {}
         for record in self._variants.values():
             key = record.current.key
             if key in self._wishes:
-                platforms[key] = _site(record.current.platform, record.current.target)
+                platforms[key] = site_name(record.current.platform, record.current.target)
                 wishes.setdefault(key, []).append(record)
         actions = planning.plan(
             [
@@ -492,7 +475,7 @@ class EnvManager:
             ],
             [
                 planning.NodeView(node.info.node_id, node.site, dict(node.states))
-                for node in self._nodes.values()
+                for node in self._fleet.nodes.values()
                 if node.error is None
             ],
             platforms,
@@ -501,7 +484,7 @@ class EnvManager:
             await self._act(action, wishes[action.key][0])
 
     async def _act(self, action: planning.Build, record: VariantRecord) -> None:
-        node = self._nodes[action.node_id]
+        node = self._fleet.nodes[action.node_id]
         try:
             pyproject, uv_lock = self._registry.lock_text(record.env_id, record.current.number)
             request = build_request(record, pyproject, uv_lock).model_dump(mode="json")
@@ -511,83 +494,7 @@ class EnvManager:
             node.states[action.key] = NodeEnvState(
                 key=action.key, phase=Phase.FAILED, error=exc.to_dict(), attempt=action.attempt
             )
-        await self._announce()
-
-    async def _look_at_nodes(self) -> None:
-        alive = {info.node_id: info for info in await self._cluster.alive()}
-        for node_id in self._nodes.keys() - alive.keys():
-            watcher = self._nodes.pop(node_id).watcher
-            if watcher is not None:
-                watcher.cancel()
-            await self._announce()
-        fresh = [
-            info
-            for info in alive.values()
-            if info.node_id not in self._nodes or self._nodes[info.node_id].error
-        ]
-        await asyncio.gather(*(self._meet(info) for info in fresh))
-
-    async def _meet(self, info: NodeInfo) -> None:
-        node = _Node(info, self._cluster.agent(info.node_id, settings=self._environment))
-        try:
-            told = await node.call("describe")
-            target = Target.model_validate(told["target"])
-            node.site = _site(told["platform"]["name"], target)
-            node.error = told["error"]
-            node.states = _states(told["states"])
-            if node.error is None:
-                node.watcher = asyncio.create_task(self._watch(node, int(told["version"])))
-        except Exception as exc:
-            error = exc if isinstance(exc, RayEnvsError) else RayEnvsError(f"no agent: {exc}")
-            node.error = error.about(node_id=info.node_id).to_dict()
-        self._nodes[info.node_id] = node
-        await self._announce()
-
-    async def _watch(self, node: _Node, seen: int) -> None:
-        """Follow one agent for as long as it answers; the next tick meets it again after that."""
-        try:
-            while not self._is_stopping:
-                told = await node.call("watch", seen=seen, timeout_s=_WATCH_S)
-                if told["version"] != seen:
-                    seen = told["version"]
-                    node.states = _states(told["states"])
-                    await self._announce()
-        except Exception as exc:
-            node.error = RayEnvsError(
-                f"the agent of node {node.info.node_id[:12]} does not answer", detail=str(exc)[:500]
-            ).to_dict()
-            await self._announce()
-            self._wake_up.set()
-
-    async def _look_at_disks(self) -> None:
-        """Ask every agent what its disk has now: whoever asks may start a worker there at once."""
-
-        async def look(node: _Node) -> None:
-            with suppress(Exception):  # a dead agent is the watcher's business
-                node.states = _states((await node.call("watch", seen=-1, timeout_s=0))["states"])
-
-        await asyncio.gather(*(look(node) for node in self._nodes.values() if node.error is None))
-
-    async def _announce(self) -> None:
-        self._version += 1
-        async with self._changed:
-            self._changed.notify_all()
-
-
-#: What `get_environment` takes from a status.
-_FOR_PROGRAMS = (
-    "variant_id", "workflow_id", "node_id", "version_id", "status", "key", "generation",
-    "lock_sha256", "env_path", "venv_path", "python_path", "python_version", "ray_version", "error",
-)  # fmt: skip
-
-
-def _site(platform: str, target: Target) -> str:
-    return f"{platform} python {target.python} ray {target.ray}"
-
-
-def _states(told: Iterable[Mapping[str, Any]]) -> dict[str, NodeEnvState]:
-    states = (NodeEnvState.model_validate(state) for state in told)
-    return {state.key: state for state in states}
+        await self._fleet.announce()
 
 
 def start(address: str) -> None:

@@ -1,17 +1,13 @@
 """What a program talks to: turns a `variant_id` into Ray options. One contract, two providers.
 
 `RayEnvironmentProvider` speaks to the EnvManager of a cluster or, through a local door, to the
-same class in this process. `InMemoryEnvironmentProvider` keeps the contract without uv and without
-Ray, for the tests of programs that use a provider.
+same class in this process. `in_memory` keeps the same contract without uv and without Ray, for the
+tests of programs that use a provider.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import hashlib
 import os
-import sys
 import threading
 import time
 import warnings
@@ -19,15 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ray_envs import cluster, placement, resolving
-from ray_envs.agent import NodeAgent
+from ray_envs.doors import Door, LocalDoor, RayDoor
 from ray_envs.errors import (
-    AlreadyExists,
     EnvironmentNotReady,
     InvalidId,
-    ManagerUnavailable,
     NotFound,
     RayEnvsError,
     from_dict,
@@ -43,12 +37,6 @@ if TYPE_CHECKING:
 
 #: How long one long-poll lasts: short enough that Ctrl-C and a dead manager are noticed.
 _POLL_S = 2.0
-#: How long a verb that neither resolves nor builds may take.
-_VERB_TIMEOUT_S = 60.0
-#: How long a verb is said again while the manager restarts, and the pause in between.
-_RESTART_S = 60.0
-_AGAIN_S = 0.5
-
 #: A variant's status by its id, as `EnvManager.get_env_status` describes it.
 Statuses = dict[str, dict[str, Any]]
 OnStatus = Callable[[Statuses], None]
@@ -446,75 +434,6 @@ def raise_status_error(variant_id: str, status: Mapping[str, Any]) -> None:
         raise from_dict(status["error"]).about(variant_id=variant_id)
 
 
-class Door(Protocol):
-    """How verbs of an EnvManager are called."""
-
-    def call(self, verb: str, *, within_s: float = _VERB_TIMEOUT_S, **arguments: Any) -> Any: ...
-
-    def close(self) -> None: ...
-
-
-class RayDoor:
-    """The EnvManager actor of a cluster; `on_close` is called once, at the end."""
-
-    def __init__(self, handle: Any, *, on_close: Callable[[], None] | None = None) -> None:
-        self._handle = handle
-        self._on_close = on_close
-
-    def call(self, verb: str, *, within_s: float = _VERB_TIMEOUT_S, **arguments: Any) -> Any:
-        import ray
-
-        deadline = time.monotonic() + min(within_s, _RESTART_S)
-        while True:
-            try:
-                return ray.get(getattr(self._handle, verb).remote(**arguments), timeout=within_s)
-            except Exception as exc:
-                error = cluster.unwrapped(exc)
-                # A killed manager restarts by itself, and every verb may be said twice.
-                if not isinstance(error, ManagerUnavailable) or time.monotonic() >= deadline:
-                    raise error from exc
-            time.sleep(_AGAIN_S)
-
-    def close(self) -> None:
-        if self._on_close is not None:
-            self._on_close()
-            self._on_close = None
-
-
-class LocalDoor:
-    """The same EnvManager as an object in this process: this machine only, and no Ray."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._manager = EnvManager(
-            settings=settings.to_environment(), nodes=cluster.LocalNodes(NodeAgent)
-        )
-
-    def call(self, verb: str, *, within_s: float = _VERB_TIMEOUT_S, **arguments: Any) -> Any:
-        if self._loop.is_closed():
-            raise ManagerUnavailable("this provider is closed", hint="connect a new one")
-        coroutine = getattr(self._manager, verb)(**arguments)
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result(within_s)
-        except (TimeoutError, concurrent.futures.TimeoutError):
-            future.cancel()
-            raise ManagerUnavailable(f"{verb} did not end within {within_s:g} s") from None
-        except BaseException:
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._manager.stop(), self._loop).result(30)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
 class RayEnvironmentProvider(EnvironmentProvider):
     """Environments of a Ray cluster, owned by its EnvManager.
 
@@ -629,126 +548,3 @@ class RayEnvironmentProvider(EnvironmentProvider):
 
     def _prepare_timeout_s(self) -> float:
         return self._settings.prepare_timeout_s
-
-
-class InMemoryEnvironmentProvider(EnvironmentProvider):
-    """The same contract without uv, Ray or disk: every environment is this interpreter.
-
-    Checks its input like the real one. `fail` makes a variant fail the way a real one would.
-
-    Args:
-        options: see `EnvironmentProvider`.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._target = resolving_target()
-        self._defined_envs: dict[str, tuple[EnvId, Definition, int]] = {}
-        self._failures: dict[str, RayEnvsError] = {}
-
-    def fail(self, variant_id: str, error: RayEnvsError) -> None:
-        """Make every later `create` of `variant_id` raise `error`."""
-        self._failures[str(self._id(variant_id))] = error
-
-    def close(self) -> None:
-        """Nothing to let go of."""
-
-    def list_variants(self) -> list[dict[str, Any]]:
-        return [self._status(name) for name in sorted(self._defined_envs)]
-
-    def _create(
-        self,
-        env_id: EnvId,
-        definition: Definition,
-        *,
-        replace: bool,
-        wait_s: float,  # noqa: ARG002 - nothing takes time here
-    ) -> Any:
-        name = str(env_id)
-        packages = resolving.requirement_lines(definition.packages, where=f"variant {name}")
-        resolving.check_python(definition.python, self._target, where=f"variant {name}")
-        definition = definition.model_copy(update={"packages": packages})
-        if name in self._failures:
-            raise self._failures[name]
-        with self._guard:
-            before = self._defined_envs.get(name)
-            if before is not None and before[1] == definition:
-                return self._status(name)
-            if before is not None and not replace:
-                raise AlreadyExists(
-                    f"variant {name} exists with another spec",
-                    variant_id=name,
-                    hint="give replace=True for a new generation, or another id",
-                )
-            self._defined_envs[name] = (env_id, definition, before[2] + 1 if before else 1)
-        return self._status(name)
-
-    def _status(self, name: str) -> dict[str, Any]:
-        if name not in self._defined_envs:
-            return {"variant_id": name, "status": Status.NOT_EXISTS.value, "nodes": {}}
-        env_id, definition, number = self._defined_envs[name]
-        text = definition.model_dump_json(include={"packages", "pyproject", "uv_lock"})
-        key = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return {
-            "variant_id": name,
-            "workflow_id": env_id.workflow_id,
-            "node_id": env_id.node_id,
-            "version_id": env_id.version_id,
-            "status": Status.ACTIVE.value,
-            "key": key,
-            "generation": number,
-            "lock_sha256": hashlib.sha256(key.encode()).hexdigest(),
-            "env_path": sys.prefix,
-            "venv_path": sys.prefix,
-            "python_path": sys.executable,
-            "python_version": self._target.python,
-            "ray_version": self._target.ray,
-            "nodes": {"local": {"key": key, "phase": "ready"}},
-            "error": None,
-        }
-
-    def _statuses(self, ids: Iterable[EnvId], *, want: bool) -> Statuses:
-        statuses = {str(env_id): self._status(str(env_id)) for env_id in ids}
-        if want:
-            for name, status in statuses.items():
-                raise_status_error(name, status)
-        return statuses
-
-    def _next_statuses(self, ids: Iterable[EnvId]) -> Statuses:
-        return self._statuses(ids, want=False)
-
-    def _environment(self, env_id: EnvId) -> dict[str, Any]:
-        status = self._status(str(env_id))
-        raise_status_error(str(env_id), status)
-        env_vars = self._defined_envs[str(env_id)][1].env_vars
-        return {
-            **status,
-            "env_vars": dict(env_vars),
-            "runtime_env": {
-                **placement.runtime_env(status["venv_path"], env_vars),
-                "py_executable": sys.executable,
-            },
-            "ready_nodes": ["local"],
-        }
-
-    def _delete(self, env_id: EnvId) -> None:
-        with self._guard:
-            self._defined_envs.pop(str(env_id), None)
-
-
-def resolving_target() -> Any:
-    """What this process's own environments would have to match."""
-    from ray_envs.builder import this_target
-
-    return this_target(cluster.LocalNodes(NodeAgent).ray_version())
-
-
-__all__ = [
-    "Door",
-    "EnvironmentProvider",
-    "InMemoryEnvironmentProvider",
-    "LocalDoor",
-    "RayDoor",
-    "RayEnvironmentProvider",
-    "raise_status_error",
-]

@@ -99,15 +99,15 @@ def wait_until(
         time.sleep(0.02)
 
 
-def processes_with(mark: str) -> list[psutil.Process]:
-    """Every living process that was started, however indirectly, with `mark`."""
+def processes_with(*marks: str) -> list[psutil.Process]:
+    """Every living process that was started, however indirectly, with one of `marks`."""
     found = []
-    wanted = f"{_MARK}={mark}".encode()
+    wanted = {mark.encode() for mark in marks}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with suppress(OSError, psutil.Error):
                 # a zombie has no environment any more
-                if wanted in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                if wanted & set(Path(entry.path, "environ").read_bytes().split(b"\0")):
                     found.append(psutil.Process(int(entry.name)))
     return found
 
@@ -138,6 +138,7 @@ class Shell:
         ray_tmp: RAY_TMPDIR: no Ray of another user of this machine is found.
         cwd: where commands are started.
         bin_folder: where `ray-envs` is.
+        owns_ray_tmp: whether all that uses `ray_tmp` belongs to this shell.
         variables: set for every command.
     """
 
@@ -149,9 +150,11 @@ class Shell:
         *,
         bin_folder: Path = BIN,
         variables: Mapping[str, str] | None = None,
+        owns_ray_tmp: bool = True,
     ) -> None:
+        self.owns_ray_tmp = owns_ray_tmp
         self.root, self.ray_tmp, self.cwd = root, ray_tmp, cwd
-        self.mark = uuid.uuid4().hex
+        self._mark = uuid.uuid4().hex
         self._bin = bin_folder
         self._variables = dict(variables or {})
 
@@ -161,7 +164,7 @@ class Shell:
             **inherited,
             "RAY_ENVS_ROOT": str(self.root),
             "RAY_TMPDIR": str(self.ray_tmp),
-            _MARK: self.mark,
+            _MARK: self._mark,
             **self._variables,
             **more,
         }
@@ -208,16 +211,21 @@ class Shell:
 
     # -- what must be true of a root ---------------------------------------------------------
 
-    def is_idle(self) -> bool:
-        """Whether nothing of all its commands is left."""
-        return not processes_with(self.mark)
+    def processes(self) -> list[psutil.Process]:
+        """What lives of all its commands, whoever its parent is now."""
+        # Two marks: a process that gives itself a title overwrites part of its environment.
+        return processes_with(f"{_MARK}={self._mark}", *self._ray_marks())
 
-    def check_idle(self, *, within_s: float = 30) -> None:
-        wait_until(
-            self.is_idle,
-            lambda: f"the end of {described(processes_with(self.mark))}",
-            within_s=within_s,
-        )
+    def _ray_marks(self) -> list[str]:
+        return [f"RAY_TMPDIR={self.ray_tmp}"] if self.owns_ray_tmp else []
+
+    def check_idle(self, *, within_s: float = 30, but: Sequence[str] = ()) -> None:
+        """Nothing is left of its commands, but processes with a title in `but`."""
+
+        def left() -> list[str]:
+            return [text for text in described(self.processes()) if text.split()[1] not in but]
+
+        wait_until(lambda: not left(), lambda: f"the end of {left()}", within_s=within_s)
 
     def started_ray(self) -> bool:
         """Whether any of its commands has begun to start a Ray."""

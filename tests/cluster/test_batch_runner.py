@@ -30,7 +30,7 @@ from ray_envs import (
     ItemResult,
     RayBatchRunner,
     RayEnvironmentProvider,
-    batch,
+    flight,
     inside,
 )
 from ray_envs.errors import InvalidInput, NotFound, ResolutionFailed
@@ -668,7 +668,7 @@ def test_an_item_whose_nodes_died_before_it_began_is_placed_again(
     cluster: RayEnvironmentProvider, runner: RayBatchRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray fails such a task at once: TaskUnschedulableError (measured, 2.60)."""
-    gone, real_totals, real = "ab" * 28, batch._totals, cluster.environment
+    gone, real_totals, real = "ab" * 28, flight.totals, cluster.environment
     asked: list[str] = []
 
     def environment(variant_id: str, *, prepare: bool = True) -> dict[str, Any]:
@@ -681,7 +681,7 @@ def test_an_item_whose_nodes_died_before_it_began_is_placed_again(
         return {**found, gone: next(iter(found.values()))}
 
     monkeypatch.setattr(cluster, "environment", environment)
-    monkeypatch.setattr(batch, "_totals", totals)
+    monkeypatch.setattr(flight, "totals", totals)
     result = one(runner.run("os:getpid", variants=[OLD], cases=[[]], retries=1))
     assert result.ok, result.error
     assert result.attempts == 2

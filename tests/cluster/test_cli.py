@@ -19,7 +19,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from tests.cluster.cli_tools import (
     ended,
     free_port,
     lines_of,
-    processes_with,
     wait_until,
     write_batch,
 )
@@ -94,7 +93,7 @@ def new_shell(ray_tmp: Path, tmp_path: Path) -> Iterator[NewShell]:
             each.check_idle()
     finally:
         for each in shells:
-            for process in processes_with(each.mark):
+            for process in each.processes():
                 process.kill()
 
 
@@ -420,7 +419,7 @@ BAD: dict[str, tuple[str, str, int, list[str]]] = {
     "entrypoint without a function": (
         "payload:look", "payload", 3, ["'payload'", "module:function"],
     ),
-    "entrypoint as a file": ("payload:look", "payload.py:look", 3, ["payload.py", "write payload:"]),
+    "entrypoint as a file": ("payload:look", "payload.py:look", 3, ["write payload:"]),
     "entrypoint with a dot": ("payload:look", "payload.look", 3, ["write payload:look"]),
     "no such module": ("payload:look", "paylaod:look", 3, ["paylaod", "'payload'"]),
     "no such function": ("payload:look", "payload:lok", 3, ["'lok'", "'look'"]),
@@ -872,15 +871,27 @@ def test_a_run_that_is_interrupted_while_running_is_continued_by_the_next(
     assert (calls_in(calls, "quick"), calls_in(calls, "slow")) == (1, 2)
 
 
+#: Ray's own: they notice the end of their raylet at once, and then try for a minute to tell it to
+#: a cluster that is gone.
+AGENTS_OF_RAY = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+def kill_9(process: subprocess.Popen[str], shell: Shell) -> None:
+    """Kill a command; all that it had started must end by itself."""
+    process.kill()
+    ended(process)
+    shell.check_idle(within_s=30, but=AGENTS_OF_RAY)
+    for agent in shell.processes():
+        agent.kill()
+
+
 def test_a_run_that_is_killed_takes_its_ray_and_its_uv_with_it(
     gated: Shell, watched_uv: WatchedUv, calls: Path, tmp_path: Path
 ) -> None:
     batch = write_batch(tmp_path / "batch", [TABLES], ["quick", "slow"], calls=calls)
     process = gated.start("run", batch)
     wait_until(watched_uv.is_waiting, "uv sync")
-    process.kill()
-    ended(process)
-    gated.check_idle(within_s=30)
+    kill_9(process, gated)
     watched_uv.open_gate()
 
     (calls / "hold-slow").touch()
@@ -891,9 +902,7 @@ def test_a_run_that_is_killed_takes_its_ray_and_its_uv_with_it(
         "the second item",
         within_s=60,
     )
-    process.kill()
-    ended(process)
-    gated.check_idle(within_s=30)
+    kill_9(process, gated)
 
     (calls / "hold-slow").unlink()
     told = gated("run", batch, "--resume")
@@ -930,7 +939,7 @@ class Cluster:
     def actors(self, name: str) -> list[psutil.Process]:
         """The processes of the actors of a class."""
         found = []
-        for process in processes_with(self.shell.mark):
+        for process in self.shell.processes():
             try:
                 if process.cmdline()[0].split(".")[0] == f"ray::{name}":
                     found.append(process)
@@ -945,7 +954,9 @@ class Cluster:
 
     def stop(self) -> None:
         """End what this fixture has started, and nothing else: `ray stop` would end all Rays."""
-        self.process.terminate()
+        for process in self.shell.processes():
+            with suppress(psutil.NoSuchProcess):  # they end one another
+                process.kill()
         self.process.wait(30)
         self.shell.check_idle()
 
@@ -1000,7 +1011,7 @@ def cluster(
     running = Cluster(
         Shell(warm_root, folder, Path("/"), variables={"OF_THE_CLUSTER": "1", **AUTH})
     )
-    user = Shell(warm_root, folder, work, variables=AUTH)
+    user = Shell(warm_root, folder, work, variables=AUTH, owns_ray_tmp=False)
     try:
         log = folder / "start.log"
         wait_until(
@@ -1127,18 +1138,22 @@ def test_an_address_where_nothing_answers_is_a_clear_error(fresh: Shell, tmp_pat
     assert not (tmp_path / "tiny.results.jsonl").exists()
 
 
-#: What the head's dashboard does with `ray job submit`, without its HTTP: it is not installed here.
+#: `ray job submit`: Ray's own job manager and supervisor, without the HTTP of the dashboard, which
+#: is not installed here.
 SUBMIT = """
 import asyncio, json, os, sys, tempfile, ray
 from ray.dashboard.modules.job.job_manager import JobManager
+from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 from ray._private.worker import global_worker
 
 ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR",
          namespace="SUPERVISOR_ACTOR_RAY_NAMESPACE")
 
 async def main():
-    jobs = JobManager(global_worker.gcs_client, tempfile.gettempdir())
-    job = await jobs.submit_job(entrypoint=sys.argv[1], runtime_env=json.loads(sys.argv[2]))
+    scratch = tempfile.mkdtemp()
+    runtime_env = upload_working_dir_if_needed(json.loads(sys.argv[2]), True, scratch)
+    jobs = JobManager(global_worker.gcs_client, scratch)
+    job = await jobs.submit_job(entrypoint=sys.argv[1], runtime_env=runtime_env)
     while True:
         status = await jobs.get_job_status(job)
         if status is not None and status.is_terminal():

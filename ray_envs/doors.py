@@ -1,0 +1,94 @@
+"""How verbs of an EnvManager are called: as an actor of a cluster, or as an object in this process.
+
+`provider` speaks through a door and does not know which one it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ray_envs import cluster
+from ray_envs.agent import NodeAgent
+from ray_envs.errors import ManagerUnavailable
+from ray_envs.manager import EnvManager
+from ray_envs.settings import Settings
+
+#: How long a verb that neither resolves nor builds may take.
+VERB_TIMEOUT_S = 60.0
+#: How long a verb is said again while the manager restarts, and the pause in between.
+_RESTART_S = 60.0
+_AGAIN_S = 0.5
+
+
+class Door(Protocol):
+    """How verbs of an EnvManager are called."""
+
+    def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class RayDoor:
+    """The EnvManager actor of a cluster; `on_close` is called once, at the end."""
+
+    def __init__(self, handle: Any, *, on_close: Callable[[], None] | None = None) -> None:
+        self._handle = handle
+        self._on_close = on_close
+
+    def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
+        import ray
+
+        deadline = time.monotonic() + min(within_s, _RESTART_S)
+        while True:
+            try:
+                return ray.get(getattr(self._handle, verb).remote(**arguments), timeout=within_s)
+            except Exception as exc:
+                error = cluster.unwrapped(exc)
+                # A killed manager restarts by itself, and every verb may be said twice.
+                if not isinstance(error, ManagerUnavailable) or time.monotonic() >= deadline:
+                    raise error from exc
+            time.sleep(_AGAIN_S)
+
+    def close(self) -> None:
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
+
+
+class LocalDoor:
+    """The same EnvManager as an object in this process: this machine only, and no Ray."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._manager = EnvManager(
+            settings=settings.to_environment(), nodes=cluster.LocalNodes(NodeAgent)
+        )
+
+    def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
+        if self._loop.is_closed():
+            raise ManagerUnavailable("this provider is closed", hint="connect a new one")
+        coroutine = getattr(self._manager, verb)(**arguments)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(within_s)
+        except (TimeoutError, concurrent.futures.TimeoutError):
+            future.cancel()
+            raise ManagerUnavailable(f"{verb} did not end within {within_s:g} s") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._manager.stop(), self._loop).result(30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

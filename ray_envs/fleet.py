@@ -1,0 +1,148 @@
+"""The live nodes of a cluster, as their agents describe them. Knows no variants.
+
+`manager` says what is wanted; this follows every agent and tells that something is new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_envs.cluster import Call, NodeInfo, Nodes
+from ray_envs.errors import RayEnvsError
+from ray_envs.models import NodeEnvState, Target
+
+#: How long one long-poll of an agent lasts before it is asked again.
+_WATCH_S = 5.0
+
+
+@dataclass(slots=True)
+class Node:
+    """A live node, as its agent last described it."""
+
+    info: NodeInfo
+    call: Call
+    site: str = ""
+    error: dict[str, str] | None = None
+    states: dict[str, NodeEnvState] = field(default_factory=dict)
+    watcher: asyncio.Task[None] | None = None
+
+
+class Fleet:
+    """Follows the nodes of a cluster.
+
+    Args:
+        cluster: who answers about nodes.
+        settings: for the agents, as `Settings.to_environment` writes them.
+    """
+
+    def __init__(self, cluster: Nodes, settings: dict[str, str]) -> None:
+        self._cluster = cluster
+        self._settings = settings
+        self.nodes: dict[str, Node] = {}
+        #: Rises with every news; `news` waits for it.
+        self.version = 0
+        self._changed = asyncio.Condition()
+        #: Set when there is something to do: a new wish, or an agent that was lost.
+        self.wake_up = asyncio.Event()
+        self._is_stopping = False
+
+    def healthy(self) -> list[Node]:
+        """The nodes whose agent answers."""
+        return [node for node in self.nodes.values() if node.error is None]
+
+    async def news(self, seen: int, timeout_s: float) -> None:
+        """Return once `version` is above `seen`, or after `timeout_s` seconds."""
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            async with self._changed:
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self.version > seen), timeout_s
+                )
+
+    async def announce(self) -> None:
+        """Tell whoever waits for news that there are some."""
+        self.version += 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def look_at_nodes(self) -> None:
+        alive = {info.node_id: info for info in await self._cluster.alive()}
+        for node_id in self.nodes.keys() - alive.keys():
+            watcher = self.nodes.pop(node_id).watcher
+            if watcher is not None:
+                watcher.cancel()
+            await self.announce()
+        fresh = [
+            info
+            for info in alive.values()
+            if info.node_id not in self.nodes or self.nodes[info.node_id].error
+        ]
+        await asyncio.gather(*(self._meet(info) for info in fresh))
+
+    async def _meet(self, info: NodeInfo) -> None:
+        node = Node(info, self._cluster.agent(info.node_id, settings=self._settings))
+        try:
+            told = await node.call("describe")
+            target = Target.model_validate(told["target"])
+            node.site = site_name(told["platform"]["name"], target)
+            node.error = told["error"]
+            node.states = _states(told["states"])
+            if node.error is None:
+                node.watcher = asyncio.create_task(self._watch(node, int(told["version"])))
+        except Exception as exc:
+            error = exc if isinstance(exc, RayEnvsError) else RayEnvsError(f"no agent: {exc}")
+            node.error = error.about(node_id=info.node_id).to_dict()
+        self.nodes[info.node_id] = node
+        await self.announce()
+
+    async def _watch(self, node: Node, seen: int) -> None:
+        """Follow one agent for as long as it answers; the next tick meets it again after that."""
+        try:
+            while not self._is_stopping:
+                told = await node.call("watch", seen=seen, timeout_s=_WATCH_S)
+                if told["version"] != seen:
+                    seen = told["version"]
+                    node.states = _states(told["states"])
+                    await self.announce()
+        except Exception as exc:
+            node.error = RayEnvsError(
+                f"the agent of node {node.info.node_id[:12]} does not answer", detail=str(exc)[:500]
+            ).to_dict()
+            await self.announce()
+            self.wake_up.set()
+
+    async def look_at_disks(self) -> None:
+        """Ask every agent what its disk has now: whoever asks may start a worker there at once."""
+
+        async def look(node: Node) -> None:
+            with suppress(Exception):  # a dead agent is the watcher's business
+                node.states = _states((await node.call("watch", seen=-1, timeout_s=0))["states"])
+
+        await asyncio.gather(*(look(node) for node in self.nodes.values() if node.error is None))
+
+    async def stop(self) -> None:
+        """Stop following the agents and, where one lives in this process, end its builds."""
+        self._is_stopping = True
+        await ended({node.watcher for node in self.nodes.values() if node.watcher is not None})
+        await self._cluster.stop()
+
+
+async def ended(tasks: set[asyncio.Task[None]]) -> None:
+    """Cancel `tasks` until they have ended: before Python 3.12, wait_for may swallow a cancel."""
+    while tasks:
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=1)
+
+
+def site_name(platform: str, target: Target) -> str:
+    """What a node is, as far as an environment must match it."""
+    return f"{platform} python {target.python} ray {target.ray}"
+
+
+def _states(told: Iterable[Mapping[str, Any]]) -> dict[str, NodeEnvState]:
+    states = (NodeEnvState.model_validate(state) for state in told)
+    return {state.key: state for state in states}

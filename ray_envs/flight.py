@@ -1,0 +1,364 @@
+"""The items of a batch that Ray has: started, watched, and ended one by one.
+
+Which items there are, and what becomes of their results, is `batch`'s business. Here is all that
+touches Ray's tasks: placement at the start, messages, time-outs, lost workers and nodes.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ray_envs import inside, placement
+from ray_envs.cluster import by_value
+from ray_envs.code import pack_code
+from ray_envs.errors import NoEligibleNode, RayEnvsError
+from ray_envs.models import CaseSpec, ErrorInfo, ItemResult, RunDefaults
+from ray_envs.provider import EnvironmentProvider
+
+#: How long one wait for results lasts: how soon a time-out, a cancel or a lost node is noticed.
+_WAIT_S = 0.5
+#: How often it is looked whether the nodes that items wait for are still alive.
+_WATCHDOG_S = 5.0
+
+_RESOURCES = ("CPU", "GPU", "memory")
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    variant_id: str
+    case: CaseSpec
+    limits: RunDefaults
+    call_sha256: str | None
+    attempts: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
+    began: dict[str, Any] | None = None
+    outcome: dict[str, Any] | None = None
+    deadline: float | None = None
+
+
+class Payload:
+    """What every item of a batch sends along: the function or its name, and the code folder."""
+
+    def __init__(self, entrypoint: str | None, function: bytes | None, code: Path | None) -> None:
+        import ray
+
+        self.entrypoint = entrypoint
+        self.function = function
+        self.code_sha256: str | None = None
+        self.code: Any = None
+        if code is not None:
+            self.code_sha256, archive = pack_code(code)
+            self.code = ray.put(archive)
+        with by_value([inside]):
+            # A copy that belongs to no module: Ray pickles it later, at its first use.
+            self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(inside.run_item)))
+
+    @classmethod
+    def of(cls, function: Any, code: Path | None) -> Payload:
+        if isinstance(function, str):
+            return cls(function, None, code)
+        import ray
+
+        plain = plain_function(function)
+        with by_value(_modules_of(plain)):
+            return cls(None, ray.cloudpickle.dumps(plain), code)
+
+
+class Flight:
+    """The items that Ray has: started, watched, and ended one by one."""
+
+    def __init__(self, payload: Payload, provider: EnvironmentProvider, prefix: str) -> None:
+        self._payload = payload
+        self._provider = provider
+        self._prefix = prefix
+        self.items: dict[Any, Item] = {}
+        self._totals = totals()
+        self._looked_at = time.monotonic()
+
+    def next_of(self, waiting: deque[Item], warm: list[str]) -> Item | None:
+        """The item to start now, or None where the cluster has no room for another.
+
+        Ray gives a worker's place to another environment after half a second and soon ends the
+        worker, so that items handed over all at once start the same environment again and again.
+        Here an item follows the one that ended in its environment (`warm`), and only as many are
+        handed over as can run.
+        """
+        by_key: dict[str, Item] = {}
+        for item in waiting:
+            by_key.setdefault(item.environment["key"], item)
+        busy = [item.environment["key"] for item in self.items.values()]
+        order = [key for key in warm if key in by_key]
+        order += sorted(by_key, key=busy.count)  # stable: in the order of the batch
+        item = by_key[order[0]]
+        if self.items and self._is_able(item) and not self._has_room(item):
+            return None
+        if warm and order[0] in warm:
+            warm.remove(order[0])
+        return item
+
+    def _is_able(self, item: Item) -> bool:
+        """Whether any node could run the item at all; `launch` says why none can."""
+        wanted = _wanted(item.limits)
+        return any(_has_all(node, wanted) for node in self._totals.values())
+
+    def _has_room(self, item: Item) -> bool:
+        for name in _RESOURCES:
+            wanted = _wanted(item.limits)[name]
+            used = sum(_wanted(other.limits)[name] for other in self.items.values())
+            total = sum(node.get(name, 0) for node in self._totals.values())
+            if wanted and used + wanted > total:
+                return False
+        return True
+
+    def launch(self, item: Item) -> None:
+        """Hand one item to Ray, in its variant's environment on a node where that is ready.
+
+        Raises:
+            RayEnvsError: no node can run it.
+        """
+        if item.attempts:
+            item.environment = self._provider.environment(self._prefix + item.variant_id)
+        environment, limits = item.environment, item.limits
+        nodes = _able_nodes(
+            environment["ready_nodes"], self._totals, _wanted(limits), item.variant_id
+        )
+        options = placement.options(
+            environment["runtime_env"],
+            nodes,
+            {
+                "num_cpus": limits.num_cpus,
+                "num_gpus": limits.num_gpus,
+                "memory": limits.memory,
+                "num_returns": "streaming",
+                "max_retries": 0,
+                "name": f"{item.variant_id}:{item.case.id}",
+            },
+            variant_id=item.variant_id,
+        )
+        payload = self._payload
+        request = {
+            "key": environment["key"],
+            "venv": environment["venv_path"],
+            "python": environment["python_version"],
+            "ray": environment["ray_version"],
+            "entrypoint": payload.entrypoint,
+            "args": list(item.case.args),
+            "kwargs": item.case.kwargs,
+            "as_json": payload.entrypoint is not None,
+            "code_sha256": payload.code_sha256,
+        }
+        item.attempts += 1
+        item.nodes = tuple(nodes)
+        item.began = item.outcome = item.deadline = None
+        self.items[
+            payload.task.options(**options).remote(request, payload.function, payload.code)
+        ] = item
+
+    def ended(self) -> Iterator[tuple[Item, ItemResult | None]]:
+        """Wait a moment; the items that ended, each with its result, or None to start it again."""
+        import ray
+
+        if not self.items:
+            return
+        waiting = list(self.items)
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=_WAIT_S, fetch_local=False)
+        if ready:  # take all that are there already, without waiting
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+        for stream in ready:
+            item = self.items[stream]
+            end = self._advance(stream, item)
+            if end is not None:
+                del self.items[stream]
+                yield item, end[0]
+        yield from self._overdue()
+        yield from self._stranded()
+
+    def _advance(self, stream: Any, item: Item) -> tuple[ItemResult | None] | None:
+        """Take the next message of an item; a result (or None: again) in a tuple where it ended."""
+        import ray
+        from ray import exceptions
+
+        try:
+            message = ray.get(next(stream))
+            if item.began is None:
+                item.began = message
+                item.deadline = time.monotonic() + item.limits.timeout_s
+                return None
+            if item.outcome is None:
+                item.outcome = message
+                if message["error"] is not None or self._payload.entrypoint is not None:
+                    return (_result(item, message["value"]),)
+                return None
+            return (_result(item, message),)
+        except StopIteration:
+            return self._again_or(item, "WorkerLost", "the worker ended without a result")
+        except (
+            exceptions.WorkerCrashedError,
+            exceptions.NodeDiedError,
+            exceptions.ObjectLostError,
+            exceptions.LocalRayletDiedError,
+            exceptions.OutOfMemoryError,
+            exceptions.TaskUnschedulableError,  # the named nodes are gone
+            exceptions.RuntimeEnvSetupError,
+        ) as exc:
+            return self._again_or(item, type(exc).__name__, str(exc))
+        except exceptions.RayTaskError as exc:
+            return (_broken(item, type(exc.cause).__name__, str(exc.cause), str(exc)),)
+        except Exception as exc:
+            return (_broken(item, type(exc).__name__, str(exc)),)
+
+    @staticmethod
+    def _again_or(item: Item, kind: str, message: str) -> tuple[ItemResult | None]:
+        """Start a lost item again; when its retries are used up, that is its result."""
+        if item.attempts <= item.limits.retries:
+            return (None,)
+        return (_broken(item, kind, message),)
+
+    def _overdue(self) -> Iterator[tuple[Item, ItemResult | None]]:
+        now = time.monotonic()
+        for stream, item in list(self.items.items()):
+            if item.deadline is not None and now > item.deadline:
+                self._end(stream)
+                yield (
+                    item,
+                    _broken(item, "ItemTimeout", f"did not end within {item.limits.timeout_s:g} s"),
+                )
+
+    def _stranded(self) -> Iterator[tuple[Item, ItemResult | None]]:
+        """Items that wait for nodes that are all dead: Ray would let them wait for ever."""
+        now = time.monotonic()
+        if now - self._looked_at < _WATCHDOG_S:
+            return
+        self._looked_at = now
+        self._totals = totals()
+        alive = set(self._totals)
+        for stream, item in list(self.items.items()):
+            if item.began is None and not alive & set(item.nodes):
+                self._end(stream)
+                yield item, None
+
+    def _end(self, stream: Any) -> None:
+        import ray
+
+        del self.items[stream]
+        with suppress(Exception):  # it may have ended by itself just now
+            ray.cancel(stream, force=True)
+
+    def cancel(self) -> None:
+        """Stop everything that Ray still has of this batch."""
+        import ray
+
+        if ray.is_initialized():
+            for stream in list(self.items):
+                self._end(stream)
+        self.items.clear()
+
+
+def totals() -> dict[str, dict[str, float]]:
+    """What each live node has in all, by node id."""
+    import ray
+
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def _wanted(limits: RunDefaults) -> dict[str, float]:
+    return {"CPU": limits.num_cpus, "GPU": limits.num_gpus, "memory": limits.memory or 0}
+
+
+def _has_all(node: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
+    return all(node.get(name, 0) >= amount for name, amount in wanted.items())
+
+
+def _able_nodes(
+    ready: Sequence[str],
+    totals: Mapping[str, Mapping[str, float]],
+    wanted: Mapping[str, float],
+    variant_id: str,
+) -> list[str]:
+    """Those of the ready nodes that have enough of everything, were they idle."""
+    able = [node_id for node_id in ready if node_id in totals and _has_all(totals[node_id], wanted)]
+    if ready and not able:
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
+        raise NoEligibleNode(
+            f"no node with the environment of {variant_id!r} has {needs}",
+            variant_id=variant_id,
+            hint="ask for less, or add such a node to the cluster",
+        )
+    return able
+
+
+def _result(item: Item, value: Any) -> ItemResult:
+    outcome = item.outcome or {}
+    error = outcome.get("error")
+    return _filled(
+        item,
+        ok=error is None,
+        value=value if error is None else None,
+        error=ErrorInfo(**error) if error else None,
+        python=outcome.get("python"),
+        ray=outcome.get("ray"),
+        duration_s=round(outcome.get("duration_s", 0.0), 6),
+        shadowed=tuple(outcome.get("shadowed", ())),
+    )
+
+
+def _broken(item: Item, kind: str, message: str, traceback: str = "") -> ItemResult:
+    began = (item.began or {}).get("started_at")
+    return _filled(
+        item,
+        ok=False,
+        error=ErrorInfo(type=kind, message=message.strip(), traceback=traceback),
+        duration_s=round(time.time() - began, 6) if began else 0.0,
+    )
+
+
+def not_run(item: Item, error: RayEnvsError) -> ItemResult:
+    return _filled(item, ok=False, error=ErrorInfo(type=type(error).__name__, message=str(error)))
+
+
+def _filled(item: Item, **fields: Any) -> ItemResult:
+    began = item.began or {}
+    started = began.get("started_at")
+    return ItemResult(
+        variant_id=item.variant_id,
+        case_id=item.case.id,
+        key=item.environment.get("key"),
+        lock_sha256=item.environment.get("lock_sha256"),
+        node_id=began.get("node_id"),
+        attempts=item.attempts,
+        started_at=datetime.fromtimestamp(started, timezone.utc) if started else None,
+        call_sha256=item.call_sha256,
+        **fields,
+    )
+
+
+def plain_function(function: Any) -> Any:
+    """The function behind a Ray remote function; any other one as it is."""
+    return getattr(function, "_function", function)
+
+
+def _modules_of(function: Any) -> list[ModuleType]:
+    """The top module of a function, where it is the user's own: not installed, not built in."""
+    name = getattr(function, "__module__", None)
+    if name in (None, "__main__", "builtins"):
+        return []
+    top = sys.modules.get(str(name).split(".")[0])
+    path = getattr(sys.modules.get(str(name)), "__file__", None)
+    if top is None or path is None:
+        return []
+    paths = sysconfig.get_paths()
+    installed = [paths[kind] for kind in ("purelib", "platlib", "stdlib", "platstdlib")]
+    if any(Path(path).is_relative_to(folder) for folder in installed):
+        return []
+    return [top]
