@@ -120,11 +120,6 @@ def described(processes: Iterable[psutil.Process]) -> list[str]:
     return texts
 
 
-def _be_the_first_to_die() -> None:
-    """Where a defect takes all memory, the kernel ends this command and not somebody else's."""
-    Path("/proc/self/oom_score_adj").write_text("1000")
-
-
 def at_most(size_bytes: int) -> Sequence[str]:
     """Words to put before a command that a defect could make read without an end."""
     return ["prlimit", f"--as={size_bytes}", "--"]
@@ -189,10 +184,9 @@ class Shell:
         variables: Mapping[str, str] | None = None,
         **options: Any,
     ) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process: subprocess.Popen[str] = subprocess.Popen(
             [str(word) for word in words],
             cwd=cwd or self.cwd,
-            preexec_fn=_be_the_first_to_die,
             env=self.environ(**(variables or {})),
             text=True,
             start_new_session=True,
@@ -203,6 +197,10 @@ class Shell:
                 **options,
             },
         )
+        with suppress(OSError):
+            # Where a defect takes all memory, the kernel ends this and not somebody else's process.
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+        return process
 
     def __call__(self, *words: str | Path, within_s: float = 90, **options: Any) -> Ended:
         """`ray-envs WORDS…`, once it has ended; it is killed after `within_s` seconds."""

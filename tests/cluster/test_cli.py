@@ -203,6 +203,14 @@ def test_a_batch_ends_in_a_table_and_a_line_for_each_item(shell: Shell, tmp_path
     assert kept.read_text() == "what an earlier run left\n"
 
 
+def test_a_batch_runs_from_its_own_folder_too(shell: Shell, tmp_path: Path) -> None:
+    """Ray gives workers the driver's folder: the payload is there, and in the code folder."""
+    batch = write_batch(tmp_path / "batch", [OLD], ["a"])
+    told = shell("run", batch.name, "--json", cwd=batch.parent)
+    assert told.code == 0, told.err
+    assert told.data()["results"][0]["shadowed"] == []
+
+
 def test_a_variant_that_cannot_be_resolved_fails_its_items_while_the_others_run(
     fresh: Shell, calls: Path, tmp_path: Path
 ) -> None:
