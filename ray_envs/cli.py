@@ -11,12 +11,13 @@ import fcntl
 import json
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures import wait as futures_wait
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from ray_envs.provider import RayEnvironmentProvider
     from ray_envs.registry import Registry
     from ray_envs.store import Store
+
+T = TypeVar("T")
 
 _INTERRUPTED = 130
 _SOME_FAILED = 1
@@ -67,10 +70,15 @@ def main() -> None:
     except RayEnvsError as exc:
         _complain(str(exc))
         code = exc.exit_code
-    except BrokenPipeError:  # the reader of our stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print(text: str) -> None:
+    """Data for stdout; a reader that has seen enough is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:
@@ -131,15 +139,21 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     for number, variant in enumerate(batch.variants):
         read_definition(variant.env_spec(), base, where=f"variants[{number}]")
     path = results or Path(f"{batch.name}.results.jsonl")
+    from ray_envs.cluster import embeds
+
+    if embeds(address):  # the root is this machine's: say now that it cannot be used
+        from ray_envs.store import Store
+
+        Store(settings).set_up()
     with _results_file(path, resume=resume) as (log, done):
         ended = _run_batch(batch, base, code, settings, address, log, done)
     failed = [result for result in ended if not result.ok]
     if as_json:
-        click.echo(json.dumps(_summary(batch, ended, path), indent=1))
+        _print(json.dumps(_summary(batch, ended, path), indent=1))
     else:
-        from ray_envs.display import data_console, failures, results_table
+        from ray_envs.display import failures, rendered, results_table
 
-        data_console().print(results_table(batch, ended))
+        _print(rendered(results_table(batch, ended)))
         for paragraph in failures(ended):
             _complain(paragraph)
         print(f"ray-envs: results in {path}", file=sys.stderr)
@@ -223,8 +237,8 @@ def _create_all(
             return exc
         return None
 
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        errors = list(pool.map(create, batch.variants))
+    creating = [_in_background(create, variant) for variant in batch.variants]
+    errors = [future.result() for future in creating]
     return {v.id: e for v, e in zip(batch.variants, errors, strict=True) if e is not None}
 
 
@@ -234,8 +248,11 @@ def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[str], list[I
 
     Without `resume`, earlier results are kept once more as `<path>.previous`.
     """
+    from ray_envs.files import kind_of
     from ray_envs.inputs import read_results
 
+    if kind_of(path) not in ("file", "missing"):
+        raise InvalidInput(f"{path} is not a file", hint="give a regular file with --results")
     done = read_results(path) if resume else []
     try:
         with path.open("a", encoding="utf-8") as log:
@@ -251,10 +268,12 @@ def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[str], list[I
             elif text:
                 path.with_name(path.name + ".previous").write_text(text, encoding="utf-8")
                 log.truncate(0)
-            yield log, done
-            is_empty = log.tell() == 0
-        if is_empty:
-            path.unlink()
+            try:
+                yield log, done
+            finally:
+                log.flush()
+                if os.fstat(log.fileno()).st_size == 0:
+                    path.unlink(missing_ok=True)
     except (OSError, UnicodeDecodeError) as exc:
         raise InvalidInput(
             f"cannot write results to {path}: {getattr(exc, 'strerror', None) or exc}",
@@ -273,11 +292,11 @@ def list_variants(as_json: bool) -> None:
     damaged: list[StorageFailed] = []
     rows = [_described(record, registry, store) for record in registry.all(damaged=damaged)]
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        _print(json.dumps(rows, indent=1))
     elif rows:
-        from ray_envs.display import data_console, variants_table
+        from ray_envs.display import rendered, variants_table
 
-        data_console().print(variants_table(rows))
+        _print(rendered(variants_table(rows)))
     else:
         print(f"no variants are defined under {store.root}", file=sys.stderr)
     if damaged:
@@ -294,13 +313,13 @@ def status(variant: str, as_json: bool) -> None:
     registry, store = _disk()
     row = _described(_found(registry, variant), registry, store)
     if as_json:
-        click.echo(json.dumps(row, indent=1))
+        _print(json.dumps(row, indent=1))
         return
     for name, value in row.items():
         shown = "-" if value is None else value
         if name == "packages":
             shown = " ".join(f"{n}=={v}" for n, v in sorted(value.items()))
-        click.echo(f"{name:16} {shown}")
+        _print(f"{name:16} {shown}")
 
 
 @cli.command()
@@ -324,25 +343,20 @@ def create(variant: str, packages: tuple[str, ...], as_json: bool, **options: An
     settings = Settings.from_environment()
     from ray_envs.provider import RayEnvironmentProvider
 
-    with (
-        RayEnvironmentProvider.without_cluster(settings) as provider,
-        ThreadPoolExecutor(max_workers=1) as pool,
-    ):
+    with RayEnvironmentProvider.without_cluster(settings) as provider:
         # A failed build puts back what was before; meanwhile, this thread says how it goes.
-        creating = pool.submit(
-            provider.create,
-            name,
-            spec,
-            replace=replace,
-            base=Path.cwd(),
-            wait_s=settings.prepare_timeout_s,
+        creating = _in_background(
+            lambda: provider.create(
+                name, spec, replace=replace, base=Path.cwd(), wait_s=settings.prepare_timeout_s
+            )
         )
         say = _say_phase()
         while not creating.done():
             say({name: provider.status(name)})
             futures_wait([creating], timeout=_LOOK_S)
         row = creating.result()
-    click.echo(json.dumps(row, indent=1) if as_json else row["python_path"])
+        say({name: row})
+    _print(json.dumps(row, indent=1) if as_json else row["python_path"])
 
 
 @cli.command()
@@ -357,12 +371,15 @@ def delete(variant: str, as_json: bool) -> None:
     with RayEnvironmentProvider.without_cluster(Settings.from_environment()) as provider:
         provider.delete(name)
     if as_json:
-        click.echo(json.dumps({"variant_id": name, "deleted": True}))
+        _print(json.dumps({"variant_id": name, "deleted": True}))
     else:
         print(f"variant {name} is forgotten", file=sys.stderr)
 
 
-@cli.command(name="exec", context_settings={"ignore_unknown_options": True})
+@cli.command(
+    name="exec",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
 @click.argument("variant")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def execute(variant: str, command: tuple[str, ...]) -> None:
@@ -371,6 +388,10 @@ def execute(variant: str, command: tuple[str, ...]) -> None:
     \b
     Example: ray-envs exec old -- python -c 'import sklearn; print(sklearn.__version__)'
     """
+    if command[0] == "--":
+        command = command[1:]
+    if not command:
+        raise click.UsageError("Missing argument 'COMMAND...'.")
     registry, store = _disk()
     record = _found(registry, variant)
     key = record.current.key
@@ -428,6 +449,20 @@ def _described(record: Any, registry: Registry, store: Store) -> dict[str, Any]:
         "is_held": store.is_held(key) if ready else False,
         "how": ready.how if ready else None,
     }
+
+
+def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call `function` in a thread that an interrupted command does not wait for."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def _say_phase() -> Any:

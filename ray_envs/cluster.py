@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -22,13 +23,16 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from ray_envs import inside
-from ray_envs.errors import ManagerUnavailable, from_dict
+from ray_envs.errors import InvalidInput, ManagerUnavailable, from_dict
 
 NAMESPACE = "ray_envs"
 MANAGER = "EnvManager"
 
 #: How long the helper that starts the manager may take; a cold Ray import alone takes seconds.
 _START_TIMEOUT_S = 120
+
+#: How long the port of a given address may take to answer.
+_CONNECT_TIMEOUT_S = 5
 
 #: What a helper driver must not inherit from the job that calls us: it names that job.
 _OF_THE_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_CLIENT_", "RAY_OVERRIDE_", "PYTHON")
@@ -309,6 +313,7 @@ def connect(address: str | None) -> bool:
 
     if ray.is_initialized():
         return False
+    _check_answers(address)
     quiet: dict[str, Any] = {"logging_level": "ERROR", "namespace": NAMESPACE}
     # A driver under `uv run` would otherwise upload its folder and start every worker, also those
     # of the manager, with `uv run`. Ray has read the variable at its import, which may be past.
@@ -321,11 +326,49 @@ def connect(address: str | None) -> bool:
             # embedded Ray of another process, which ends with that process.
             ray.init(address=address or None, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as exc:
-        named = address or os.environ.get("RAY_ADDRESS") or "the address that `ray start` left"
-        raise ManagerUnavailable(
-            f"no Ray cluster answers at {named}",
-            detail=str(exc).strip().splitlines()[-1] if str(exc).strip() else "",
-            hint="check --address and RAY_ADDRESS; `--address local` uses a local Ray; "
-            "`ray stop` forgets a cluster that has crashed",
-        ) from exc
+        raise _no_answer(_address_of(address), str(exc)) from exc
     return bool(ray._private.worker._global_node.head)
+
+
+def embeds(address: str | None) -> bool:
+    """Whether `connect` would start an embedded Ray: nothing names a cluster."""
+    return address == "local" or not _address_of(address)
+
+
+def _address_of(address: str | None) -> str:
+    """The address that Ray would use: given, from the environment, or left by `ray start`."""
+    from ray._private.utils import read_ray_address
+
+    return address or os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+
+
+def _check_answers(address: str | None) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for minutes.
+
+    Raises:
+        InvalidInput: an address of Ray Client, which cannot name nodes of the cluster.
+        ManagerUnavailable: nothing answers there.
+    """
+    named = _address_of(address)
+    if named.startswith("ray://"):
+        raise InvalidInput(
+            f"{named} is an address of Ray Client, which ray_envs does not support",
+            hint="use the cluster's own address (host:6379), or `ray job submit`",
+        )
+    host, colon, port = named.rpartition(":")
+    if not colon or not port.isdigit():  # "local", "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as exc:
+        raise _no_answer(named, str(exc)) from exc
+
+
+def _no_answer(address: str, reason: str) -> ManagerUnavailable:
+    lines = reason.strip().splitlines() or [""]
+    return ManagerUnavailable(
+        f"no Ray cluster answers at {address or 'this machine'}",
+        detail=lines[-1],
+        hint="check --address and RAY_ADDRESS (a cluster with tokens needs RAY_AUTH_MODE=token and "
+        "the same token); `--address local` uses a local Ray; `ray stop` forgets a crashed one",
+    )

@@ -6,6 +6,8 @@ decides what is shown and where data goes.
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +30,17 @@ _FILE_WIDTH = 200
 _ERROR_LINES = 12
 
 
-def data_console() -> Console:
-    """The console for data: stdout, and wide where nobody sees its edge."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+def rendered(table: Table) -> str:
+    """`table` as text for stdout: as wide as a terminal is; elsewhere nothing is cut."""
+    is_terminal = sys.stdout.isatty()
+    console = Console(
+        file=io.StringIO(),
+        width=shutil.get_terminal_size().columns if is_terminal else _FILE_WIDTH,
+        force_terminal=is_terminal,
+    )
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 class RunDisplay:

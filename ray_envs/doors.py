@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from ray_envs import cluster
 from ray_envs.agent import NodeAgent
 from ray_envs.errors import ManagerUnavailable
+from ray_envs.fleet import ended
 from ray_envs.manager import EnvManager
 from ray_envs.settings import Settings
 
@@ -88,7 +89,12 @@ class LocalDoor:
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(self._manager.stop(), self._loop).result(30)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        await self._manager.stop()
+        # A verb that another thread still waits for must not keep that thread for ever.
+        await ended(asyncio.all_tasks() - {asyncio.current_task()})

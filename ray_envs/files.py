@@ -32,6 +32,8 @@ _HINTS = {
     errno.EACCES: "make the folder writable for this user, or set RAY_ENVS_ROOT elsewhere",
     errno.EPERM: "make the folder writable for this user, or set RAY_ENVS_ROOT elsewhere",
     errno.EROFS: "the file system is read-only: set RAY_ENVS_ROOT elsewhere",
+    errno.EEXIST: "a file stands where a folder is needed: set RAY_ENVS_ROOT elsewhere",
+    errno.ENOENT: "a folder is missing or a link leads nowhere: check RAY_ENVS_ROOT",
     errno.ENOTDIR: "a file stands where a folder is needed: set RAY_ENVS_ROOT elsewhere",
     errno.ENOSYS: "this file system has no flock: set RAY_ENVS_ROOT to a local disk",
 }

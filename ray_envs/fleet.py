@@ -130,7 +130,7 @@ class Fleet:
         await self._cluster.stop()
 
 
-async def ended(tasks: set[asyncio.Task[None]]) -> None:
+async def ended(tasks: set[asyncio.Task[Any]]) -> None:
     """Cancel `tasks` until they have ended: before Python 3.12, wait_for may swallow a cancel."""
     while tasks:
         for task in tasks:

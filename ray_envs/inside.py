@@ -144,22 +144,22 @@ def _what_is_wrong_here(request: dict[str, Any], outcome: dict[str, Any]) -> str
     return ""
 
 
+def _is_foreign(path: str) -> bool:
+    """Whether `path` is neither the environment's, the standard library's nor Python's zip."""
+    real = os.path.realpath(path or ".") + os.sep
+    if real.startswith(os.path.realpath(sys.prefix) + os.sep) or path.endswith(".zip"):
+        return False
+    base = os.path.realpath(sys.base_prefix) + os.sep
+    return not (real.startswith(base) and "site-packages" not in real and real != base)
+
+
 def _put_foreign_paths_last() -> list[str]:
     """Move what is neither the environment nor the standard library behind them on sys.path.
 
     Ray puts the driver's folders first in every worker: a local `pgvector/` would win over the
     locked one. Returns the names of modules that stand in both; the environment's win now.
     """
-    own = [os.path.realpath(sys.prefix) + os.sep]
-    base = os.path.realpath(sys.base_prefix) + os.sep
-
-    def is_foreign(path: str) -> bool:
-        real = os.path.realpath(path or ".") + os.sep
-        if any(real.startswith(prefix) for prefix in own):
-            return False
-        return not (real.startswith(base) and "site-packages" not in real and real != base)
-
-    foreign = [path for path in sys.path if is_foreign(path) and not path.endswith(".zip")]
+    foreign = [path for path in sys.path if _is_foreign(path)]
     sys.path[:] = [path for path in sys.path if path not in foreign] + foreign
     return _shadowed(foreign)
 
@@ -262,7 +262,7 @@ def _unpacked(sha256: str, code: bytes) -> str:
 
 
 def _use_code(folder: str | None) -> None:
-    """Put `folder` last on sys.path; forget every other code folder and its modules.
+    """Put `folder` behind the environment on sys.path; forget other code and its modules.
 
     A warm worker may have run other code before. It is recognised by where it lies, not by what
     this module remembers: each batch sends a fresh copy of this module.
@@ -274,14 +274,20 @@ def _use_code(folder: str | None) -> None:
         real = os.path.realpath(path) + os.sep
         return real.startswith(parent) and not (keep and real.startswith(keep))
 
+    own = set() if folder is None else _module_names(folder)
     for name, module in list(sys.modules.items()):
-        if is_old(getattr(module, "__file__", None) or ""):
+        path = getattr(module, "__file__", None) or ""
+        # Also a copy of this code that came from the driver's folder.
+        is_copy = name.split(".")[0] in own and name != "__main__" and path and _is_foreign(path)
+        if is_old(path) or (is_copy and not (keep and os.path.realpath(path).startswith(keep))):
             del sys.modules[name]
-    sys.path[:] = [path for path in sys.path if not path or not is_old(path)]
-    if folder is not None and folder not in sys.path:
+    sys.path[:] = [path for path in sys.path if path != folder and not (path and is_old(path))]
+    if folder is not None:
         import importlib
 
-        sys.path.append(folder)
+        # Behind the environment, before the driver's folders: those may hold another copy.
+        place = next((n for n, path in enumerate(sys.path) if _is_foreign(path)), len(sys.path))
+        sys.path.insert(place, folder)
         importlib.invalidate_caches()
 
 

@@ -50,7 +50,6 @@ from ray_envs.registry import Registry, build_request, describe_record
 from ray_envs.settings import Settings
 from ray_envs.store import Store
 
-
 #: What `get_environment` takes from a status.
 _FOR_PROGRAMS = (
     "variant_id", "workflow_id", "node_id", "version_id", "status", "key", "generation",

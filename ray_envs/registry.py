@@ -70,13 +70,12 @@ class Registry:
             damaged: receives an error for each definition that cannot be read; one of them must
                 not hide the others.
         """
-        try:
-            with os.scandir(self._envs) as entries:
-                folders = [entry.path for entry in entries if entry.is_dir()]
-        except FileNotFoundError:
-            return []
-        except OSError as exc:
-            raise StorageFailed(f"cannot read {self._envs}: {exc.strerror}") from exc
+        with storage_errors("read the definitions"):
+            try:
+                with os.scandir(self._envs) as entries:
+                    folders = [entry.path for entry in entries if entry.is_dir()]
+            except FileNotFoundError:
+                return []
         found = []
         for folder in folders:
             try:
@@ -87,12 +86,11 @@ class Registry:
         return sorted((r for r in found if r is not None), key=lambda r: str(r.env_id))
 
     def _read(self, path: Path) -> VariantRecord | None:
-        try:
-            text = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as exc:
-            raise StorageFailed(f"cannot read {path}: {exc.strerror}") from exc
+        with storage_errors("read a definition"):
+            try:
+                text = path.read_bytes()
+            except FileNotFoundError:
+                return None
         try:
             return VariantRecord.model_validate_json(text)
         except (ValidationError, InvalidId) as exc:

@@ -1141,7 +1141,7 @@ def test_commands_on_a_root_with_a_manager_go_through_it(
 def test_an_address_where_nothing_answers_is_a_clear_error(fresh: Shell, tmp_path: Path) -> None:
     batch = write_batch(tmp_path / "batch", [OLD], ["a"])
     address = f"127.0.0.1:{free_port()}"
-    told = fresh("run", batch, "--address", address)
+    told = fresh("run", batch, "--address", address, within_s=30)
     told.check_refusal(14, address, "--address")
     assert not (tmp_path / "tiny.results.jsonl").exists()
 
