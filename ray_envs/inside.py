@@ -274,11 +274,11 @@ def _use_code(folder: str | None) -> None:
         real = os.path.realpath(path) + os.sep
         return real.startswith(parent) and not (keep and real.startswith(keep))
 
-    own = set() if folder is None else _module_names(folder)
+    names = set() if folder is None else _module_names(folder)
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None) or ""
         # Also a copy of this code that came from the driver's folder.
-        is_copy = name.split(".")[0] in own and name != "__main__" and path and _is_foreign(path)
+        is_copy = name.split(".")[0] in names and name != "__main__" and path and _is_foreign(path)
         if is_old(path) or (is_copy and not (keep and os.path.realpath(path).startswith(keep))):
             del sys.modules[name]
     sys.path[:] = [path for path in sys.path if path != folder and not (path and is_old(path))]
@@ -286,8 +286,8 @@ def _use_code(folder: str | None) -> None:
         import importlib
 
         # Behind the environment, before the driver's folders: those may hold another copy.
-        place = next((n for n, path in enumerate(sys.path) if _is_foreign(path)), len(sys.path))
-        sys.path.insert(place, folder)
+        own_places = [n for n, path in enumerate(sys.path) if not _is_foreign(path)]
+        sys.path.insert(own_places[-1] + 1 if own_places else 0, folder)
         importlib.invalidate_caches()
 
 
