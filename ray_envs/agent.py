@@ -120,6 +120,14 @@ class NodeAgent:
                 self._tasks[wanted.key] = asyncio.create_task(self._make_ready(wanted, attempt))
         return self._states[wanted.key].model_dump(mode="json")
 
+    async def try_start(self, *, key: str, env_vars: dict[str, str]) -> None:
+        """Start the interpreter of `key` with these variables.
+
+        Raises:
+            InvalidInput: it does not start; `detail` is what it said.
+        """
+        await self._builder.try_start(self._store.python(key), env_vars)
+
     async def stop(self) -> None:
         """End every build; what is half-built has no record and is cleared by the next one."""
         for task in self._tasks.values():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_envs.errors import InvalidInput, RayEnvsError
-from ray_envs.flight import Flight, Item, Payload, not_run, plain_function
+from ray_envs.flight import Flight, Item, Payload, check_key, not_run, plain_function
 from ray_envs.models import BatchSpec, CaseSpec, ItemResult, RunDefaults, validated
 from ray_envs.provider import EnvironmentProvider, Statuses
 
@@ -115,6 +115,7 @@ class RayBatchRunner:
         *,
         code: Path | None = None,
         done: Iterable[ItemResult] = (),
+        keys: Mapping[str, str] | None = None,
         failed: Mapping[str, RayEnvsError] | None = None,
         on_status: Callable[[Statuses], None] | None = None,
     ) -> Iterator[ItemResult]:
@@ -124,6 +125,8 @@ class RayBatchRunner:
             batch: what to run.
             code: the folder of the entrypoint, if it is not in the environments.
             done: earlier results; a successful one with the same key and arguments is not repeated.
+            keys: the key that `create` returned for each variant. Where another run has replaced
+                the variant since, its items fail: they must not run in somebody else's version.
             failed: variants that could not be created, and why: their items fail with it.
             on_status: called while environments are being prepared.
         """
@@ -144,6 +147,7 @@ class RayBatchRunner:
             code=code,
             on_status=on_status,
             done=done,
+            keys=keys,
             failed=failed,
         )
 
@@ -156,6 +160,7 @@ class RayBatchRunner:
         code: Path | None,
         on_status: Callable[[Statuses], None] | None,
         done: Iterable[ItemResult] = (),
+        keys: Mapping[str, str] | None = None,
         failed: Mapping[str, RayEnvsError] | None = None,
     ) -> Iterator[ItemResult]:
         if isinstance(function, str) and not _ENTRYPOINT.fullmatch(function):
@@ -169,7 +174,7 @@ class RayBatchRunner:
         if twice is not None:
             raise InvalidInput(f"variant {twice[0]!r} with case {twice[1]!r} is there twice")
         return self._results(
-            function, items, prefix, code, on_status, list(done), dict(failed or {})
+            function, items, prefix, code, on_status, list(done), keys or {}, dict(failed or {})
         )
 
     def _results(
@@ -180,6 +185,7 @@ class RayBatchRunner:
         code: Path | None,
         on_status: Callable[[Statuses], None] | None,
         done: list[ItemResult],
+        keys: Mapping[str, str],
         failed: dict[str, RayEnvsError],
     ) -> Iterator[ItemResult]:
         if self._state is BatchState.RUNNING:
@@ -190,7 +196,7 @@ class RayBatchRunner:
         self._total, self._completed, self._failed, self._in_progress = len(items), 0, 0, 0
         is_over = False
         try:
-            environments = self._fetched(items, prefix, failed, on_status)
+            environments = self._fetched(items, prefix, keys, failed, on_status)
             waiting: deque[Item] = deque()
             known = {(r.variant_id, r.case_id, r.key, r.call_sha256): r for r in done if r.ok}
             for item in items:
@@ -243,6 +249,7 @@ class RayBatchRunner:
         self,
         items: list[Item],
         prefix: str,
+        keys: Mapping[str, str],
         failed: dict[str, RayEnvsError],
         on_status: Callable[[Statuses], None] | None,
     ) -> dict[str, dict[str, Any]]:
@@ -259,7 +266,9 @@ class RayBatchRunner:
                     raise
         for name in names:
             try:
-                environments[name] = self._provider.environment(prefix + name, prepare=False)
+                environment = self._provider.environment(prefix + name, prepare=False)
+                check_key(prefix + name, environment, keys.get(name))
+                environments[name] = environment
             except RayEnvsError as exc:
                 failed[name] = exc
         return environments

@@ -24,7 +24,7 @@ from packaging.markers import default_environment
 from packaging.tags import sys_tags
 from packaging.utils import canonicalize_name
 
-from ray_envs.errors import ResolutionFailed, StorageFailed, UvFailed
+from ray_envs.errors import InvalidInput, ResolutionFailed, StorageFailed, UvFailed
 from ray_envs.inside import INSTALLED_AS
 from ray_envs.models import BuildRequest, Platform, Target
 from ray_envs.settings import Settings
@@ -270,6 +270,7 @@ class Builder:
         for path in todo:
             for info in path.glob("*.dist-info"):
                 (info / _marker_name()).write_text(repr(time.time()))
+            _make_read_only(path)
         return has_all
 
     def _archives(self) -> dict[str, list[Path]]:
@@ -341,6 +342,22 @@ class Builder:
         if code or output.strip() != wanted:
             raise UvFailed(
                 f"the new interpreter says {output.strip()!r} (exit code {code}), not {wanted!r}"
+            )
+
+    async def try_start(self, python: Path, env_vars: dict[str, str]) -> None:
+        """Start `python` with these variables, as a worker would be.
+
+        Raises:
+            InvalidInput: it does not start; `detail` is what it said.
+        """
+        code, output = await self._run(
+            [str(python), "-c", ""], python.parent, timeout_s=60, environ=env_vars
+        )
+        if code:
+            raise InvalidInput(
+                f"the interpreter does not start with env_vars {', '.join(sorted(env_vars))}",
+                detail=_explanation(output),
+                hint="mend or remove the variable that it names",
             )
 
     async def _run_uv(
@@ -441,6 +458,19 @@ def _marker_name() -> str:
     so tells for each whether the byte-code was there in time.
     """
     return f"ray_envs-bytecode.{sys.implementation.cache_tag}"
+
+
+def _make_read_only(folder: Path) -> None:
+    """Take the right to write from the files of an unpacked wheel; folders keep it.
+
+    Environments link to these very files: an edit in one would reach all others. Superusers are
+    not stopped by this.
+    """
+    for place, _, files in os.walk(folder):
+        for name in files:
+            path = os.path.join(place, name)
+            with suppress(OSError):  # a link that leads nowhere
+                os.chmod(path, os.stat(path).st_mode & ~0o222)
 
 
 def _modules_below(folder: Path) -> Iterator[str]:

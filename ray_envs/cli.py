@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -55,6 +56,7 @@ _OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, In
 
 def main() -> None:
     """The entry point: every error of ours in plain words, with its exit code."""
+    signal.signal(signal.SIGINT, _interrupted_once)
     warnings.showwarning = lambda message, *_args, **_kwargs: _complain(f"warning: {message}")
     try:
         code = cli.main(standalone_mode=False)
@@ -79,6 +81,12 @@ def _print(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _interrupted_once(_signal: int, _frame: object) -> None:
+    """The first Ctrl-C ends the command; a second must not end the end: processes would stay."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _complain(text: str) -> None:
@@ -188,7 +196,7 @@ def _run_batch(
     code: Path | None,
     settings: Settings,
     address: str | None,
-    log: IO[str],
+    log: IO[bytes],
     done: Sequence[ItemResult],
 ) -> list[ItemResult]:
     from ray_envs.batch import RayBatchRunner
@@ -203,15 +211,19 @@ def _run_batch(
             display.variant(variant.id, "waiting for Ray")
         try:
             with RayEnvironmentProvider.connect(address, settings=settings) as provider:
-                failed = _create_all(batch, base, provider, display)
+                keys, failed = _create_all(batch, base, provider, display)
                 runner = RayBatchRunner(provider)
                 for result in runner.run_batch(
-                    batch, code=code, done=done, failed=failed, on_status=display.statuses
+                    batch,
+                    code=code,
+                    done=done,
+                    keys=keys,
+                    failed=failed,
+                    on_status=display.statuses,
                 ):
                     ended.append(result)
                     if id(result) not in kept:
-                        log.write(result.model_dump_json() + "\n")
-                        log.flush()
+                        _append(log, result)
                     display.item(result, runner.progress())
         except KeyboardInterrupt:
             display.say(
@@ -224,61 +236,81 @@ def _run_batch(
 
 def _create_all(
     batch: BatchSpec, base: Path, provider: RayEnvironmentProvider, display: RunDisplay
-) -> dict[str, RayEnvsError]:
-    """Define every variant of the batch at once; returns those that cannot be, with the reason."""
+) -> tuple[dict[str, str], dict[str, RayEnvsError]]:
+    """Define every variant of the batch at once.
 
-    def create(variant: Any) -> RayEnvsError | None:
+    Returns the key of each variant, and the reason for each that cannot be created.
+    """
+
+    def create(variant: Any) -> str | RayEnvsError:
         name = f"{batch.name}/{variant.id}"
         display.variant(variant.id, "locking")
         try:
-            provider.create(name, variant.env_spec(), replace=True, base=base)
+            status = provider.create(name, variant.env_spec(), replace=True, base=base)
         except _OF_ONE_VARIANT as exc:
             display.variant(variant.id, "failed", exc.message)
             return exc
-        return None
+        return str(status["key"])
 
     creating = [_in_background(create, variant) for variant in batch.variants]
-    errors = [future.result() for future in creating]
-    return {v.id: e for v, e in zip(batch.variants, errors, strict=True) if e is not None}
+    made = {v.id: future.result() for v, future in zip(batch.variants, creating, strict=True)}
+    return (
+        {name: key for name, key in made.items() if isinstance(key, str)},
+        {name: error for name, error in made.items() if isinstance(error, RayEnvsError)},
+    )
+
+
+def _append(log: IO[bytes], result: ItemResult) -> None:
+    """One line more in the results file; ASCII, so that no text of a payload can break it."""
+    line = json.dumps(result.model_dump(mode="json")).encode()
+    try:
+        log.write(line + b"\n")
+        log.flush()
+    except OSError as exc:
+        raise StorageFailed(
+            f"cannot write results to {log.name}: {exc.strerror}",
+            hint="free space there, then go on with --resume",
+        ) from exc
 
 
 @contextlib.contextmanager
-def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[str], list[ItemResult]]]:
+def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[bytes], list[ItemResult]]]:
     """The results file, open for appending, and what it holds already (with `resume`).
 
     Without `resume`, earlier results are kept once more as `<path>.previous`.
     """
-    from ray_envs.files import kind_of
+    from ray_envs.files import kind_of, storage_errors
     from ray_envs.inputs import read_results
 
     if kind_of(path) not in ("file", "missing"):
         raise InvalidInput(f"{path} is not a file", hint="give a regular file with --results")
     done = read_results(path) if resume else []
     try:
-        with path.open("a", encoding="utf-8") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InvalidInput(
-                    f"another run is writing to {path}", hint="give another file with --results"
-                ) from None
-            text = path.read_text(encoding="utf-8")
-            if resume:  # a run that was killed may have left half a line
-                log.truncate(len(text[: text.rfind("\n") + 1].encode()))
-            elif text:
-                path.with_name(path.name + ".previous").write_text(text, encoding="utf-8")
-                log.truncate(0)
-            try:
-                yield log, done
-            finally:
-                log.flush()
-                if os.fstat(log.fileno()).st_size == 0:
-                    path.unlink(missing_ok=True)
-    except (OSError, UnicodeDecodeError) as exc:
+        log = path.open("ab")
+    except OSError as exc:
         raise InvalidInput(
-            f"cannot write results to {path}: {getattr(exc, 'strerror', None) or exc}",
+            f"cannot write results to {path}: {exc.strerror}",
             hint="give another file with --results",
         ) from exc
+    with log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(
+                f"another run is writing to {path}", hint="give another file with --results"
+            ) from None
+        with storage_errors("keep the earlier results"):
+            held = path.read_bytes()
+            if resume:  # a run that was killed may have left half a line
+                log.truncate(held.rfind(b"\n") + 1)
+            elif held:
+                path.with_name(path.name + ".previous").write_bytes(held)
+                log.truncate(0)
+        try:
+            yield log, done
+        finally:
+            if os.fstat(log.fileno()).st_size == 0:
+                path.unlink(missing_ok=True)
 
 
 # -- variants ------------------------------------------------------------------------------------
@@ -365,7 +397,10 @@ def create(variant: str, packages: tuple[str, ...], as_json: bool, **options: An
 def delete(variant: str, as_json: bool) -> None:
     """Forget VARIANT. Its environment stays in the store for whoever runs in it."""
     registry, _ = _disk()
-    name = str(_found(registry, variant).env_id)
+    try:
+        name = str(_found(registry, variant).env_id)
+    except StorageFailed:  # damaged: forgetting it is what helps
+        name = str(EnvId.parse(variant))
     from ray_envs.provider import RayEnvironmentProvider
 
     with RayEnvironmentProvider.without_cluster(Settings.from_environment()) as provider:

@@ -126,6 +126,8 @@ class RayNodes:
         return found
 
     def agent(self, node_id: str, *, settings: dict[str, str]) -> Call:
+        from ray.exceptions import ActorDiedError
+
         if node_id not in self._handles:
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -136,7 +138,7 @@ class RayNodes:
                     namespace=NAMESPACE,
                     get_if_exists=True,
                     num_cpus=0,
-                    max_restarts=3,
+                    max_restarts=-1,
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
                 )
                 .remote(settings=settings, node_id=node_id, ray_version=self.ray_version())
@@ -147,7 +149,9 @@ class RayNodes:
             try:
                 return await getattr(handle, verb).remote(**arguments)
             except Exception as exc:
-                raise unwrapped(exc) from exc
+                if isinstance(exc, ActorDiedError):  # for good: the next call makes a new one
+                    self._handles.pop(node_id, None)
+                raise unwrapped(exc, f"the NodeAgent of node {node_id[:12]}") from exc
 
         return call
 
@@ -197,7 +201,7 @@ def by_value(modules: Iterable[ModuleType]) -> Iterator[None]:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def unwrapped(exc: BaseException) -> BaseException:
+def unwrapped(exc: BaseException, who: str = "the EnvManager") -> BaseException:
     """The error that our actor raised, freed from Ray's wrapping; any other error as it is."""
     from ray import exceptions
 
@@ -211,9 +215,9 @@ def unwrapped(exc: BaseException) -> BaseException:
             return from_dict(cause.args[1])
     if isinstance(exc, exceptions.RayActorError | exceptions.GetTimeoutError):
         return ManagerUnavailable(
-            f"the EnvManager did not answer: {type(exc).__name__}",
+            f"{who} did not answer: {type(exc).__name__}",
             detail=str(exc)[:500],
-            hint="try again; see `ray-envs status`, and Ray's logs of the actor EnvManager",
+            hint="try again; Ray's logs of that actor say more",
         )
     return exc
 

@@ -7,6 +7,7 @@ decides what is shown and where data goes.
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 import time
@@ -43,6 +44,14 @@ def rendered(table: Table) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
+class _PatientConsole(Console):
+    """A console whose reader may go away: the batch goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 class RunDisplay:
     """Shows a batch while it runs; a context manager.
 
@@ -53,7 +62,7 @@ class RunDisplay:
 
     def __init__(self, batch: BatchSpec) -> None:
         self._batch = batch
-        self._console = Console(stderr=True)
+        self._console = _PatientConsole(stderr=True)
         self._live: Live | None = None
         self._phases: dict[str, str] = {}
         self._progress: Progress | None = None

@@ -17,6 +17,8 @@ from ray_envs.models import NodeEnvState, Target
 
 #: How long one long-poll of an agent lasts before it is asked again.
 _WATCH_S = 5.0
+#: How many looks in a row an agent may miss before its node counts as failed. A guess.
+_MAX_MISSES = 6
 
 
 @dataclass(slots=True)
@@ -49,6 +51,8 @@ class Fleet:
         #: Set when there is something to do: a new wish, or an agent that was lost.
         self.wake_up = asyncio.Event()
         self._is_stopping = False
+        #: How often in a row an agent could not be met.
+        self._misses: dict[str, int] = {}
 
     def healthy(self) -> list[Node]:
         """The nodes whose agent answers."""
@@ -78,7 +82,7 @@ class Fleet:
         fresh = [
             info
             for info in alive.values()
-            if info.node_id not in self.nodes or self.nodes[info.node_id].error
+            if info.node_id not in self.nodes or self.nodes[info.node_id].watcher is None
         ]
         await asyncio.gather(*(self._meet(info) for info in fresh))
 
@@ -92,11 +96,21 @@ class Fleet:
             node.states = _states(told["states"])
             if node.error is None:
                 node.watcher = asyncio.create_task(self._watch(node, int(told["version"])))
+            self._misses.pop(info.node_id, None)
         except Exception as exc:
             error = exc if isinstance(exc, RayEnvsError) else RayEnvsError(f"no agent: {exc}")
-            node.error = error.about(node_id=info.node_id).to_dict()
+            misses = self._misses[info.node_id] = self._misses.get(info.node_id, 0) + 1
+            if misses >= _MAX_MISSES or not error.retryable:  # until then, it may be restarting
+                node.error = error.about(node_id=info.node_id).to_dict()
         self.nodes[info.node_id] = node
         await self.announce()
+
+    def lose(self, node: Node) -> None:
+        """Forget what an agent told that does not answer; the next look meets it again."""
+        watcher, node.watcher, node.states = node.watcher, None, {}
+        if watcher is not None and watcher is not asyncio.current_task():
+            watcher.cancel()
+        self.wake_up.set()
 
     async def _watch(self, node: Node, seen: int) -> None:
         """Follow one agent for as long as it answers; the next tick meets it again after that."""
@@ -107,12 +121,9 @@ class Fleet:
                     seen = told["version"]
                     node.states = _states(told["states"])
                     await self.announce()
-        except Exception as exc:
-            node.error = RayEnvsError(
-                f"the agent of node {node.info.node_id[:12]} does not answer", detail=str(exc)[:500]
-            ).to_dict()
+        except Exception:  # it has died, and restarts; what its node has is not known till then
+            self.lose(node)
             await self.announce()
-            self.wake_up.set()
 
     async def look_at_disks(self) -> None:
         """Ask every agent what its disk has now: whoever asks may start a worker there at once."""

@@ -21,7 +21,14 @@ from typing import Any
 from ray_envs import inside, placement
 from ray_envs.cluster import by_value
 from ray_envs.code import pack_code
-from ray_envs.errors import NoEligibleNode, RayEnvsError
+from ray_envs.errors import (
+    EnvironmentNotReady,
+    ManagerUnavailable,
+    NoEligibleNode,
+    NotFound,
+    RayEnvsError,
+    WrongEnvironment,
+)
 from ray_envs.models import CaseSpec, ErrorInfo, ItemResult, RunDefaults
 from ray_envs.provider import EnvironmentProvider
 
@@ -29,6 +36,8 @@ from ray_envs.provider import EnvironmentProvider
 _WAIT_S = 0.5
 #: How often it is looked whether the nodes that items wait for are still alive.
 _WATCHDOG_S = 5.0
+#: How long an item may wait for its worker before its environment is looked at again.
+_LONG_S = 15.0
 
 _RESOURCES = ("CPU", "GPU", "memory")
 
@@ -45,6 +54,7 @@ class Item:
     began: dict[str, Any] | None = None
     outcome: dict[str, Any] | None = None
     deadline: float | None = None
+    launched_at: float = 0.0
 
 
 class Payload:
@@ -128,7 +138,10 @@ class Flight:
             RayEnvsError: no node can run it.
         """
         if item.attempts:
-            item.environment = self._provider.environment(self._prefix + item.variant_id)
+            name = self._prefix + item.variant_id
+            environment = self._provider.environment(name)
+            check_key(name, environment, item.environment["key"])
+            item.environment = environment
         environment, limits = item.environment, item.limits
         nodes = _able_nodes(
             environment["ready_nodes"], self._totals, _wanted(limits), item.variant_id
@@ -160,6 +173,7 @@ class Flight:
         }
         item.attempts += 1
         item.nodes = tuple(nodes)
+        item.launched_at = time.monotonic()
         item.began = item.outcome = item.deadline = None
         self.items[
             payload.task.options(**options).remote(request, payload.function, payload.code)
@@ -236,17 +250,36 @@ class Flight:
                 )
 
     def _stranded(self) -> Iterator[tuple[Item, ItemResult | None]]:
-        """Items that wait for nodes that are all dead: Ray would let them wait for ever."""
+        """Items that wait for what is gone, nodes or environment: Ray would wait for ever."""
         now = time.monotonic()
         if now - self._looked_at < _WATCHDOG_S:
             return
         self._looked_at = now
         self._totals = totals()
         alive = set(self._totals)
-        for stream, item in list(self.items.items()):
-            if item.began is None and not alive & set(item.nodes):
+        waiting = [(stream, item) for stream, item in self.items.items() if item.began is None]
+        lost = self._lost(
+            {item.variant_id for _, item in waiting if now - item.launched_at > _LONG_S}
+        )
+        for stream, item in waiting:
+            if item.variant_id in lost:
+                self._end(stream)
+                yield item, not_run(item, lost[item.variant_id])
+            elif not alive & set(item.nodes):
                 self._end(stream)
                 yield item, None
+
+    def _lost(self, variant_ids: set[str]) -> dict[str, RayEnvsError]:
+        """Those variants whose environment no node has any more, and why."""
+        lost: dict[str, RayEnvsError] = {}
+        for variant_id in variant_ids:
+            try:
+                self._provider.environment(self._prefix + variant_id, prepare=False)
+            except (EnvironmentNotReady, ManagerUnavailable, NotFound):
+                continue  # it is being built again, or its definition is gone and it is not
+            except RayEnvsError as exc:
+                lost[variant_id] = exc
+        return lost
 
     def _end(self, stream: Any) -> None:
         import ray
@@ -263,6 +296,22 @@ class Flight:
             for stream in list(self.items):
                 self._end(stream)
         self.items.clear()
+
+
+def check_key(name: str, environment: Mapping[str, Any], key: str | None) -> None:
+    """Make sure that a variant is still what it was when the batch asked for it.
+
+    Raises:
+        WrongEnvironment: it was given another spec meanwhile.
+    """
+    if key is not None and environment["key"] != key:
+        raise WrongEnvironment(
+            f"variant {name!r} was replaced meanwhile: {environment['key'][:10]} is not {key[:10]}",
+            variant_id=name,
+            key=key,
+            hint="another run or `create --replace` changed it; run one at a time, or use "
+            "other ids",
+        )
 
 
 def totals() -> dict[str, dict[str, float]]:

@@ -33,12 +33,20 @@ def take_hold() -> None:
     """
     global hold_fd  # noqa: PLW0603 - one process, one hold
 
+    import fcntl
+
     venv = __file__
     for _ in range(4):  # .venv/lib/pythonX.Y/site-packages/_ray_envs_inside.py
         venv = os.path.dirname(venv)
     path = os.path.dirname(venv) + ".hold"
     try:
         hold_fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:  # out of the way of programs that close every low descriptor
+            high = fcntl.fcntl(hold_fd, fcntl.F_DUPFD_CLOEXEC, 512)
+            os.close(hold_fd)
+            hold_fd = high
+        except OSError:  # the limit of open files is below that
+            pass
         is_held = shared_lock(hold_fd)
     except OSError as exc:
         raise SystemExit(f"ray_envs: cannot hold this environment: {exc}") from None
@@ -98,6 +106,7 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
         "value": None,
     }
     value = None
+    folder = _current_folder()
     wrong = _what_is_wrong_here(request, outcome)
     if wrong:
         outcome["kind"] = "environment"
@@ -116,6 +125,8 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
         except (Exception, SystemExit) as exc:
             outcome["error"] = _described(exc)
     outcome["duration_s"] = time.monotonic() - clock
+    if folder is not None:  # a payload that left its folder, or removed it, must not spoil others
+        os.chdir(folder)
     yield outcome
     if not request["as_json"] and outcome["error"] is None:
         yield value
@@ -139,13 +150,35 @@ def _what_is_wrong_here(request: dict[str, Any], outcome: dict[str, Any]) -> str
         if outcome[name] != request[name]:
             return f"the worker has {name} {outcome[name]}, not {request[name]}"
     hold = sys.modules.get(INSTALLED_AS)
-    if hold is None or hold.hold_fd is None:
+    if hold is None:
         return f"the worker does not hold the environment {venv}"
+    if not _is_open(hold.hold_fd, os.path.dirname(venv) + ".hold"):
+        try:  # an earlier payload has closed it
+            hold.take_hold()
+        except SystemExit as exc:
+            return str(exc)
     return ""
+
+
+def _is_open(fd: int | None, path: str) -> bool:
+    """Whether `fd` is an open descriptor of the file `path`."""
+    try:
+        return fd is not None and os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
+
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # removed by somebody
+        return None
 
 
 def _is_foreign(path: str) -> bool:
     """Whether `path` is neither the environment's, the standard library's nor Python's zip."""
+    if not path and _current_folder() is None:
+        return True
     real = os.path.realpath(path or ".") + os.sep
     if real.startswith(os.path.realpath(sys.prefix) + os.sep) or path.endswith(".zip"):
         return False
@@ -247,18 +280,40 @@ def _unpacked(sha256: str, code: bytes) -> str:
     if os.stat(parent).st_uid != os.getuid():
         raise PermissionError(f"{parent} belongs to another user")
     folder = os.path.join(parent, sha256)
-    if not os.path.isdir(folder):
-        scratch = tempfile.mkdtemp(dir=parent)
-        try:
-            with zipfile.ZipFile(io.BytesIO(code)) as archive:
+    # Looked at once a worker; kept where every batch of this worker finds it.
+    checked: set[str] = vars(sys.modules.get(INSTALLED_AS, os)).setdefault("_checked_code", set())
+    with zipfile.ZipFile(io.BytesIO(code)) as archive:
+        if folder in checked and os.path.isdir(folder):
+            return folder
+        if not _is_unpacked(archive, folder):
+            scratch = tempfile.mkdtemp(dir=parent)
+            try:
                 archive.extractall(scratch)
-            os.rename(scratch, folder)
-        except OSError:  # another worker was first; the content is the same by its name
-            if not os.path.isdir(folder):
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                if os.path.isdir(folder):  # a payload or a cleaner of temporary files changed it
+                    os.rename(folder, os.path.join(tempfile.mkdtemp(dir=parent), "old"))
+                os.rename(scratch, folder)
+            except OSError:  # another worker was first
+                if not _is_unpacked(archive, folder):
+                    raise
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    checked.add(folder)
     return folder
+
+
+def _is_unpacked(archive: Any, folder: str) -> bool:
+    """Whether `folder` holds every file of the zip `archive` as it is there."""
+    import zlib
+
+    try:
+        for info in archive.infolist():
+            if not info.is_dir():
+                with open(os.path.join(folder, info.filename), "rb") as file:
+                    if zlib.crc32(file.read()) != info.CRC:
+                        return False
+    except OSError:
+        return False
+    return os.path.isdir(folder)
 
 
 def _use_code(folder: str | None) -> None:
@@ -316,7 +371,9 @@ def _as_json(value: Any) -> Any:
         raise TypeError(f"{repr(thing)[:80]} of type {type(thing).__qualname__}")
 
     try:
-        return json.loads(json.dumps(value, default=plain, allow_nan=False))
+        text = json.dumps(value, default=plain, allow_nan=False, ensure_ascii=False)
+        text.encode()  # half a surrogate pair is no text that a file could hold
+        return json.loads(text)
     except (TypeError, ValueError, RecursionError) as exc:  # also NaN, a circle, too deep
         raise TypeError(f"the value is not JSON: {exc}") from None
 
@@ -344,9 +401,13 @@ def _described(exc: BaseException) -> dict[str, str]:
     name = type(exc).__qualname__
     return {
         "type": name if module == "builtins" else f"{module}.{name}",
-        "message": message[:_MESSAGE_LENGTH],
-        "traceback": text[-_TRACEBACK_LENGTH:],
+        "message": _writable(message[:_MESSAGE_LENGTH]),
+        "traceback": _writable(text[-_TRACEBACK_LENGTH:]),
     }
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def actor_shell(module: str, name: str, verbs: Iterable[str]) -> type:

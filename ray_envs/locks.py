@@ -103,6 +103,18 @@ def lock_sha256(lock: str) -> str:
     return hashlib.sha256(lock.encode()).hexdigest()
 
 
+def check_lock(lock: str) -> None:
+    """Make sure that a text is a uv.lock, before uv is asked to honour it.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    if not isinstance(_parsed(lock).get("version"), int):
+        raise InvalidInput(
+            "this is no lock file of uv", where="uv.lock", hint="make one with `uv lock`"
+        )
+
+
 def _parsed(lock: str) -> dict[str, Any]:
     try:
         data: dict[str, Any] = tomllib.loads(lock)

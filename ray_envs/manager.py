@@ -27,6 +27,7 @@ from ray_envs.errors import (
     AlreadyExists,
     EnvironmentNotReady,
     InvalidInput,
+    ManagerUnavailable,
     NotFound,
     RayEnvsError,
     ResolutionFailed,
@@ -80,6 +81,8 @@ class EnvManager:
         self._stamps: dict[str, int] = {}
         #: The keys that somebody asked for, with the attempt that the last request began.
         self._wishes: dict[str, int] = {}
+        #: The keys and variables with which an interpreter has been seen to start.
+        self._started: set[tuple[str, str]] = set()
         self._resolving: dict[str, asyncio.Task[str]] = {}
         #: Tells clients that a restart has forgotten their wishes.
         self._life = uuid.uuid4().hex
@@ -202,16 +205,31 @@ class EnvManager:
         await self._awake()
         record = self._get(str(EnvId.parse(variant_id)))
         status = self._status(str(record.env_id))
+        ready_nodes = sorted(
+            node_id
+            for node_id, state in status["nodes"].items()
+            if state["phase"] == Phase.READY.value
+        )
+        if ready_nodes:
+            await self._check_start(record, ready_nodes[0])
         return {
             **{name: status[name] for name in _FOR_PROGRAMS},
             "env_vars": dict(record.definition.env_vars),
             "runtime_env": placement.runtime_env(status["venv_path"], record.definition.env_vars),
-            "ready_nodes": sorted(
-                node_id
-                for node_id, state in status["nodes"].items()
-                if state["phase"] == Phase.READY.value
-            ),
+            "ready_nodes": ready_nodes,
         }
+
+    async def _check_start(self, record: VariantRecord, node_id: str) -> None:
+        """Start the interpreter once with the variables of a variant.
+
+        Ray would start a worker that dies at once again and again, for ever and in silence.
+        """
+        variables = record.definition.env_vars
+        combination = (record.current.key, json.dumps(variables, sort_keys=True))
+        if variables and combination not in self._started:
+            node = self._fleet.nodes[node_id]
+            await node.call("try_start", key=record.current.key, env_vars=variables)
+            self._started.add(combination)
 
     async def list_envs(self) -> list[dict[str, Any]]:
         """The status of every variant."""
@@ -259,6 +277,8 @@ class EnvManager:
 
     async def _resolved(self, env_id: EnvId, definition: Definition) -> VariantRecord:
         """Lock `definition` and commit it as the newest generation of `env_id`."""
+        if definition.uv_lock is not None:
+            locks.check_lock(definition.uv_lock)
         project = resolving.project_text(definition, self._target)
         fingerprint = resolving.fingerprint(
             project,
@@ -340,12 +360,8 @@ class EnvManager:
             self._registry.delete(env_id)
             self._variants.pop(str(env_id), None)
             return
-        pyproject, uv_lock = self._registry.lock_text(env_id, before.current.number)
-        self._remember(
-            self._registry.commit(
-                env_id, before.definition, before.current, pyproject=pyproject, uv_lock=uv_lock
-            )
-        )
+        self._registry.point_to(before)
+        self._remember(before)
 
     def _remember(self, record: VariantRecord) -> None:
         self._variants[str(record.env_id)] = record
@@ -442,7 +458,6 @@ class EnvManager:
     async def _awake(self) -> None:
         """Start the loop with the first verb: an actor's constructor has no running loop."""
         if self._loop_task is None:
-            self._announced = self._registry.announce_manager(self._address())
             self._reload()
             self._loop_task = asyncio.create_task(self._loop())
         await self._first_look.wait()
@@ -451,6 +466,8 @@ class EnvManager:
         while not self._is_stopping:
             self._fleet.wake_up.clear()
             try:
+                if self._announced is None:  # again each time: another one may have left
+                    self._announced = self._registry.announce_manager(self._address())
                 await self._tick()
             except Exception as exc:
                 print(f"ray_envs: EnvManager: {type(exc).__name__}: {exc}", file=sys.stderr)
@@ -489,6 +506,8 @@ class EnvManager:
             request = build_request(record, pyproject, uv_lock).model_dump(mode="json")
             state = await node.call("ensure", request=request, attempt=action.attempt)
             node.states[action.key] = NodeEnvState.model_validate(state)
+        except ManagerUnavailable:  # the agent is restarting: it is met again, and told again
+            self._fleet.lose(node)
         except RayEnvsError as exc:
             node.states[action.key] = NodeEnvState(
                 key=action.key, phase=Phase.FAILED, error=exc.to_dict(), attempt=action.attempt

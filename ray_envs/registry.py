@@ -167,6 +167,20 @@ class Registry:
             write_atomically(folder / "uv.lock", uv_lock)
         return record
 
+    def point_to(self, record: VariantRecord) -> None:
+        """Make an earlier state of a definition the current one; its generation is complete.
+
+        Raises:
+            StorageFailed: it could not be written; the definition is as it was.
+        """
+        folder = self.folder(record.env_id)
+        pyproject, uv_lock = self.lock_text(record.env_id, record.current.number)
+        with storage_errors(f"restore the definition of {record.env_id}"):
+            write_atomically(folder / _METADATA, record.model_dump_json(indent=1) + "\n")
+        with suppress(OSError):
+            write_atomically(folder / "pyproject.toml", pyproject)
+            write_atomically(folder / "uv.lock", uv_lock)
+
     def next_number(self, env_id: EnvId) -> int:
         """The number of the generation after the newest one that was ever named."""
         record = self.get(env_id)
@@ -227,7 +241,10 @@ class Registry:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
         except BlockingIOError:
-            return (self._settings.root / "manager.address").read_text().strip() or None
+            try:
+                return (self._settings.root / "manager.address").read_text().strip() or None
+            except OSError:  # it is just coming up
+                return None
         finally:
             os.close(fd)
 
