@@ -204,7 +204,7 @@ class NodeAgent:
                 late = builder.without_bytecode(site, before=linked_at)
                 is_compiled = True
                 if late:
-                    progress(Phase.COMPILING, f"{len(late)} packages")
+                    progress(Phase.COMPILING, f"{len(late)} package{'s' * (len(late) > 1)}")
                     async with store.compile_lock():
                         is_compiled = await builder.compile(site, late)
                     # Links made before the byte-code was there do not show it: link once more.
@@ -256,8 +256,9 @@ class NodeAgent:
 
     @staticmethod
     def _tell_download(line: str, progress: Any) -> None:
-        if not line.startswith((" + ", " - ", "Using ")):  # one line for each installed package
-            progress(Phase.DOWNLOADING, line.strip())
+        kind, _, rest = line.strip().partition(" ")
+        if kind in ("Downloading", "Building"):  # the others are one for each package, or none's
+            progress(Phase.DOWNLOADING, rest)
 
     def _blamed(self, exc: UvFailed) -> RayEnvsError:
         """`exc`, or the full disk behind it."""

@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ray_envs.code import source_sha256
 from ray_envs.errors import InvalidInput, RayEnvsError
 from ray_envs.flight import Flight, Item, Payload, check_key, not_run, plain_function
 from ray_envs.models import BatchSpec, CaseSpec, ItemResult, RunDefaults, validated
@@ -97,6 +98,8 @@ class RayBatchRunner:
         Raises:
             InvalidInput: the arguments cannot be accepted. Nothing was started.
         """
+        if isinstance(variants, str):
+            raise InvalidInput(f"variants is the string {variants!r}", hint="give a list of ids")
         given = {**limits, **({} if timeout_s is None else {"timeout_s": timeout_s})}
         defaults = validated(RunDefaults, given, where="run()")
         specs = [_case(case, number) for number, case in enumerate(cases)]
@@ -130,12 +133,13 @@ class RayBatchRunner:
             failed: variants that could not be created, and why: their items fail with it.
             on_status: called while environments are being prepared.
         """
+        source = None if code is None else source_sha256(code)
         items = [
             Item(
                 variant.id,
                 case,
                 _limits(batch.defaults, variant),
-                _call_sha256(batch.entrypoint, case),
+                _call_sha256(batch.entrypoint, case, source),
             )
             for case in batch.cases  # case by case: every variant's first worker starts early
             for variant in batch.variants
@@ -229,6 +233,7 @@ class RayBatchRunner:
                 warm = []
                 for item, result in flight.ended():
                     warm.append(item.environment["key"])
+                    self._in_progress = len(flight.items)
                     if result is None:
                         waiting.appendleft(item)
                     else:
@@ -319,11 +324,11 @@ def _limits(defaults: RunDefaults, variant: Any) -> RunDefaults:
     return defaults.model_copy(update={k: v for k, v in own.items() if v is not None})
 
 
-def _call_sha256(function: Any, case: CaseSpec) -> str | None:
+def _call_sha256(function: Any, case: CaseSpec, source: str | None = None) -> str | None:
     """A hash of what is called with what; None where the arguments are not JSON."""
     name = function if isinstance(function, str) else getattr(function, "__qualname__", "")
     try:
-        text = json.dumps([name, list(case.args), case.kwargs], sort_keys=True)
+        text = json.dumps([name, list(case.args), case.kwargs, source], sort_keys=True)
     except (TypeError, ValueError):
         return None
     return hashlib.sha256(text.encode()).hexdigest()

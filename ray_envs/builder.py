@@ -48,7 +48,6 @@ _NOT_FOR_UV = frozenset(
         "UV_NO_SYNC",
         "UV_ISOLATED",
         "UV_PYTHON",
-        "UV_OFFLINE",
         "UV_DEV",
         "UV_NO_DEV",
         "UV_NO_GROUP",
@@ -187,7 +186,11 @@ class Builder:
                 hint="change the requirements; every environment also holds the cluster's Ray",
             )
         if code:
-            raise UvFailed(f"uv lock ended with exit code {code}", detail=_explanation(output))
+            raise UvFailed(
+                f"uv lock ended with exit code {code}",
+                detail=_explanation(output),
+                hint="is the package index reachable from the head node? see uv's words above",
+            )
         return (project / "uv.lock").read_text(encoding="utf-8")
 
     async def sync(

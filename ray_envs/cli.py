@@ -33,7 +33,7 @@ from ray_envs.errors import (
     StorageFailed,
     UvFailed,
 )
-from ray_envs.models import EnvId, EnvSpec, ItemResult, Status, validated
+from ray_envs.models import EnvId, EnvSpec, ItemResult, Status, split_entrypoint, validated
 from ray_envs.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,11 +60,8 @@ def main() -> None:
     warnings.showwarning = lambda message, *_args, **_kwargs: _complain(f"warning: {message}")
     try:
         code = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _complain("interrupted")
-        code = _INTERRUPTED
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except (click.exceptions.Abort, KeyboardInterrupt) as exc:
+        _complain(str(exc) or "interrupted")
         code = _INTERRUPTED
     except click.ClickException as exc:
         exc.show()
@@ -144,6 +141,13 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     base = file.resolve().parent
     code = None if batch.code is None else base / batch.code
     check_entrypoint(batch, code)
+    module = split_entrypoint(batch.entrypoint, where=str(file))[0].split(".")[0]
+    if code is None and ((base / f"{module}.py").exists() or (base / module).is_dir()):
+        raise InvalidInput(
+            f"the module {module!r} lies beside the batch file, but workers do not see it",
+            where=str(file),
+            hint='add: code = "."',
+        )
     for number, variant in enumerate(batch.variants):
         read_definition(variant.env_spec(), base, where=f"variants[{number}]")
     path = results or Path(f"{batch.name}.results.jsonl")
@@ -164,7 +168,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
         _print(rendered(results_table(batch, ended)))
         for paragraph in failures(ended):
             _complain(paragraph)
-        print(f"ray-envs: results in {path}", file=sys.stderr)
+        print(f"ray-envs: results, with full tracebacks, in {path}", file=sys.stderr)
     if not failed:
         return 0
     if any(result.attempts for result in ended):
@@ -224,13 +228,12 @@ def _run_batch(
                     ended.append(result)
                     if id(result) not in kept:
                         _append(log, result)
-                    display.item(result, runner.progress())
+                    display.item(result, runner.progress(), is_earlier=id(result) in kept)
         except KeyboardInterrupt:
-            display.say(
-                f"interrupted: {len(ended)} of {len(batch.variants) * len(batch.cases)} items "
-                "ended; go on with --resume"
-            )
-            raise
+            total = len(batch.variants) * len(batch.cases)
+            raise KeyboardInterrupt(
+                f"interrupted: {len(ended)} of {total} items ended; go on with --resume"
+            ) from None
     return ended
 
 
@@ -384,7 +387,9 @@ def create(variant: str, packages: tuple[str, ...], as_json: bool, **options: An
         )
         say = _say_phase()
         while not creating.done():
-            say({name: provider.status(name)})
+            row = provider.status(name)
+            if row["status"] == Status.CREATING.value:  # else: it is what was there before
+                say({name: row})
             futures_wait([creating], timeout=_LOOK_S)
         row = creating.result()
         say({name: row})
@@ -467,7 +472,8 @@ def _found(registry: Registry, variant: str) -> Any:
         import difflib
 
         names = [str(r.env_id) for r in registry.all()]
-        close = difflib.get_close_matches(str(env_id), names, n=1)
+        close = [name for name in names if name.split("/")[1:2] == [env_id.node_id]]
+        close = close or difflib.get_close_matches(str(env_id), names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "`ray-envs list` shows the defined ones"
         raise NotFound(f"no variant {variant!r} is defined", variant_id=variant, hint=hint)
     return record

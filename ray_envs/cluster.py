@@ -328,7 +328,11 @@ def connect(address: str | None) -> bool:
             warnings.simplefilter("ignore", FutureWarning)
             # Without an address, Ray finds what `ray start` started. "auto" would also find the
             # embedded Ray of another process, which ends with that process.
-            ray.init(address=address or None, include_dashboard=False, **quiet)
+            ray.init(
+                address=None if address in ("", "auto") else address,
+                include_dashboard=False,
+                **quiet,
+            )
     except (ConnectionError, RuntimeError, ValueError) as exc:
         raise _no_answer(_address_of(address), str(exc)) from exc
     return bool(ray._private.worker._global_node.head)
@@ -336,14 +340,15 @@ def connect(address: str | None) -> bool:
 
 def embeds(address: str | None) -> bool:
     """Whether `connect` would start an embedded Ray: nothing names a cluster."""
-    return address == "local" or not _address_of(address)
+    return address == "local" or (address != "auto" and not _address_of(address))
 
 
 def _address_of(address: str | None) -> str:
     """The address that Ray would use: given, from the environment, or left by `ray start`."""
     from ray._private.utils import read_ray_address
 
-    return address or os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+    given = "" if address == "auto" else address
+    return given or os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
 
 
 def _check_answers(address: str | None) -> None:
@@ -354,6 +359,8 @@ def _check_answers(address: str | None) -> None:
         ManagerUnavailable: nothing answers there.
     """
     named = _address_of(address)
+    if address == "auto" and not named:
+        raise _no_answer("", "nothing says that `ray start` has started one")
     if named.startswith("ray://"):
         raise InvalidInput(
             f"{named} is an address of Ray Client, which ray_envs does not support",

@@ -66,6 +66,20 @@ class _Binding:
     is_conditional: bool
 
 
+def source_sha256(folder: Path) -> str:
+    """A hash of the Python files of a code folder: what a result depends on.
+
+    Other files do not count: a batch file in the folder changes with every new case.
+    """
+    digest = hashlib.sha256()
+    _, archive = pack_code(folder)
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        for name in files.namelist():
+            if name.endswith(".py"):
+                digest.update(f"{name}\0{files.getinfo(name).CRC}\0".encode())
+    return digest.hexdigest()
+
+
 def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
     """Nothing, if `batch.entrypoint` can be called with every case, as far as its source tells.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import sys
 import time
@@ -25,6 +26,7 @@ from ray_envs.models import BatchSpec, ItemResult
 
 _KEY_SHOWN = 10
 _NODE_SHOWN = 8
+_TEXT_SHOWN = 20
 #: The width of tables where stdout is not a terminal: nothing is cut there.
 _FILE_WIDTH = 200
 #: How many lines of an error are shown in place; the results file has all.
@@ -111,15 +113,16 @@ class RunDisplay:
                 phase += f" ({ready} of {len(states)} nodes ready)"
             self.variant(variant_id, phase, str(state.get("progress", "")))
 
-    def item(self, result: ItemResult, progress: Progress) -> None:
-        """One item has ended."""
+    def item(self, result: ItemResult, progress: Progress, *, is_earlier: bool = False) -> None:
+        """One item has ended, or is known from an earlier run."""
         self._progress = progress
         if self._live is None:
             how = "ok" if result.ok else f"FAILED {result.error.type if result.error else ''}"
             over = progress.completed + progress.failed
             self.say(
                 f"[{self._elapsed()}] {over}/{progress.total} {result.variant_id} × "
-                f"{result.case_id}: {how} ({result.duration_s:.2f} s)"
+                f"{result.case_id}: {how} ({result.duration_s:.2f} s"
+                f"{', in an earlier run' if is_earlier else ''})"
             )
 
     def _elapsed(self) -> str:
@@ -157,19 +160,10 @@ def metric_of(result: ItemResult, name: str | None) -> float | None:
 def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
     """Variant × case: metric and seconds, the environment's key, the node; the best is marked."""
     by_item = {(r.variant_id, r.case_id): r for r in results}
-    best = {
-        case.id: max(
-            (
-                m
-                for v in batch.variants
-                if (r := by_item.get((v.id, case.id))) and r.ok
-                and (m := metric_of(r, batch.metric)) is not None
-            ),
-            default=None,
-        )
-        for case in batch.cases
-    }  # fmt: skip
-    table = Table(title=f"{batch.name}: {batch.metric or 'value'}, seconds", title_justify="left")
+    best = {case.id: _best(batch, by_item, case.id) for case in batch.cases}
+    table = Table(
+        title=f"{batch.name}: {batch.metric or 'value'} (* best), seconds", title_justify="left"
+    )
     table.add_column("variant")
     for case in batch.cases:
         table.add_column(case.id, justify="right")
@@ -188,18 +182,36 @@ def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
     return table
 
 
+def _best(
+    batch: BatchSpec, by_item: Mapping[tuple[str, str], ItemResult], case_id: str
+) -> float | None:
+    """The highest number of a case; None where nothing differs."""
+    row = [by_item.get((variant.id, case_id)) for variant in batch.variants]
+    numbers = [metric_of(r, batch.metric) for r in row if r is not None and r.ok]
+    known = {number for number in numbers if number is not None}
+    return max(known) if len(known) > 1 else None
+
+
 def _cell(result: ItemResult | None, metric: str | None, best: float | None) -> Text:
     if result is None:
         return Text("not run", style="dim")
     if not result.ok:
         return Text(result.error.type if result.error else "failed", style="red")
     number = metric_of(result, metric)
-    shown = "ok" if number is None else f"{number:.4g}"
+    shown = _text(result, metric) if number is None else f"{number:.4g}"
     is_best = number is not None and number == best
     return Text(
         f"{shown}{'*' if is_best else ' '} {result.duration_s:6.2f} s",
         style="bold green" if is_best else "",
     )
+
+
+def _text(result: ItemResult, metric: str | None) -> str:
+    """What a cell shows where there is no number: a text, or that the metric is missing."""
+    value = result.value.get(metric) if isinstance(result.value, Mapping) else result.value
+    if isinstance(value, str):
+        return value[:_TEXT_SHOWN]
+    return f"no {metric}" if metric and value is None else "ok"
 
 
 def _joined(values: Iterable[str | None], length: int) -> str:
@@ -218,7 +230,9 @@ def failures(results: Sequence[ItemResult]) -> list[str]:
         lines = message.splitlines() or [""]
         shown = "\n  ".join(lines[:_ERROR_LINES] + (["…"] if len(lines) > _ERROR_LINES else []))
         cases = ", ".join(item.case_id for item in items)
-        paragraphs.append(f"{variant_id} × {cases}: {kind}: {shown}")
+        frames = re.findall(r'File "(.*)", line (\d+), in', items[0].error.traceback)  # type: ignore[union-attr]
+        where = f" ({os.path.basename(frames[-1][0])}:{frames[-1][1]})" if frames else ""
+        paragraphs.append(f"{variant_id} × {cases}: {kind}: {shown}{where}")
     return paragraphs
 
 
@@ -230,6 +244,6 @@ def variants_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             row["variant_id"], row["status"], str(row["generation"]), row["key"][:_KEY_SHOWN],
-            row["python_version"], str(len(row["packages"])), row["updated_at"][:19],
+            row["python_version"], str(len(row["packages"])), row["updated_at"][:19] + "Z",
         )  # fmt: skip
     return table

@@ -284,8 +284,10 @@ def _unpacked(sha256: str, code: bytes) -> str:
     checked: set[str] = vars(sys.modules.get(INSTALLED_AS, os)).setdefault("_checked_code", set())
     with zipfile.ZipFile(io.BytesIO(code)) as archive:
         if folder in checked and os.path.isdir(folder):
+            os.utime(folder)  # it is in use: see below
             return folder
         if not _is_unpacked(archive, folder):
+            _sweep(parent)
             scratch = tempfile.mkdtemp(dir=parent)
             try:
                 archive.extractall(scratch)
@@ -298,7 +300,18 @@ def _unpacked(sha256: str, code: bytes) -> str:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     checked.add(folder)
+    os.utime(folder)
     return folder
+
+
+def _sweep(parent: str) -> None:
+    """Delete code that no item has used for a week."""
+    import shutil
+    import time
+
+    for entry in os.scandir(parent):
+        if time.time() - entry.stat().st_mtime > 7 * 24 * 3600:
+            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _is_unpacked(archive: Any, folder: str) -> bool:

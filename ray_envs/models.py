@@ -363,7 +363,7 @@ class ItemResult(Model):
     attempts: int = 0
     started_at: datetime | None = None
     duration_s: float = 0.0
-    #: Hash of the entrypoint and the arguments: what `--resume` compares besides the key.
+    #: Hash of entrypoint, arguments and code: what `--resume` compares besides the key.
     call_sha256: str | None = None
     #: Names of modules in the driver's folders that the environment has too; the environment's won.
     shadowed: tuple[str, ...] = ()
@@ -446,7 +446,7 @@ def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> Mo
             ) from None
         if first["type"] == "missing":
             raise InvalidInput(f"{path} is missing", where=where) from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
         raise InvalidInput(f"{path}: {message}" if path else message, where=where) from None
 
 
