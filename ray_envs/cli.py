@@ -61,7 +61,7 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt) as exc:
-        _complain(str(exc) or "interrupted")
+        _complain(str(exc.__cause__ or exc) or "interrupted")  # click wraps it
         code = _INTERRUPTED
     except click.ClickException as exc:
         exc.show()

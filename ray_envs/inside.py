@@ -282,23 +282,25 @@ def _unpacked(sha256: str, code: bytes) -> str:
     folder = os.path.join(parent, sha256)
     # Looked at once a worker; kept where every batch of this worker finds it.
     checked: set[str] = vars(sys.modules.get(INSTALLED_AS, os)).setdefault("_checked_code", set())
+    if folder in checked and os.path.isdir(folder):
+        os.utime(folder)  # it is in use: see `_sweep`
+        return folder
     with zipfile.ZipFile(io.BytesIO(code)) as archive:
-        if folder in checked and os.path.isdir(folder):
-            os.utime(folder)  # it is in use: see below
-            return folder
         if not _is_unpacked(archive, folder):
             _sweep(parent)
             scratch = tempfile.mkdtemp(dir=parent)
             try:
                 archive.extractall(scratch)
-                if os.path.isdir(folder):  # a payload or a cleaner of temporary files changed it
-                    os.rename(folder, os.path.join(tempfile.mkdtemp(dir=parent), "old"))
-                os.rename(scratch, folder)
-            except OSError:  # another worker was first
+                if not _is_unpacked(archive, folder):  # else another worker was first
+                    if os.path.isdir(folder):  # changed by a payload or a cleaner of /tmp
+                        os.rename(folder, scratch + ".old")
+                    os.rename(scratch, folder)
+            except OSError:
                 if not _is_unpacked(archive, folder):
                     raise
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+                shutil.rmtree(scratch + ".old", ignore_errors=True)
     checked.add(folder)
     os.utime(folder)
     return folder
