@@ -304,8 +304,12 @@ def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[bytes], list
             ) from None
         with storage_errors("keep the earlier results"):
             held = path.read_bytes()
-            if resume:  # a run that was killed may have left half a line
-                log.truncate(held.rfind(b"\n") + 1)
+            if resume:  # a run that was killed may have left half a line, or a whole one
+                whole = held.rfind(b"\n") + 1
+                if _is_result(held[whole:]):
+                    log.write(b"\n")
+                else:
+                    log.truncate(whole)
             elif held:
                 path.with_name(path.name + ".previous").write_bytes(held)
                 log.truncate(0)
@@ -314,6 +318,14 @@ def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[bytes], list
         finally:
             if os.fstat(log.fileno()).st_size == 0:
                 path.unlink(missing_ok=True)
+
+
+def _is_result(line: bytes) -> bool:
+    try:
+        ItemResult.model_validate_json(line)
+    except ValueError:
+        return False
+    return True
 
 
 # -- variants ------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ def take_hold() -> None:
     for _ in range(4):  # .venv/lib/pythonX.Y/site-packages/_ray_envs_inside.py
         venv = os.path.dirname(venv)
     path = os.path.dirname(venv) + ".hold"
+    if _is_open(hold_fd, path):  # Python reads the .pth files of a venv twice
+        return
     try:
         hold_fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:  # out of the way of programs that close every low descriptor
@@ -126,7 +128,10 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
             outcome["error"] = _described(exc)
     outcome["duration_s"] = time.monotonic() - clock
     if folder is not None:  # a payload that left its folder, or removed it, must not spoil others
-        os.chdir(folder)
+        import contextlib
+
+        with contextlib.suppress(OSError):  # it is gone; the outcome of this payload stands
+            os.chdir(folder)
     yield outcome
     if not request["as_json"] and outcome["error"] is None:
         yield value

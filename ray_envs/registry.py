@@ -182,7 +182,7 @@ class Registry:
             write_atomically(folder / "uv.lock", uv_lock)
 
     def next_number(self, env_id: EnvId) -> int:
-        """The number of the generation after the newest one that was ever named."""
+        """The number after the current one; a folder of that number is a failed attempt's."""
         record = self.get(env_id)
         return record.current.number + 1 if record else 1
 

@@ -340,7 +340,7 @@ def test_an_environment_without_the_promised_ray_is_refused(
         builder = Builder(warm, Store(warm).cache)
         await builder.verify(Path(sys.executable), locked(), tmp_path)
 
-    with pytest.raises(UvFailed, match="did not install .*ray"):
+    with pytest.raises(UvFailed, match=r"did not install .*ray"):
         asyncio.run(main())
 
 

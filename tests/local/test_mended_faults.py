@@ -1,0 +1,287 @@
+"""Faults that an attack found, as far as they need no Ray, one test each."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
+import pytest
+
+from ray_envs import cli, locks
+from ray_envs import registry as registry_module
+from ray_envs.code import source_sha256
+from ray_envs.display import rendered, results_table
+from ray_envs.errors import InvalidInput, StorageFailed
+from ray_envs.models import (
+    BatchSpec,
+    Definition,
+    EnvId,
+    Generation,
+    ItemResult,
+    Target,
+    VariantRecord,
+)
+from ray_envs.registry import Registry
+from ray_envs.settings import Settings
+
+V = EnvId.parse("v")
+
+
+# -- the registry ----------------------------------------------------------------------------------
+
+
+def commit(registry: Registry, number: int) -> VariantRecord:
+    generation = Generation(
+        number=number,
+        key=f"key-{number}",
+        lock_sha256="0" * 64,
+        fingerprint=f"fingerprint-{number}",
+        target=Target(python="3.11.7", ray="2.60.0"),
+        platform="here",
+        created_at=datetime(2026, 1, 1, tzinfo=timezone.utc),
+        packages={"ray": "2.60.0"},
+    )
+    return registry.commit(
+        V,
+        Definition(packages=(f"p=={number}",)),
+        generation,
+        pyproject=f"project {number}",
+        uv_lock=f"lock {number}",
+    )
+
+
+def generations(registry: Registry) -> dict[str, tuple[int, int, str]]:
+    """Every file of every generation: which one it is, when it was written, what it says."""
+    folder = registry.folder(V) / "generations"
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_ino,
+            path.stat().st_mtime_ns,
+            path.read_text(),
+        )
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("later", [2, 3])
+def test_an_older_generation_is_restored_without_touching_any_folder(
+    settings: Settings, later: int
+) -> None:
+    registry = Registry(settings)
+    first = commit(registry, 1)
+    for number in range(2, later + 1):
+        commit(registry, number)
+    before, stamp = generations(registry), registry.stamp(V)
+    registry.point_to(first)
+    assert registry.get(V) == first
+    assert registry.stamp(V) != stamp
+    assert generations(registry) == before
+    assert (registry.folder(V) / "pyproject.toml").read_text() == "project 1"
+    assert (registry.folder(V) / "uv.lock").read_text() == "lock 1"
+
+
+def test_a_restoration_without_space_leaves_the_generations_as_they_were(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    registry = Registry(settings)
+    first, second = commit(registry, 1), commit(registry, 2)
+    before = generations(registry)
+    monkeypatch.setattr(registry_module, "write_atomically", full)
+    with pytest.raises(StorageFailed, match="restore the definition"):
+        registry.point_to(first)
+    assert generations(registry) == before
+    assert registry.get(V) == second
+
+
+# -- the results file ------------------------------------------------------------------------------
+
+
+def line(case_id: str) -> bytes:
+    return (
+        ItemResult(variant_id="v", case_id=case_id, ok=True, value="é").model_dump_json().encode()
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "b.results.jsonl"
+
+
+def test_results_with_windows_line_ends_are_kept_whole(results: Path) -> None:
+    content = line("one") + b"\r\n" + line("two") + b"\r\n"
+    results.write_bytes(content)
+    with cli._results_file(results, resume=True) as (_, done):
+        assert [result.case_id for result in done] == ["one", "two"]
+    assert results.read_bytes() == content
+
+
+def test_a_line_that_was_torn_inside_a_letter_is_cut(results: Path) -> None:
+    whole = line("one") + b"\n"
+    torn = line("two").partition("é".encode())[0] + "é".encode()[:1]
+    results.write_bytes(whole + torn)
+    with cli._results_file(results, resume=True) as (log, done):
+        assert [result.case_id for result in done] == ["one"]
+        log.write(line("three") + b"\n")
+    assert results.read_bytes() == whole + line("three") + b"\n"
+
+
+def test_a_last_result_without_its_newline_counts_only_if_the_file_keeps_it(
+    results: Path,
+) -> None:
+    """An editor may leave it so; what is skipped now must be known to the next `--resume` too."""
+    results.write_bytes(line("one") + b"\n" + line("two"))
+    with cli._results_file(results, resume=True) as (_, done):
+        counted = [result.case_id for result in done]
+    with cli._results_file(results, resume=True) as (_, done):
+        assert [result.case_id for result in done] == counted
+
+
+def test_an_os_error_of_the_run_is_not_renamed_to_one_of_the_results_file(results: Path) -> None:
+    mine = OSError(errno.EIO, "something else")
+    with (
+        pytest.raises(OSError, match="something else") as caught,
+        cli._results_file(results, resume=False),
+    ):
+        raise mine
+    assert caught.value is mine
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_interrupted_run_without_results_leaves_no_empty_file(
+    results: Path, resume: bool
+) -> None:
+    with pytest.raises(KeyboardInterrupt), cli._results_file(results, resume=resume):
+        raise KeyboardInterrupt
+    assert list(results.parent.iterdir()) == []
+
+
+def test_a_device_is_refused_as_results_file_and_stays() -> None:
+    null = Path(os.devnull)
+    with pytest.raises(InvalidInput, match="not a file"), cli._results_file(null, resume=False):
+        pytest.fail("it was accepted")
+    assert stat.S_ISCHR(null.stat().st_mode)
+
+
+# -- locks and code --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["<<< garbage", "", '[[package]]\nname = "six"\n'])
+def test_a_text_that_is_no_lock_file_is_refused_by_its_name(text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        locks.check_lock(text)
+    assert caught.value.where == "uv.lock"
+
+
+def test_a_lock_file_is_accepted() -> None:
+    locks.check_lock("version = 1\nrevision = 3\n")
+
+
+def test_only_python_files_count_as_the_source_of_a_result(tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text("one = 1\n")
+    (tmp_path / "batch.toml").write_text("one = 1\n")
+    before = source_sha256(tmp_path)
+    (tmp_path / "batch.toml").write_text("two = 2\n")
+    assert source_sha256(tmp_path) == before
+    (tmp_path / "work.py").write_text("two = 2\n")
+    assert source_sha256(tmp_path) != before
+
+
+# -- holds -----------------------------------------------------------------------------------------
+
+
+def test_an_interpreter_takes_its_hold_once(environment: Any, child: Any) -> None:
+    """Python runs the .pth files of a venv twice; a hold that nobody knows cannot be let go."""
+    store = environment("some-key")
+    process = child(store.python("some-key")).process
+    files = [Path(file.path).name for file in psutil.Process(process.pid).open_files()]
+    assert files == ["some-key.hold"]
+
+
+# -- uv's cache ------------------------------------------------------------------------------------
+
+
+def test_compiled_files_of_the_cache_cannot_be_written_and_their_folders_can(
+    warm_cache: Path,
+) -> None:
+    """Environments link to these very files."""
+    files = folders = 0
+    for marker in warm_cache.glob("archive-v*/*/*.dist-info/ray_envs-bytecode.*"):
+        for place, _, names in os.walk(marker.parent.parent):
+            folders += 1
+            assert os.stat(place).st_mode & stat.S_IWUSR, place
+            for name in names:
+                files += 1
+                path = os.path.join(place, name)
+                assert os.stat(path).st_mode & 0o222 == 0, path
+    assert files > 100
+    assert folders > 10
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def rows_of(values: list[Any], metric: str | None = None) -> list[str]:
+    """The rows of a table of one case, with a variant for each value."""
+    batch = BatchSpec.model_validate(
+        {
+            "name": "b",
+            "entrypoint": "m:f",
+            "metric": metric,
+            "variants": [{"id": f"v{number}"} for number in range(len(values))],
+            "cases": [{"id": "case"}],
+        }
+    )
+    results = [
+        ItemResult(variant_id=f"v{number}", case_id="case", ok=True, value=value)
+        for number, value in enumerate(values)
+    ]
+    text = rendered(results_table(batch, results))
+    return [row for row in text.splitlines() if any(f" v{n} " in row for n in range(len(values)))]
+
+
+@pytest.mark.parametrize(
+    ("values", "marked"),
+    [([1.0, 2.0, 2.0], [False, True, True]), ([2.0, 2.0], [False, False]), ([1.0], [False])],
+)
+def test_the_best_is_marked_only_where_something_differs(
+    values: list[float], marked: list[bool]
+) -> None:
+    assert ["*" in row for row in rows_of(values)] == marked
+
+
+def test_a_text_is_shown_and_a_missing_metric_is_named() -> None:
+    text, number, missing = rows_of([{"m": "linear"}, {"m": 3}, {"other": 4}], metric="m")
+    assert " linear " in text
+    assert " 3 " in number
+    assert " no m " in missing
+    assert "*" not in text + number + missing
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("handler")
+def test_a_second_interrupt_does_not_end_the_end() -> None:
+    signal.signal(signal.SIGINT, cli._interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.raise_signal(signal.SIGINT)
