@@ -133,6 +133,7 @@ def preparing(settings: Settings, rounds: int) -> None:
 
         def bare() -> float:
             shutil.rmtree(scratch / ".venv", ignore_errors=True)
+            os.sync()  # the removal's own writes would be part of what is timed
             sync = "sync --frozen --offline --no-default-groups --group ray-envs -q --python"
             words = (uv.find_uv_bin(), *sync.split(), base_python())
             return timed(
@@ -154,6 +155,7 @@ def preparing(settings: Settings, rounds: int) -> None:
 def forget_and_prepare(settings: Settings, store: Path) -> float:
     """The time from the wish to ready, for an environment whose directory is gone."""
     shutil.rmtree(store)
+    os.sync()
     with RayEnvironmentProvider.without_cluster(settings) as envs:
         envs.list_variants()  # the first verb starts the manager; it is not part of preparing
         return timed(lambda: envs.prepare("bench/first"))
