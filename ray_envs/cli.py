@@ -168,7 +168,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
         _print(rendered(results_table(batch, ended)))
         for paragraph in failures(ended):
             _complain(paragraph)
-        print(f"ray-envs: results, with full tracebacks, in {path}", file=sys.stderr)
+        print(f"ray-envs: results in {path}, with full tracebacks", file=sys.stderr)
     if not failed:
         return 0
     if any(result.attempts for result in ended):

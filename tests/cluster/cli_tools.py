@@ -221,7 +221,11 @@ class Shell:
         """Nothing is left of its commands, but processes with a title in `but`."""
 
         def left() -> list[str]:
-            return [text for text in described(self.processes()) if text.split()[1] not in but]
+            return [
+                text
+                for text in described(self.processes())
+                if text.split()[1:2] not in [[name] for name in but]
+            ]
 
         wait_until(lambda: not left(), lambda: f"the end of {left()}", within_s=within_s)
 
