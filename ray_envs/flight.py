@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +38,11 @@ _WAIT_S = 0.5
 _WATCHDOG_S = 5.0
 #: How long an item may wait for its worker before its environment is looked at again.
 _LONG_S = 15.0
+
+#: How many items of one environment wait for its busy worker, and how long. Guesses: a worker
+#: takes one to three seconds to start and import.
+_FEW = 4
+_GRACE_S = 5.0
 
 _RESOURCES = ("CPU", "GPU", "memory")
 
@@ -108,14 +113,31 @@ class Flight:
         for item in waiting:
             by_key.setdefault(item.environment["key"], item)
         busy = [item.environment["key"] for item in self.items.values()]
+        left = Counter(item.environment["key"] for item in waiting)
         order = [key for key in warm if key in by_key]
-        order += sorted(by_key, key=busy.count)  # stable: in the order of the batch
+        order += [
+            key
+            for key in sorted(by_key, key=busy.count)  # stable: in the order of the batch
+            if self._is_worth_a_worker(key, left[key])
+        ]
+        if not order:
+            return None
         item = by_key[order[0]]
         if self.items and self._is_able(item) and not self._has_room(item):
             return None
         if warm and order[0] in warm:
             warm.remove(order[0])
         return item
+
+    def _is_worth_a_worker(self, key: str, left: int) -> bool:
+        """Whether another worker in an environment that has one is worth its start.
+
+        A few short items are done sooner by the worker that is there than by one that has to
+        start and import first; whether they are short shows within a few seconds.
+        """
+        began = [i.launched_at for i in self.items.values() if i.environment["key"] == key]
+        is_long = time.monotonic() - max(began, default=0.0) > _GRACE_S
+        return not began or left > _FEW or is_long
 
     def _is_able(self, item: Item) -> bool:
         """Whether any node could run the item at all; `launch` says why none can."""
