@@ -217,27 +217,31 @@ class RayBatchRunner:
                 else:
                     waiting.append(item)
             warm: list[str] = []
-            while waiting or flight.items:
-                if self._cancelled.is_set():
-                    break
+            results: deque[ItemResult] = deque()
+            while waiting or flight.items or results:
                 while waiting and len(flight.items) < self._max_pending:
                     following = flight.next_of(waiting, warm)
-                    if following is None:
+                    if following is None or self._cancelled.is_set():
                         break
                     waiting.remove(following)
                     try:
                         flight.launch(following)
                     except RayEnvsError as exc:
-                        yield self._counted(not_run(following, exc))
+                        results.append(not_run(following, exc))
+                # After the launches: whoever reads us may take his time with a result.
+                while results:
+                    self._in_progress = len(flight.items)
+                    yield self._counted(results.popleft())
+                if self._cancelled.is_set():
+                    break
                 self._in_progress = len(flight.items)
                 warm = []
                 for item, result in flight.ended():
                     warm.append(item.environment["key"])
-                    self._in_progress = len(flight.items)
                     if result is None:
                         waiting.appendleft(item)
                     else:
-                        yield self._counted(result)
+                        results.append(result)
             is_over = not self._cancelled.is_set()
         finally:
             flight.cancel()
