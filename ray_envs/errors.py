@@ -166,12 +166,6 @@ class EnvironmentNotReady(RayEnvsError):
     retryable = True
 
 
-class ItemFailed(RayEnvsError):
-    """An item of a batch ended without a value; the payload's own error is in the result."""
-
-    exit_code = 17
-
-
 def all_errors() -> list[type[RayEnvsError]]:
     """`RayEnvsError` and every class derived from it."""
     found: list[type[RayEnvsError]] = [RayEnvsError]

@@ -442,7 +442,7 @@ def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> Mo
             name = str(first["loc"][-1])
             known = _keys_at(model, first["loc"][:-1])
             raise InvalidInput(
-                f"unknown key {path!r}", where=where, hint=_nearest(name, known)
+                f"unknown key {path!r}", where=where, hint=nearest_hint(name, known)
             ) from None
         if first["type"] == "missing":
             raise InvalidInput(f"{path} is missing", where=where) from None
@@ -469,12 +469,8 @@ def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest_hint(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word nearest to `name`, or all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(known)
-
-
-def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word nearest to `name`, or all of them."""
-    return _nearest(name, known)
