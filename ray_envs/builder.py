@@ -10,7 +10,6 @@ import asyncio
 import ctypes
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from packaging.utils import canonicalize_name
 from ray_envs.errors import InvalidInput, ResolutionFailed, StorageFailed, UvFailed
 from ray_envs.inside import INSTALLED_AS
 from ray_envs.models import BuildRequest, Platform, Target
+from ray_envs.policy import redacted
 from ray_envs.settings import Settings
 
 #: uv's exit code where it works as meant but the answer is no: nothing satisfies the requirements.
@@ -95,8 +95,6 @@ _INDEX_SETTINGS = (
     "UV_TORCH_BACKEND",
 )
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
-
 Progress = Callable[[str], None]
 
 
@@ -130,11 +128,6 @@ def uv_version() -> str:
     from importlib.metadata import version
 
     return version("uv")
-
-
-def redacted(text: str) -> str:
-    """`text` without the credentials of its URLs."""
-    return _CREDENTIALS.sub("***@", text)
 
 
 def index_settings() -> dict[str, str]:
@@ -520,7 +513,6 @@ __all__ = [
     "Builder",
     "base_python",
     "index_settings",
-    "redacted",
     "this_platform",
     "this_target",
     "uv_version",

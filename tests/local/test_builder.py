@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ray_envs import builder as builder_module
-from ray_envs.builder import Builder, redacted
+from ray_envs.builder import Builder
 from ray_envs.errors import ResolutionFailed, StorageFailed, UvFailed
 from ray_envs.models import BuildRequest
 from ray_envs.settings import Settings
 from ray_envs.store import Store
 from ray_envs.testing import FakeUv
+from tests.local.conftest import wait_until
 
 if TYPE_CHECKING:
     from tests.local.conftest import Locked
@@ -125,15 +126,6 @@ def test_credentials_never_leave_in_what_uv_says(
     assert "https://***@index.example/simple/" in lines[0]
 
 
-def test_a_secret_with_an_at_sign_is_redacted_whole() -> None:
-    assert redacted("at https://user:pa@ss@host/x") == "at https://***@host/x"
-
-
-def test_what_is_no_credential_is_kept() -> None:
-    for text in ("ray @ https://host/ray.whl", "see https://host/@scope/x", "mail a@b.example"):
-        assert redacted(text) == text
-
-
 def test_the_words_of_uv_come_line_by_line_while_it_works(
     fake_uv: FakeUv, settings: Settings, project: Path
 ) -> None:
@@ -173,7 +165,7 @@ def test_the_whole_group_of_uv_is_killed_with_it(
     script = tmp_path / "uv"
     script.write_text(f"#!/bin/sh\nsleep 600 &\necho $! >{tmp_path}/pid\nwait\n")
     script.chmod(0o755)
-    hasty = settings.model_copy(update={"uv_lock_timeout_s": 0.5})
+    hasty = settings.model_copy(update={"uv_lock_timeout_s": 3})
 
     async def main() -> None:
         builder = Builder(hasty, settings.root / "uv-cache", uv_command=(str(script),))
@@ -181,7 +173,9 @@ def test_the_whole_group_of_uv_is_killed_with_it(
 
     with pytest.raises(UvFailed):
         asyncio.run(main())
-    assert is_gone(int((tmp_path / "pid").read_text()))
+    child = int((tmp_path / "pid").read_text())
+    # The signal was sent to it with the others; when the kernel delivers it is not ours to say.
+    wait_until(lambda: is_gone(child), f"the end of {child}")
 
 
 def is_gone(pid: int) -> bool:
