@@ -11,13 +11,14 @@ import errno
 import time
 from contextlib import suppress
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 from ray_envs.builder import Builder, this_platform, this_target, uv_version
 from ray_envs.errors import RayEnvsError, StorageFailed, UvFailed
-from ray_envs.models import BuildRequest, EnvRecord, NodeEnvState, Phase
+from ray_envs.models import BuildRequest, EnvRecord, NodeEnvState, Phase, Target
 from ray_envs.settings import Settings
 from ray_envs.store import Store
+from ray_envs.upkeep import Upkeep
 
 #: The first pause before a failed download is tried again; it doubles. A guess.
 _RETRY_PAUSE_S = 1.0
@@ -40,6 +41,7 @@ class NodeAgent:
         self._target = this_target(ray_version)
         self._store = Store(self._settings)
         self._builder = Builder(self._settings, self._store.cache)
+        self._upkeep = Upkeep(self._settings, self._store, self._builder)
         self._states: dict[str, NodeEnvState] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(self._settings.max_parallel_builds)
@@ -76,6 +78,7 @@ class NodeAgent:
         Returns after `timeout_s` seconds at the latest, changed or not. `seen=-1` returns at once.
         """
         self._forget_lost()
+        await self._upkeep.renew()
         async with self._changed:
             with suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(
@@ -87,12 +90,18 @@ class NodeAgent:
         }
 
     async def lock(
-        self, *, pyproject: str, uv_lock: str | None, exclude_newer: str | None
+        self,
+        *,
+        pyproject: str,
+        uv_lock: str | None,
+        exclude_newer: str | None,
+        only_binary: bool = False,
+        upgrade: list[str] | None = None,
     ) -> dict[str, Any]:
-        """Resolve a project; returns the text of its uv.lock and how long it took.
+        """Resolve a project; returns the text of its uv.lock, uv's words and how long it took.
 
         Raises:
-            ResolutionFailed, UvFailed, StorageFailed: see `Builder.lock`.
+            ResolutionFailed, UvFailed, StorageFailed: see `Builder.resolve`.
         """
         await self._set_up()
         started = time.monotonic()
@@ -102,10 +111,34 @@ class NodeAgent:
         async with self._lock_slots:
             with self._store.scratch(files) as project:
                 try:
-                    text = await self._builder.lock(project, exclude_newer=exclude_newer)
+                    locked = await self._builder.resolve(
+                        project,
+                        exclude_newer=exclude_newer,
+                        only_binary=only_binary,
+                        upgrade=upgrade,
+                    )
                 except UvFailed as exc:
                     raise self._blamed(exc) from exc
-        return {"uv_lock": text, "duration_s": time.monotonic() - started}
+        return {
+            "uv_lock": locked.text,
+            "output": locked.output,
+            "duration_s": time.monotonic() - started,
+        }
+
+    async def export(
+        self,
+        *,
+        pyproject: str,
+        uv_lock: str,
+        extras: list[str],
+        groups: list[str],
+        format: Literal["requirements", "pylock"],
+    ) -> str:
+        """A lock in another format; see `Builder.export`."""
+        await self._set_up()
+        files = {"pyproject.toml": pyproject, "uv.lock": uv_lock}
+        with self._store.scratch(files) as project:
+            return await self._builder.export(project, extras=extras, groups=groups, format=format)
 
     async def ensure(self, *, request: dict[str, Any], attempt: int) -> dict[str, Any]:
         """Begin to make an environment ready, unless it is or is being made; returns its state."""
@@ -127,6 +160,38 @@ class NodeAgent:
             InvalidInput: it does not start; `detail` is what it said.
         """
         await self._builder.try_start(self._store.python(key), env_vars)
+
+    async def inventory(self) -> list[dict[str, Any]]:
+        """What this node has, and when it was used last; see `Upkeep.inventory`."""
+        return await self._upkeep.inventory()
+
+    async def users(self, *, keys: list[str]) -> dict[str, list[dict[str, Any]]]:
+        """Which processes hold each of `keys`."""
+        return await self._upkeep.users(keys)
+
+    async def collect(self, *, key: str) -> int:
+        """Remove an environment; returns the freed bytes; see `Upkeep.collect`."""
+        freed = await self._upkeep.collect(key)
+        self._forget_lost()
+        return freed
+
+    async def prune_cache(self, *, needed: dict[str, list[str]]) -> dict[str, Any]:
+        """Prune uv's cache; see `Upkeep.prune_cache`."""
+        await self._set_up()
+        return await self._upkeep.prune_cache(needed)
+
+    async def check(self, *, request: dict[str, Any], repair: bool) -> dict[str, Any]:
+        """Check an environment, and mend it where that is wanted; see `Upkeep.check`."""
+        await self._set_up()
+        told = await self._upkeep.check(BuildRequest.model_validate(request), repair=repair)
+        self._forget_lost()
+        return told
+
+    async def probe(self, *, expected: dict[str, Any], index_project: str) -> list[Any]:
+        """What this node can do; see `Upkeep.probe`."""
+        return await self._upkeep.probe(
+            Target.model_validate(expected), self._target, index_project
+        )
 
     async def stop(self) -> None:
         """End every build; what is half-built has no record and is cleared by the next one."""

@@ -1,101 +1,73 @@
-"""Runs uv and the byte-code compiler; the only module that starts their processes.
+"""uv's commands and this node's interpreter; knows exit codes, not why something is built.
 
-Knows commands and exit codes, not why something is built: `agent` decides when, `store` where.
-Every process has a time-out, its own process group, and dies with this process.
+`agent` decides when, `store` where. `processes`, below, runs what is asked for here; byte-code in
+uv's cache is a module of its own, `bytecode`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import ctypes
 import os
 import platform
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import uv
 from packaging.markers import default_environment
 from packaging.tags import sys_tags
 from packaging.utils import canonicalize_name
 
-from ray_envs.errors import InvalidInput, ResolutionFailed, StorageFailed, UvFailed
+from ray_envs import bytecode, processes
+from ray_envs.errors import InvalidInput, InvalidPackages, ResolutionFailed, UvFailed
 from ray_envs.inside import INSTALLED_AS
-from ray_envs.models import BuildRequest, Platform, Target
+from ray_envs.models import RAY_GROUP, BuildRequest, Platform, Target
 from ray_envs.policy import redacted
+from ray_envs.processes import Ended, Progress, last_words
 from ray_envs.settings import Settings
 
 #: uv's exit code where it works as meant but the answer is no: nothing satisfies the requirements.
 _UV_SAYS_NO = 1
-_DETAIL_LINES = 40
-#: How much of a child's output is read at once, in bytes.
-_CHUNK = 65536
-_PR_SET_PDEATHSIG = 1
+#: What uv says in a resolution without an answer because an index did not let it in.
+_NOT_LET_IN = ("(401 Unauthorized)", "403 Forbidden")
+#: What uv says where a package would have to be built and may not be; it has no exit code for it.
+_NO_WHEEL = "`--no-build`"
+#: What uv says where a package is known to do harm; it has no exit code for it.
+_MALWARE = "Malware detected"
+_LOCK_HINT = "raise RAY_ENVS_UV_LOCK_TIMEOUT_S"
+_SYNC_HINT = "raise RAY_ENVS_UV_SYNC_TIMEOUT_S"
+_INDEX_HINT = "is the package index reachable from this node? see uv's words above"
+_CREDENTIALS_HINT = (
+    "the index wants credentials: set UV_INDEX_<NAME>_USERNAME and UV_INDEX_<NAME>_PASSWORD on the "
+    "nodes, or put them into a netrc file there"
+)
+_ONLY_BINARY_HINT = (
+    "publish a wheel of it, choose a version that has one, or allow builds "
+    "(only_binary of the spec, RAY_ENVS_ONLY_BINARY)"
+)
+_FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
 
 #: What uv must not take over from the process that calls us: it names other projects and modes.
-_NOT_FOR_UV = frozenset(
-    [
-        "UV_PROJECT",
-        "UV_PROJECT_ENVIRONMENT",
-        "UV_WORKING_DIR",
-        "UV_WORKING_DIRECTORY",
-        "UV_FROZEN",
-        "UV_LOCKED",
-        "UV_NO_SYNC",
-        "UV_ISOLATED",
-        "UV_PYTHON",
-        "UV_DEV",
-        "UV_NO_DEV",
-        "UV_NO_GROUP",
-        "UV_NO_DEFAULT_GROUPS",
-        "UV_COMPILE_BYTECODE",
-        "UV_CACHE_DIR",
-        "UV_NO_CACHE",
-        "UV_ENV_FILE",
-        "UV_RUN_RECURSION_DEPTH",
-        "UV_EXCLUDE_NEWER",
-        "UV_PREVIEW",
-        "VIRTUAL_ENV",
-        "PYTHONPATH",
-        "PYTHONHOME",
-        "PYTHONSTARTUP",
-        "CONDA_PREFIX",
-    ]
-)
+_NOT_FOR_UV = (
+    "UV_PROJECT", "UV_PROJECT_ENVIRONMENT", "UV_WORKING_DIR", "UV_WORKING_DIRECTORY",
+    "UV_FROZEN", "UV_LOCKED", "UV_NO_SYNC", "UV_ISOLATED", "UV_PYTHON", "UV_DEV", "UV_NO_DEV",
+    "UV_NO_GROUP", "UV_NO_DEFAULT_GROUPS", "UV_COMPILE_BYTECODE", "UV_CACHE_DIR", "UV_NO_CACHE",
+    "UV_ENV_FILE", "UV_RUN_RECURSION_DEPTH", "UV_EXCLUDE_NEWER", "UV_PREVIEW", "VIRTUAL_ENV",
+    "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "CONDA_PREFIX",
+)  # fmt: skip
 
 #: What uv takes from the process that calls us and that decides what a resolution finds.
 _INDEX_SETTINGS = (
-    "UV_BUILD_CONSTRAINT",
-    "UV_CONFIG_FILE",
-    "UV_CONSTRAINT",
-    "UV_DEFAULT_INDEX",
-    "UV_EXCLUDE",
-    "UV_EXTRA_INDEX_URL",
-    "UV_FIND_LINKS",
-    "UV_FORK_STRATEGY",
-    "UV_INDEX",
-    "UV_INDEX_STRATEGY",
-    "UV_INDEX_URL",
-    "UV_NO_BINARY",
-    "UV_NO_BINARY_PACKAGE",
-    "UV_NO_BUILD",
-    "UV_NO_BUILD_PACKAGE",
-    "UV_NO_CONFIG",
-    "UV_NO_INDEX",
-    "UV_NO_SOURCES",
-    "UV_NO_SOURCES_PACKAGE",
-    "UV_NO_SYSTEM_CONFIG",
-    "UV_OVERRIDE",
-    "UV_PRERELEASE",
-    "UV_RESOLUTION",
-    "UV_TORCH_BACKEND",
-)
-
-Progress = Callable[[str], None]
+    "UV_BUILD_CONSTRAINT", "UV_CONFIG_FILE", "UV_CONSTRAINT", "UV_DEFAULT_INDEX", "UV_EXCLUDE",
+    "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_FORK_STRATEGY", "UV_INDEX", "UV_INDEX_STRATEGY",
+    "UV_INDEX_URL", "UV_NO_BINARY", "UV_NO_BINARY_PACKAGE", "UV_NO_BUILD",
+    "UV_NO_BUILD_PACKAGE", "UV_NO_CONFIG", "UV_NO_INDEX", "UV_NO_SOURCES",
+    "UV_NO_SOURCES_PACKAGE", "UV_NO_SYSTEM_CONFIG", "UV_OVERRIDE", "UV_PRERELEASE",
+    "UV_RESOLUTION", "UV_TORCH_BACKEND",
+)  # fmt: skip
 
 
 def base_python() -> str:
@@ -139,11 +111,20 @@ def index_settings() -> dict[str, str]:
     return {name: redacted(value) for name, value in found.items() if value}
 
 
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """A resolution, and what uv said about it."""
+
+    #: The text of the uv.lock.
+    text: str
+    output: str
+
+
 class Builder:
     """uv, as one node uses it.
 
     Args:
-        settings: time-outs, niceness and retries.
+        settings: time-outs, niceness and policy.
         cache: uv's cache folder; on the file system of the store, or links become copies.
         uv_command: the uv to run, in place of the one that the `uv` package carries.
     """
@@ -156,35 +137,74 @@ class Builder:
         self._uv = uv_command or (uv.find_uv_bin(),)
 
     async def lock(
-        self, project: Path, *, exclude_newer: str | None = None, on_line: Progress | None = None
+        self,
+        project: Path,
+        *,
+        exclude_newer: str | None = None,
+        upgrade: Iterable[str] | None = None,
+        only_binary: bool = False,
+        on_line: Progress | None = None,
     ) -> str:
-        """Resolve the pyproject.toml in `project`; returns the text of its uv.lock.
+        """The text of the uv.lock that `resolve` makes."""
+        locked = await self.resolve(
+            project,
+            exclude_newer=exclude_newer,
+            upgrade=upgrade,
+            only_binary=only_binary,
+            on_line=on_line,
+        )
+        return locked.text
 
-        A uv.lock that is already there is kept where it satisfies the project.
+    async def resolve(
+        self,
+        project: Path,
+        *,
+        exclude_newer: str | None = None,
+        upgrade: Iterable[str] | None = None,
+        only_binary: bool = False,
+        on_line: Progress | None = None,
+    ) -> Locked:
+        """Resolve the pyproject.toml in `project`.
+
+        A uv.lock that is already there is kept where it satisfies the project, also where one of
+        its packages has no wheel and `only_binary` is set: `policy.check_lock` refuses that.
+
+        Args:
+            project: the folder; its uv.lock is written.
+            exclude_newer: distributions that were uploaded later do not exist.
+            upgrade: packages whose pins in the uv.lock do not count; empty for all of them.
+            only_binary: packages that have no wheel do not exist.
+            on_line: called with each line of uv as it comes.
 
         Raises:
             ResolutionFailed: nothing satisfies the requirements; `detail` is uv's explanation.
             UvFailed: uv could not work: index not reachable, time-out.
         """
-        code, output = await self._run_uv(
-            ["lock", *_newer(exclude_newer)],
+        command = ["lock", *_newer(exclude_newer), *_no_build(only_binary)]
+        if upgrade is not None:
+            names = list(upgrade)
+            command += [f"--upgrade-package={name}" for name in names] or ["--upgrade"]
+        ended = await self._run_uv(
+            command,
             project,
             timeout_s=self._settings.uv_lock_timeout_s,
+            hint=_LOCK_HINT,
             on_line=on_line,
         )
-        if code == _UV_SAYS_NO:
+        if ended.code == _UV_SAYS_NO:
+            hint = "change the requirements; every environment also holds the cluster's Ray"
+            if any(words in ended.output for words in _NOT_LET_IN):
+                hint = _CREDENTIALS_HINT
+            elif only_binary and _NO_WHEEL in ended.output:
+                hint = _ONLY_BINARY_HINT
             raise ResolutionFailed(
                 "uv found no packages that satisfy the requirements",
-                detail=_explanation(output),
-                hint="change the requirements; every environment also holds the cluster's Ray",
+                detail=last_words(ended.output),
+                hint=hint,
             )
-        if code:
-            raise UvFailed(
-                f"uv lock ended with exit code {code}",
-                detail=_explanation(output),
-                hint="is the package index reachable from the head node? see uv's words above",
-            )
-        return (project / "uv.lock").read_text(encoding="utf-8")
+        if ended.code:
+            raise _failed("uv lock", ended)
+        return Locked((project / "uv.lock").read_text(encoding="utf-8"), ended.output)
 
     async def sync(
         self,
@@ -194,120 +214,126 @@ class Builder:
         *,
         is_offline: bool,
         on_line: Progress | None = None,
-    ) -> None:
-        """Install what the lock in `project` names into `venv`, exactly.
+    ) -> str:
+        """Install what the lock in `project` names into `venv`, exactly; returns uv's words.
 
         Raises:
+            InvalidPackages: a package is known to do harm.
+            ResolutionFailed: a package has no wheel for this node, and may not be built.
             UvFailed: uv ended with an error; offline, most often a wheel is not in the cache.
         """
-        command = ["sync", "--frozen", "--no-install-project", "--no-default-groups"]
-        command += ["--group", "ray-envs"]
-        for group in request.groups:
-            command += ["--group", group]
-        for extra in request.extras:
-            command += ["--extra", extra]
-        command += _newer(request.exclude_newer)
+        command = ["sync", "--frozen", "--no-install-project"]
+        command += _selection(request.extras, request.groups)
+        command += [*_newer(request.exclude_newer), *_no_build(request.only_binary)]
+        environ = {"UV_PROJECT_ENVIRONMENT": str(venv)}
         if is_offline:
             command += ["--offline"]
-        code, output = await self._run_uv(
+            # The check needs the network; offline it would refuse what is in the cache.
+            environ["UV_MALWARE_CHECK"] = "0"
+        elif self._settings.malware_check:
+            environ["UV_MALWARE_CHECK"] = "1"
+        ended = await self._run_uv(
             command,
             project,
             timeout_s=self._settings.uv_sync_timeout_s,
+            hint=_SYNC_HINT,
             on_line=on_line,
-            environ={"UV_PROJECT_ENVIRONMENT": str(venv)},
+            environ=environ,
         )
-        if code:
-            raise UvFailed(
-                f"uv sync ended with exit code {code}",
-                detail=_explanation(output),
-                hint="see uv's words above; try again when the package index is reachable",
+        if ended.code and _MALWARE in ended.output:
+            raise InvalidPackages(
+                "a package of the environment is known malware",
+                detail=last_words(ended.output),
+                hint="choose another version or package; nothing was installed",
             )
+        if ended.code and request.only_binary and _NO_WHEEL in ended.output:
+            raise ResolutionFailed(
+                "a package has no wheel for this node, and none may be built",
+                detail=last_words(ended.output),
+                hint=_ONLY_BINARY_HINT,
+            )
+        if ended.code:
+            raise _failed("uv sync", ended)
+        return ended.output
 
-    def without_bytecode(self, site_packages: Path, *, before: float) -> list[str]:
-        """The names of dist-info folders that were linked before their byte-code was complete.
+    async def export(
+        self,
+        project: Path,
+        *,
+        extras: Iterable[str] = (),
+        groups: Iterable[str] = (),
+        format: Literal["requirements", "pylock"] = "requirements",
+    ) -> str:
+        """What the lock in `project` pins, in a form that other tools read; the same every time.
 
         Args:
-            site_packages: of the environment.
-            before: when uv began to link it (seconds since the epoch). A marker that is younger
-                may stand for byte-code that came too late for this environment.
+            project: the folder with pyproject.toml and uv.lock.
+            extras: of the project, as for the environment.
+            groups: of the project; the cluster's Ray is always there.
+            format: a requirements file with hashes, or a pylock.toml (PEP 751).
+
+        Raises:
+            UvFailed: uv ended with an error.
         """
-        names = []
-        for entry in os.scandir(site_packages):
-            if entry.name.endswith(".dist-info"):
-                try:
-                    made_at = float(Path(entry.path, _marker_name()).read_text())
-                except (OSError, ValueError):
-                    made_at = float("inf")
-                if made_at >= before:
-                    names.append(entry.name)
-        return sorted(names)
+        # To a file: whatever uv warns of is not part of it.
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, _FORMATS[format])
+            command = ["export", "--frozen", "--offline", "--no-emit-project", "--no-header"]
+            command += ["--format", _FORMATS[format], "--output-file", str(file)]
+            command += _selection(extras, groups)
+            ended = await self._run_uv(
+                command, project, timeout_s=self._settings.uv_lock_timeout_s, hint=_LOCK_HINT
+            )
+            if ended.code:
+                raise _failed("uv export", ended, hint="see uv's words above")
+            return file.read_text(encoding="utf-8")
+
+    async def prune_cache(self) -> str:
+        """Remove from uv's cache what nothing there refers to; returns uv's words.
+
+        Waits for every uv that uses the cache. Environments keep their links.
+
+        Raises:
+            UvFailed: uv ended with an error, or had to wait for too long.
+        """
+        self._cache.mkdir(parents=True, exist_ok=True)
+        ended = await self._run_uv(
+            ["cache", "prune"],
+            self._cache.parent,  # uv refuses to work inside its cache
+            timeout_s=self._settings.uv_sync_timeout_s,
+            hint=_SYNC_HINT,
+            has_python=False,
+        )
+        if ended.code:
+            raise _failed("uv cache prune", ended, hint="see uv's words above")
+        return ended.output
+
+    async def check_index(self, project: Path, timeout_s: float) -> None:
+        """Nothing, if the package index answers for the project in `project` now.
+
+        What the cache knows of Ray does not count, and nothing is written.
+
+        Raises:
+            UvFailed: it does not, or not within `timeout_s` seconds.
+        """
+        ended = await self._run_uv(
+            ["lock", "--dry-run", "--refresh-package", "ray"],
+            project,
+            timeout_s=timeout_s,
+            hint=_INDEX_HINT,
+        )
+        if ended.code:
+            raise _failed("uv lock", ended)
+
+    def without_bytecode(self, site_packages: Path, *, before: float) -> list[str]:
+        """See `bytecode.without_bytecode`."""
+        return bytecode.without_bytecode(site_packages, before=before)
 
     async def compile(self, site_packages: Path, dist_infos: Iterable[str]) -> bool:
-        """Byte-compile, in uv's cache, the wheels that these dist-info folders were linked from.
-
-        The caller holds the node's compile lock. Returns whether the cache had all of them:
-        where uv cannot cache a wheel (some local builds), there is nothing to compile there.
-
-        As `unchecked-hash`: by time stamp, byte-code is worthless where uv copies instead of
-        linking.
-        """
-        archives = self._archives()
-        todo: list[Path] = []
-        has_all = True
-        for name in dist_infos:
-            found = [
-                path for path in archives.get(name, []) if _is_linked(path, site_packages, name)
-            ]
-            found = found or archives.get(name, [])
-            has_all = has_all and bool(found)
-            todo += [path for path in found if not (path / name / _marker_name()).exists()]
-        if todo:
-            await self._compile_folders(todo)
-        for path in todo:
-            for info in path.glob("*.dist-info"):
-                (info / _marker_name()).write_text(repr(time.time()))
-            _make_read_only(path)
-        return has_all
-
-    def _archives(self) -> dict[str, list[Path]]:
-        """uv's unpacked wheels by the name of their dist-info folder."""
-        found: dict[str, list[Path]] = {}
-        for archive in self._cache.glob("archive-v*/*"):
-            with suppress(OSError):
-                for entry in os.scandir(archive):
-                    if entry.name.endswith(".dist-info"):
-                        found.setdefault(entry.name, []).append(archive)
-        return found
-
-    async def _compile_folders(self, folders: list[Path]) -> None:
-        """Compile the modules below `folders`, with one process for each processor.
-
-        Not with compileall's own pool: its workers would outlive us when we are killed.
-        """
-        modules = sorted(
-            (os.path.getsize(path), path) for folder in folders for path in _modules_below(folder)
+        """See `bytecode.compile_wheels`; the caller holds the node's compile lock."""
+        return await bytecode.compile_wheels(
+            self._cache, site_packages, dist_infos, python=base_python(), settings=self._settings
         )
-        count = max(1, min(os.cpu_count() or 1, len(modules)))
-        shares = [[path for _, path in modules[start::count]] for start in range(count)]
-        command = [base_python(), "-I", "-m", "compileall", "-qq"]
-        command += ["--invalidation-mode", "unchecked-hash", "-i", "-"]
-        ended = await asyncio.gather(
-            *(
-                self._run(
-                    command,
-                    self._cache,
-                    timeout_s=self._settings.uv_sync_timeout_s,
-                    stdin="\n".join(share) + "\n",
-                )
-                for share in shares
-            )
-        )
-        for code, output in ended:
-            # 1: a file is not Python of this version; wheels ship such files that nobody imports.
-            if code not in (0, 1):
-                raise UvFailed(
-                    f"compileall ended with exit code {code}", detail=_explanation(output)
-                )
 
     async def verify(self, python: Path, request: BuildRequest, site_packages: Path) -> None:
         """Check that the environment starts, takes its hold, and has the promised versions.
@@ -325,7 +351,7 @@ class Builder:
         missing = {canonicalize_name(name) for name in request.packages} - installed
         if missing:
             raise UvFailed(f"uv reported success but did not install {', '.join(sorted(missing))}")
-        code, output = await self._run(
+        ended = await self._run(
             [
                 str(python), "-I", "-c",
                 f"import sys, {INSTALLED_AS} as i;"
@@ -334,10 +360,10 @@ class Builder:
             site_packages,
             timeout_s=60,
         )  # fmt: skip
-        wanted = "True " + request.target.python.replace(".", " ")
-        if code or output.strip() != wanted:
+        said, wanted = ended.output.strip(), "True " + request.target.python.replace(".", " ")
+        if ended.code or said != wanted:
             raise UvFailed(
-                f"the new interpreter says {output.strip()!r} (exit code {code}), not {wanted!r}"
+                f"the new interpreter says {said!r} (exit code {ended.code}), not {wanted!r}"
             )
 
     async def try_start(self, python: Path, env_vars: dict[str, str]) -> None:
@@ -346,29 +372,36 @@ class Builder:
         Raises:
             InvalidInput: it does not start; `detail` is what it said.
         """
-        code, output = await self._run(
+        ended = await self._run(
             [str(python), "-c", ""], python.parent, timeout_s=60, environ=env_vars
         )
-        if code:
+        if ended.code:
             raise InvalidInput(
                 f"the interpreter does not start with env_vars {', '.join(sorted(env_vars))}",
-                detail=_explanation(output),
+                detail=last_words(ended.output),
                 hint="mend or remove the variable that it names",
             )
 
     async def _run_uv(
         self,
         command: list[str],
-        project: Path,
+        cwd: Path,
         *,
         timeout_s: float,
+        hint: str,
         on_line: Progress | None = None,
         environ: dict[str, str] | None = None,
-    ) -> tuple[int, str]:
+        has_python: bool = True,
+    ) -> Ended:
+        """Run a command of uv; all but those of the cache take the interpreter of this node."""
+        command = [*self._uv, *command, "--color", "never", "--no-progress"]
+        if has_python:
+            command += ["--python", base_python()]
         return await self._run(
-            [*self._uv, *command, "--color", "never", "--no-progress", "--python", base_python()],
-            project,
+            command,
+            cwd,
             timeout_s=timeout_s,
+            hint=hint,
             on_line=on_line,
             environ={
                 "UV_CACHE_DIR": str(self._cache),
@@ -383,134 +416,51 @@ class Builder:
         cwd: Path,
         *,
         timeout_s: float,
+        hint: str = "",
         on_line: Progress | None = None,
         environ: dict[str, str] | None = None,
-        stdin: str = "",
-    ) -> tuple[int, str]:
-        """Run `command`; returns its exit code and what it wrote, credentials redacted."""
+    ) -> Ended:
         clean = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_UV}
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                cwd=cwd,
-                env={**clean, **(environ or {})},
-                stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_dying_with_parent(self._settings.build_niceness),
-            )
-        except OSError as exc:
-            raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
-        lines: list[str] = []
-
-        def tell(raw: bytes) -> None:
-            line = redacted(raw.decode("utf-8", "replace").rstrip())
-            lines.append(line)
-            if on_line is not None:
-                on_line(line)
-
-        async def talk() -> None:
-            if process.stdin is not None:
-                with suppress(BrokenPipeError, ConnectionResetError):  # it ended before it read all
-                    process.stdin.write(stdin.encode())
-                    await process.stdin.drain()
-                process.stdin.close()
-            assert process.stdout is not None
-            rest = b""
-            while chunk := await process.stdout.read(_CHUNK):
-                *whole, rest = (rest + chunk).split(b"\n")
-                for raw in whole:
-                    tell(raw)
-            if rest:
-                tell(rest)
-            await process.wait()
-
-        try:
-            await asyncio.wait_for(talk(), timeout_s)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise UvFailed(
-                f"{os.path.basename(command[0])} did not end within {timeout_s:g} s",
-                detail=_explanation("\n".join(lines)),
-                hint="raise RAY_ENVS_UV_SYNC_TIMEOUT_S or RAY_ENVS_UV_LOCK_TIMEOUT_S",
-            ) from None
-        finally:
-            if process.returncode is None:
-                with suppress(ProcessLookupError):  # the group: uv's build backends too
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
-        assert process.returncode is not None
-        return process.returncode, "\n".join(lines)
+        return await processes.run(
+            command,
+            cwd,
+            timeout_s=timeout_s,
+            niceness=self._settings.build_niceness,
+            environ={**clean, **(environ or {})},
+            on_line=on_line,
+            hint=hint,
+        )
 
 
 def _newer(date: str | None) -> list[str]:
     return ["--exclude-newer", date] if date else []
 
 
-def _marker_name() -> str:
-    """The file in a wheel's dist-info folder that says: byte-code of this Python is complete.
-
-    Its content is the moment at which it was. It is linked into environments with the rest, and
-    so tells for each whether the byte-code was there in time.
-    """
-    return f"ray_envs-bytecode.{sys.implementation.cache_tag}"
+def _no_build(only_binary: bool) -> list[str]:
+    return ["--no-build"] if only_binary else []
 
 
-def _make_read_only(folder: Path) -> None:
-    """Take the right to write from the files of an unpacked wheel; folders keep it.
-
-    Environments link to these very files: an edit in one would reach all others. Superusers are
-    not stopped by this.
-    """
-    for place, _, files in os.walk(folder):
-        for name in files:
-            path = os.path.join(place, name)
-            with suppress(OSError):  # a link that leads nowhere
-                os.chmod(path, os.stat(path).st_mode & ~0o222)
+def _selection(extras: Iterable[str], groups: Iterable[str]) -> list[str]:
+    """The options that choose from a lock: the cluster's Ray, and what was asked for."""
+    command = ["--no-default-groups", "--group", RAY_GROUP]
+    for group in groups:
+        command += ["--group", group]
+    for extra in extras:
+        command += ["--extra", extra]
+    return command
 
 
-def _modules_below(folder: Path) -> Iterator[str]:
-    """The modules of an unpacked wheel. Outside `*.data/`: a `__pycache__` among a wheel's
-    scripts makes uv refuse the wheel.
-    """
-    for place, folders, files in os.walk(folder):
-        if Path(place) == folder:
-            folders[:] = [name for name in folders if not name.endswith(".data")]
-        for name in files:
-            if name.endswith(".py"):
-                yield os.path.join(place, name)
-
-
-def _is_linked(archive: Path, site_packages: Path, dist_info: str) -> bool:
-    try:
-        return os.path.samefile(archive / dist_info / "WHEEL", site_packages / dist_info / "WHEEL")
-    except OSError:
-        return False
-
-
-def _explanation(output: str) -> str:
-    """uv's last lines, without those that say which interpreter it used."""
-    lines = [line for line in output.splitlines() if line and not line.startswith("Using CPython")]
-    return "\n".join(lines[-_DETAIL_LINES:])
-
-
-def _dying_with_parent(niceness: int) -> Callable[[], None]:
-    """What the child does before it becomes uv: a lower priority, and death with its parent."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    parent = os.getpid()
-
-    def prepare() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died between fork and prctl
-                os._exit(1)
-        os.nice(niceness)
-
-    return prepare
+def _failed(command: str, ended: Ended, *, hint: str = _INDEX_HINT) -> UvFailed:
+    return UvFailed(
+        f"{command} ended with exit code {ended.code}",
+        detail=last_words(ended.output),
+        hint=hint,
+    )
 
 
 __all__ = [
     "Builder",
+    "Locked",
     "base_python",
     "index_settings",
     "this_platform",

@@ -65,6 +65,15 @@ class Nodes(Protocol):
     def address(self) -> str:
         """Where other processes find the cluster; empty where there is none to find."""
 
+    async def living_jobs(self) -> set[str]:
+        """`session/job` of every job that goes on."""
+
+    async def given_to_detached(self) -> list[str]:
+        """The runtime_envs, as Ray keeps them, of detached actors that live or may restart."""
+
+    def session(self) -> str:
+        """What tells this cluster's life from others on the same machine."""
+
     async def stop(self) -> None:
         """End what lives in this process only."""
 
@@ -95,6 +104,15 @@ class LocalNodes:
 
     def address(self) -> str:
         return ""
+
+    async def living_jobs(self) -> set[str]:
+        return set()
+
+    async def given_to_detached(self) -> list[str]:
+        return []
+
+    def session(self) -> str:
+        return "local"
 
     async def stop(self) -> None:
         if self._agent is not None:
@@ -165,8 +183,37 @@ class RayNodes:
 
         return str(ray.get_runtime_context().gcs_address)
 
+    async def living_jobs(self) -> set[str]:
+        rows = await asyncio.to_thread(_state().job_table)
+        return {f"{self.session()}/{row['JobID']}" for row in rows if not row["IsDead"]}
+
+    async def given_to_detached(self) -> list[str]:
+        from ray.core.generated.gcs_pb2 import ActorTableData
+
+        state = _state()
+        state._connect_and_get_accessor()
+        rows = await asyncio.to_thread(state._global_state_accessor.get_actor_table, None, None)
+        actors = (ActorTableData.FromString(row) for row in rows)
+        return [
+            actor.serialized_runtime_env
+            for actor in actors
+            if actor.is_detached and actor.state != ActorTableData.DEAD
+        ]
+
+    def session(self) -> str:
+        import ray
+
+        return str(ray._private.worker._global_node.session_name)
+
     async def stop(self) -> None:
         """Nothing: the agents end with the manager that owns them."""
+
+
+def _state() -> Any:
+    """Ray's own view of its tables; the public one needs the dashboard."""
+    from ray._private import state
+
+    return state.state
 
 
 def actor_class(cls: type) -> Any:

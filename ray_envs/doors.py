@@ -31,6 +31,9 @@ class Door(Protocol):
 
     def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any: ...
 
+    def job_id(self) -> str | None:
+        """The job of Ray that speaks through this door; None where there is none."""
+
     def close(self) -> None: ...
 
 
@@ -54,6 +57,11 @@ class RayDoor:
                 if not isinstance(error, ManagerUnavailable) or time.monotonic() >= deadline:
                     raise error from exc
             time.sleep(_AGAIN_S)
+
+    def job_id(self) -> str | None:
+        import ray
+
+        return str(ray.get_runtime_context().get_job_id())
 
     def close(self) -> None:
         if self._on_close is not None:
@@ -85,6 +93,9 @@ class LocalDoor:
         except BaseException:
             future.cancel()
             raise
+
+    def job_id(self) -> str | None:
+        return None
 
     def close(self) -> None:
         if self._loop.is_closed():

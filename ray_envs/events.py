@@ -23,6 +23,7 @@ class EventKind(str, Enum):
     #: `data["rollback_performed"]`: whether what was before is there again.
     CREATION_FAILED = "EnvironmentCreationFailed"
     DELETED = "EnvironmentDeleted"
+    DELETION_FAILED = "EnvironmentDeletionFailed"
     DEPENDENCIES_ADDED = "DependenciesAdded"
     DEPENDENCIES_UPDATED = "DependenciesUpdated"
     DEPENDENCIES_REMOVED = "DependenciesRemoved"

@@ -163,8 +163,14 @@ def storage_errors(doing: str) -> Iterator[None]:
         ) from exc
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
     """Give `path` the content `text`: after a crash it has the old content or the new, whole.
+
+    Args:
+        path: the file.
+        text: its content.
+        is_durable: whether it must survive the machine's crash, not only a process's; a copy of
+            something else need not wait for the disk.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full.
@@ -174,14 +180,16 @@ def write_atomically(path: Path, text: str) -> None:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if is_durable:
+                os.fsync(file.fileno())
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(scratch)
         raise
-    sync_folder(path.parent)
+    if is_durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

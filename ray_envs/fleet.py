@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray_envs.cluster import Call, NodeInfo, Nodes
-from ray_envs.errors import RayEnvsError
+from ray_envs.errors import ManagerUnavailable, RayEnvsError, from_dict
 from ray_envs.models import NodeEnvState, Target
 
 #: How long one long-poll of an agent lasts before it is asked again.
@@ -39,11 +39,23 @@ class Fleet:
     Args:
         cluster: who answers about nodes.
         settings: for the agents, as `Settings.to_environment` writes them.
+        on_node: told when a node has joined (true) or was lost (false), after the first look.
+        on_final: told when an environment that was being made has become ready, or has failed.
     """
 
-    def __init__(self, cluster: Nodes, settings: dict[str, str]) -> None:
+    def __init__(
+        self,
+        cluster: Nodes,
+        settings: dict[str, str],
+        *,
+        on_node: Callable[[NodeInfo, bool], None],
+        on_final: Callable[[NodeInfo, NodeEnvState], None],
+    ) -> None:
         self._cluster = cluster
         self._settings = settings
+        self._on_node = on_node
+        self._on_final = on_final
+        self._has_looked = False
         self.nodes: dict[str, Node] = {}
         #: Rises with every news; `news` waits for it.
         self.version = 0
@@ -53,6 +65,21 @@ class Fleet:
         self._is_stopping = False
         #: How often in a row an agent could not be met.
         self._misses: dict[str, int] = {}
+
+    def head(self) -> Node:
+        """The head node, where uv resolves.
+
+        Raises:
+            RayEnvsError: it is not there, or its agent reported an error.
+        """
+        for node in self.nodes.values():
+            if node.info.is_head:
+                if node.error is not None:
+                    raise from_dict(node.error)
+                return node
+        raise ManagerUnavailable(
+            "the head node of the cluster is not there", hint="try again when it has joined"
+        )
 
     def healthy(self) -> list[Node]:
         """The nodes whose agent answers."""
@@ -75,16 +102,21 @@ class Fleet:
     async def look_at_nodes(self) -> None:
         alive = {info.node_id: info for info in await self._cluster.alive()}
         for node_id in self.nodes.keys() - alive.keys():
-            watcher = self.nodes.pop(node_id).watcher
-            if watcher is not None:
-                watcher.cancel()
+            lost = self.nodes.pop(node_id)
+            if lost.watcher is not None:
+                lost.watcher.cancel()
+            self._on_node(lost.info, False)
             await self.announce()
+        if self._has_looked:
+            for node_id in alive.keys() - self.nodes.keys():
+                self._on_node(alive[node_id], True)
         fresh = [
             info
             for info in alive.values()
             if info.node_id not in self.nodes or self.nodes[info.node_id].watcher is None
         ]
         await asyncio.gather(*(self._meet(info) for info in fresh))
+        self._has_looked = True
 
     async def _meet(self, info: NodeInfo) -> None:
         node = Node(info, self._cluster.agent(info.node_id, settings=self._settings))
@@ -119,7 +151,10 @@ class Fleet:
                 told = await node.call("watch", seen=seen, timeout_s=_WATCH_S)
                 if told["version"] != seen:
                     seen = told["version"]
-                    node.states = _states(told["states"])
+                    before, node.states = node.states, _states(told["states"])
+                    for key, state in node.states.items():
+                        if state.phase.is_final and state.duration_s and before.get(key) != state:
+                            self._on_final(node.info, state)
                     await self.announce()
         except Exception:  # it has died, and restarts; what its node has is not known till then
             self.lose(node)

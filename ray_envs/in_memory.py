@@ -118,6 +118,6 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
             "ready_nodes": ["local"],
         }
 
-    def _delete(self, env_id: EnvId) -> None:
+    def _delete(self, env_id: EnvId, *, force: bool) -> None:  # noqa: ARG002 - nobody holds any
         with self._guard:
             self._defined_envs.pop(str(env_id), None)

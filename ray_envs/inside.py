@@ -30,9 +30,12 @@ def take_hold() -> None:
     The lock belongs to the open file, so a forked child keeps it and `kill -9` drops it. Exits the
     process where a collector holds the exclusive lock: the files are about to go away, and a
     process that went on would fail later, at an import, with a misleading error.
+
+    The time stamp of the hold is the last use of the environment: renewed now and at the end.
     """
     global hold_fd  # noqa: PLW0603 - one process, one hold
 
+    import atexit
     import fcntl
 
     venv = __file__
@@ -54,6 +57,21 @@ def take_hold() -> None:
         raise SystemExit(f"ray_envs: cannot hold this environment: {exc}") from None
     if not is_held:
         raise SystemExit("ray_envs: this environment is being removed: " + venv)
+    _renew(path, os.getpid())
+    atexit.unregister(_renew)  # a hold that was closed and is taken again
+    atexit.register(_renew, path, os.getpid())
+
+
+def _renew(hold: str, pid: int) -> None:
+    """Make now the last use of the environment of `hold`, unless this is a forked child of `pid`.
+
+    By name: at the end of the process, the descriptor may be that of another file.
+    """
+    if os.getpid() == pid:
+        try:  # noqa: SIM105 - contextlib is not imported at every interpreter start
+            os.utime(hold)
+        except OSError:  # the file is another user's; the agent renews what is held
+            pass
 
 
 def shared_lock(fd: int) -> bool:

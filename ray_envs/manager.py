@@ -1,8 +1,8 @@
-"""EnvManager: knows which variants are wanted. A plain class; `cluster` makes it a detached actor.
+"""EnvManager: the verbs of one cluster. A plain class; `cluster` makes it a detached actor.
 
-Verbs answer from memory and write wishes; only the loop acts on nodes. The state after a restart is
-the registry and a new look at the agents: start-up and recovery are the same code. Everything that
-crosses its boundary is plain data, so that any worker can call it without having ray_envs.
+Takes and returns plain data, so that any worker can call it without having ray_envs. Each verb is
+a few lines: what is known is `reconciler`, what changes a variant is `changes`, what goes is
+`collector`. Identical requests at the same time share one result.
 """
 
 from __future__ import annotations
@@ -13,55 +13,63 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from ray_envs import locks, placement, planning, resolving
+from ray_envs import placement
 from ray_envs.agent import NodeAgent
-from ray_envs.builder import base_python, index_settings, this_platform, this_target
-from ray_envs.cluster import NAMESPACE, Nodes, RayNodes, create_manager
-from ray_envs.errors import (
-    AlreadyExists,
-    EnvironmentNotReady,
-    InvalidInput,
-    ManagerUnavailable,
-    NotFound,
-    RayEnvsError,
-    ResolutionFailed,
-    StorageFailed,
-    from_dict,
-)
-from ray_envs.fleet import Fleet, Node, ended, site_name
+from ray_envs.builder import this_platform, this_target
+from ray_envs.changes import Changes
+from ray_envs.cluster import NAMESPACE, NodeInfo, Nodes, RayNodes, create_manager
+from ray_envs.collector import Collector
+from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed
+from ray_envs.events import EventKind, OperationStatus
+from ray_envs.exports import Exports
+from ray_envs.inspector import Inspector
+from ray_envs.leases import Leases
 from ray_envs.models import (
-    Definition,
     EnvId,
-    Generation,
     NodeEnvState,
     Phase,
-    Platform,
-    Status,
-    Target,
     VariantRecord,
-    validated,
+    nearest_hint,
 )
-from ray_envs.registry import Registry, build_request, describe_record
+from ray_envs.operations import Operations
+from ray_envs.reconciler import Reconciler
+from ray_envs.registry import Registry
+from ray_envs.resolver import Resolver
 from ray_envs.settings import Settings
-from ray_envs.store import Store
 
 #: What `get_environment` takes from a status.
 _FOR_PROGRAMS = (
     "variant_id", "workflow_id", "node_id", "version_id", "status", "key", "generation",
     "lock_sha256", "env_path", "venv_path", "python_path", "python_version", "ray_version", "error",
 )  # fmt: skip
+#: How long one long-poll for events lasts at most.
+_MAX_POLL_S = 60.0
+_HISTORY_S = 3600.0
+
+Rows = list[dict[str, Any]]
+Answer = dict[str, Any]
+Packages = Iterable[str] | str
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A verb that runs, and how many wait for it."""
+
+    task: asyncio.Future[Any]
+    waiting: int = 0
 
 
 class EnvManager:
     """The variants of one cluster. All methods are keyword-only; they take and return plain data.
 
     A variant is addressed by `variant_id`: "node", "workflow/node" or "workflow/node/version".
+    Verbs that would change something take `dry_run`: they then say what they would do.
 
     Args:
         settings: as `Settings.to_environment` writes them.
@@ -70,48 +78,235 @@ class EnvManager:
 
     def __init__(self, *, settings: dict[str, str], nodes: Nodes | None = None) -> None:
         self._settings = Settings.from_environment(settings)
-        cluster = nodes or RayNodes(NodeAgent)
-        self._fleet = Fleet(cluster, settings)
-        self._address = cluster.address
+        self._cluster = nodes or RayNodes(NodeAgent)
         self._registry = Registry(self._settings)
-        self._paths = Store(self._settings)
-        self._platform: Platform = this_platform()
-        self._target: Target = this_target(cluster.ray_version())
-        self._variants: dict[str, VariantRecord] = {}
-        self._stamps: dict[str, int] = {}
-        #: The keys that somebody asked for, with the attempt that the last request began.
-        self._wishes: dict[str, int] = {}
+        self._platform = this_platform()
+        self._target = this_target(self._cluster.ray_version())
+        self._operations = Operations(self._settings, self._registry)
+        self._leases = Leases(self._settings.root / "leases.json")
+        self._reconciler = Reconciler(
+            self._settings,
+            self._cluster,
+            self._registry,
+            platform=self._platform,
+            target=self._target,
+            on_node=self._say_node,
+            on_final=self._say_final,
+        )
+        self._resolver = Resolver(
+            self._settings,
+            self._registry,
+            self._reconciler.fleet,
+            platform=self._platform,
+            target=self._target,
+            known=self._reconciler.known,
+        )
+        self._collector = Collector(
+            self._settings,
+            self._cluster,
+            self._registry,
+            self._reconciler,
+            self._leases,
+            self._operations,
+        )
+        self._inspector = Inspector(
+            self._settings,
+            self._registry,
+            self._reconciler,
+            self._operations,
+            self._collector,
+            self._leases,
+            target=self._target,
+        )
+        self._changes = Changes(
+            self._settings,
+            self._registry,
+            self._reconciler,
+            self._resolver,
+            self._operations,
+            users=self._inspector.users,
+        )
+        self._exports = Exports(self._registry, self._reconciler)
         #: The keys and variables with which an interpreter has been seen to start.
         self._started: set[tuple[str, str]] = set()
-        self._resolving: dict[str, asyncio.Task[str]] = {}
+        #: Verbs that run, by what was asked.
+        self._flights: dict[str, _Flight] = {}
         #: Tells clients that a restart has forgotten their wishes.
         self._life = uuid.uuid4().hex
-        self._loop_task: asyncio.Task[None] | None = None
-        self._first_look = asyncio.Event()
-        self._is_stopping = False
         #: The open lock that tells other processes that this manager serves the root.
         self._announced: int | None = None
+        self._is_settled = False
+        self._prune_history_at = 0.0
 
-    # -- verbs ------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self) -> Answer:
         """The manager's root, interpreter, Ray and nodes."""
         await self._awake()
         return {
             "root": str(self._settings.root),
             "target": self._target.model_dump(mode="json"),
             "platform": self._platform.name,
+            "history": self._operations.history.problem or "ok",
             "nodes": {
                 node.info.node_id: {
                     "address": node.info.address,
                     "is_head": node.info.is_head,
-                    "is_eligible": node.site == self._site and node.error is None,
+                    "is_eligible": node.site == self._reconciler.site and node.error is None,
                     "site": node.site,
                     "error": node.error,
                 }
-                for node in self._fleet.nodes.values()
+                for node in self._reconciler.fleet.nodes.values()
             },
         }
+
+    async def get_env_status(self, *, variant_id: str) -> Answer:
+        """What is known of a variant; NOT_EXISTS where it is not defined. Never counts as use."""
+        await self._awake()
+        return self._reconciler.status(_name(variant_id))
+
+    async def list_envs(self) -> Rows:
+        """Every variant in a row: ids, key, generation, status, and how many nodes are ready."""
+        await self._awake()
+        self._reconciler.reload()
+        return [self._reconciler.summary(name) for name in sorted(self._reconciler.variants)]
+
+    async def get_environment(self, *, variant_id: str, job_id: str | None = None) -> Answer:
+        """What a program needs to run in a variant: paths, variables, and the nodes that are ready.
+
+        Args:
+            variant_id: the variant.
+            job_id: the job that will run in it: the environment is not collected before it ends.
+
+        Raises:
+            NotFound: the variant is not defined.
+        """
+        await self._awake()
+        name = _name(variant_id)
+        record = self._reconciler.get(name)
+        status = self._reconciler.status(name)
+        ready_nodes = []
+        if not self._reconciler.is_stale(record.current):  # nothing runs on a mismatch
+            if job_id is not None:
+                self._lease(record, job_id)
+            ready_nodes = sorted(
+                node_id
+                for node_id, state in status["nodes"].items()
+                if state["phase"] == Phase.READY.value
+            )
+        if ready_nodes:
+            await self._check_start(record, ready_nodes[0])
+        env_vars = record.definition.env_vars
+        return {
+            **{field: status[field] for field in _FOR_PROGRAMS},
+            "env_vars": dict(env_vars),
+            "runtime_env": placement.runtime_env(status["venv_path"], env_vars),
+            "ready_nodes": ready_nodes,
+        }
+
+    async def list_deps(self, *, variant_id: str) -> Answer:
+        """What a variant declares, and the versions that are locked."""
+        return self._exports.deps(await self._defined(variant_id))
+
+    async def list_generations(self, *, variant_id: str) -> Rows:
+        """Every generation of a variant, oldest first, with what it changed."""
+        return self._exports.generations(await self._defined(variant_id))
+
+    async def diff_env(self, *, variant_id: str, from_: int, to: int | None = None) -> Answer:
+        """The packages that differ between two generations; `to` is the current one by default."""
+        return self._exports.diff(await self._defined(variant_id), from_, to)
+
+    async def export_env(
+        self, *, variant_id: str, format: str = "project", generation: int | None = None
+    ) -> Answer:
+        """A generation for other tools, or for `import_env`.
+
+        Returns:
+            `files`: texts by name. "project": `pyproject.toml` and `uv.lock` byte for byte, and
+            `options.json` with what is in neither; "requirements": with hashes; "pylock".
+
+        Raises:
+            NotFound: the variant is not defined.
+            InvalidInput: it has no such generation, or the format is unknown.
+        """
+        return await self._exports.export(await self._defined(variant_id), format, generation)
+
+    async def explain(self, *, variant_id: str) -> Answer:
+        """Why a variant is as it is: each node and its reason, who uses it, what gc would do."""
+        return await self._inspector.explain(await self._defined(variant_id))
+
+    # -- history ----------------------------------------------------------------------------
+
+    async def events(
+        self,
+        *,
+        since: int = 0,
+        kinds: Iterable[str] = (),
+        variant_id: str | None = None,
+        limit: int = 1000,
+        timeout_s: float = 0,
+    ) -> Answer:
+        """Events after number `since`, as soon as there are any, or after `timeout_s` seconds.
+
+        Returns:
+            `events` in order, and `next`: what to give as `since` the next time. `since=-1` gives
+            none, and the number to begin with to hear only what is new.
+        """
+        await self._awake()
+        if since < 0:
+            return {"events": [], "next": self._operations.history.last_number()}
+        found, following = await self._operations.events(
+            since=since,
+            kinds=[_word(EventKind, kind) for kind in kinds],
+            variant_id=None if variant_id is None else _name(variant_id),
+            limit=limit,
+            timeout_s=min(timeout_s, _MAX_POLL_S),
+        )
+        return {"events": [event.model_dump(mode="json") for event in found], "next": following}
+
+    async def get_operations(
+        self,
+        *,
+        variant_id: str | None = None,
+        operation: str | None = None,
+        status: str | None = None,
+        limit: int = 100,
+        offset: int = 0,
+    ) -> Answer:
+        """The operations that match, newest first, and how many there are: `rows`, `total`."""
+        await self._awake()
+        found, total = self._operations.history.operations(
+            variant_id=None if variant_id is None else _name(variant_id),
+            operation=operation,
+            status=None if status is None else _word(OperationStatus, status),
+            limit=limit,
+            offset=offset,
+        )
+        return {"rows": [row.model_dump(mode="json") for row in found], "total": total}
+
+    async def delete_operations(
+        self,
+        *,
+        variant_id: str | None = None,
+        operation: str | None = None,
+        status: str | None = None,
+        before: str | None = None,
+    ) -> Answer:
+        """Delete operations that have ended and match; `before` is an RFC 3339 moment.
+
+        Raises:
+            InvalidInput: no filter is given.
+        """
+        await self._awake()
+        count = self._operations.history.delete_operations(
+            variant_id=None if variant_id is None else _name(variant_id),
+            operation=operation,
+            status=None if status is None else _word(OperationStatus, status),
+            before=None if before is None else _moment(before),
+        )
+        return {"deleted": count}
+
+    # -- changing ---------------------------------------------------------------------------
 
     async def create_env(
         self,
@@ -120,104 +315,336 @@ class EnvManager:
         spec: Mapping[str, Any],
         replace: bool = False,
         wait_s: float = 0,
-    ) -> dict[str, Any]:
+        dry_run: bool = False,
+    ) -> Answer:
         """Define a variant and want it on every node; returns its status.
 
-        Idempotent for an equal spec. A different one needs `replace` and makes a new generation.
+        Idempotent for an equal spec. A different one needs `replace` and makes a new generation:
+        that is prepared on every node before it takes the place of the current one.
 
         Args:
             variant_id: the variant.
             spec: the fields of `models.Definition`: texts, not paths.
             replace: accept that the variant exists with another spec.
             wait_s: how long to wait until it is ready on every eligible node, in seconds. If it
-                fails within that time, the definition is again what it was before.
+                fails within that time, the definition is again what it was before. A variant that
+                is replaced is waited for in any case.
+            dry_run: only say what would be done.
 
         Raises:
             InvalidId, InvalidInput, InvalidPackages: the input cannot be accepted.
             AlreadyExists: it is defined differently and `replace` is false.
             ResolutionFailed, UvFailed, StorageFailed, LockTimeout: nothing was changed.
         """
-        env_id = EnvId.parse(variant_id)
-        definition = self._checked(spec, where=f"variant {env_id}")
-        await self._awake()
-        async with self._registry.lock(env_id):
-            before = self._registry.get(env_id)
-            record = before
-            if before is None or not self._is_current(before, definition):
-                if before is not None and before.definition != definition and not replace:
-                    raise AlreadyExists(
-                        f"variant {env_id} exists with another spec",
-                        variant_id=str(env_id),
-                        hint="give replace=True (--replace) for a new generation, or another id",
-                    )
-                record = await self._resolved(env_id, definition)
-            assert record is not None
-            self._remember(record)
-            self._want([record.current.key])
-            if wait_s > 0 and record is not before:
-                try:
-                    await self._until_final(env_id, wait_s)
-                    self._raise_failure(record)
-                except RayEnvsError:
-                    self._restore(env_id, before)
-                    raise
-        if wait_s > 0 and record is before:
-            await self._until_final(env_id, wait_s)
-            self._raise_failure(record)
-        return self._status(str(env_id))
+        return await self._create(
+            "create", variant_id, spec, replace=replace, wait_s=wait_s, dry_run=dry_run
+        )
 
-    async def prepare(self, *, variant_ids: Iterable[str]) -> dict[str, Any]:
+    async def import_env(
+        self,
+        *,
+        variant_id: str,
+        pyproject: str,
+        uv_lock: str,
+        options: Mapping[str, Any] | None = None,
+        replace: bool = False,
+        wait_s: float = 0,
+        dry_run: bool = False,
+    ) -> Answer:
+        """The way back from `export_env`: the same lock, byte for byte, and the same key.
+
+        Raises:
+            InvalidInput: the texts are no project and lock, or the lock is not that of the project.
+            ResolutionFailed: pins would have to move, as for another Ray.
+            (and what `create_env` raises)
+        """
+        spec = {**(options or {}), "pyproject": pyproject, "uv_lock": uv_lock}
+        return await self._create(
+            "import", variant_id, spec, replace=replace, wait_s=wait_s, dry_run=dry_run
+        )
+
+    async def _create(
+        self,
+        made_by: str,
+        variant_id: str,
+        spec: Mapping[str, Any],
+        *,
+        replace: bool,
+        wait_s: float,
+        dry_run: bool,
+    ) -> Answer:
+        env_id = EnvId.parse(variant_id)
+        definition = self._resolver.checked(spec, where=f"variant {env_id}")
+        await self._awake()
+        asked = [made_by, str(env_id), definition.model_dump_json(), replace, wait_s, dry_run]
+        return await self._once(
+            asked,
+            lambda: self._changes.create(
+                env_id,
+                definition,
+                replace=replace,
+                wait_s=wait_s,
+                dry_run=dry_run,
+                made_by=made_by,
+            ),
+        )
+
+    async def add_deps(
+        self, *, variant_id: str, packages: Packages, dry_run: bool = False
+    ) -> Answer:
+        """Add packages (requirements, or a requirements text); pins that fit stay.
+
+        Returns:
+            The status, `diff`, and what every change says: `operation_id`, `stdout`, `stderr`,
+            `exit_code`, `duration_s`.
+
+        Raises:
+            NotFound: the variant is not defined.
+            InvalidPackages: none are given, or one cannot be accepted.
+            ResolutionFailed, UvFailed, …: the current generation is as it was.
+        """
+        env_id, names = await self._asked(variant_id), _listed(packages)
+        return await self._once(
+            ["add", str(env_id), names, dry_run],
+            lambda: self._changes.add(env_id, names, dry_run=dry_run),
+        )
+
+    async def update_deps(
+        self, *, variant_id: str, packages: Packages = (), dry_run: bool = False
+    ) -> Answer:
+        """Upgrade the named packages within what is declared, or all; see `add_deps`."""
+        env_id, names = await self._asked(variant_id), _listed(packages)
+        return await self._once(
+            ["update", str(env_id), names, dry_run],
+            lambda: self._changes.update(env_id, names, dry_run=dry_run),
+        )
+
+    async def remove_deps(
+        self, *, variant_id: str, packages: Packages, dry_run: bool = False
+    ) -> Answer:
+        """Remove declared packages, and what only they needed; see `add_deps`."""
+        env_id, names = await self._asked(variant_id), _listed(packages)
+        return await self._once(
+            ["remove", str(env_id), names, dry_run],
+            lambda: self._changes.remove(env_id, names, dry_run=dry_run),
+        )
+
+    async def rollback_env(
+        self, *, variant_id: str, to: int | None = None, dry_run: bool = False
+    ) -> Answer:
+        """Make the previous generation, or generation `to`, the current one.
+
+        Raises:
+            InvalidInput: there is none, or it was locked for another cluster.
+        """
+        env_id = await self._asked(variant_id)
+        return await self._once(
+            ["rollback", str(env_id), to, dry_run],
+            lambda: self._changes.rollback(env_id, to, dry_run=dry_run),
+        )
+
+    async def delete_env(
+        self,
+        *,
+        variant_id: str,
+        force: bool = False,
+        job_id: str | None = None,
+        dry_run: bool = False,
+    ) -> Answer:
+        """Forget a variant; its history stays. Nothing happens where it is not defined.
+
+        Its environment goes when a collection finds that nobody wants, holds or was promised it.
+
+        Args:
+            variant_id: the variant.
+            force: also while somebody uses it: what he runs in stays until he has ended.
+            job_id: the caller's job, whose own leases are no reason to refuse.
+            dry_run: only say whether it would be deleted.
+
+        Raises:
+            EnvironmentInUse: somebody uses it; `detail` lists who.
+        """
+        env_id = EnvId.parse(variant_id)
+        await self._awake()
+        return await self._once(
+            ["delete", str(env_id), force, job_id, dry_run],
+            lambda: self._changes.delete(env_id, force=force, job_id=job_id, dry_run=dry_run),
+        )
+
+    async def pin_env(self, *, variant_id: str, is_pinned: bool = True) -> Answer:
+        """Keep every environment of a variant from being collected, or allow it again."""
+        env_id = await self._asked(variant_id)
+        return await self._changes.pin(env_id, is_pinned=is_pinned)
+
+    async def sync_env(self, *, variant_id: str, dry_run: bool = False) -> Answer:
+        """Make every node match the variant's lock: check, mend, build; lock again where stale.
+
+        Returns:
+            `status`, `nodes` (what was found and done on each), `stdout`, `stderr`, `exit_code`,
+            `duration_s`. With `dry_run`, nothing is mended.
+
+        Raises:
+            NotFound: the variant is not defined.
+            RayEnvsError: what keeps a node from matching.
+        """
+        env_id = await self._asked(variant_id)
+        return await self._once(
+            ["sync", str(env_id), dry_run],
+            lambda: self._inspector.sync(env_id, self._changes, dry_run=dry_run),
+        )
+
+    async def cleanup(
+        self,
+        *,
+        idle_hours: float | None = None,
+        dry_run: bool = False,
+        include_current: bool = False,
+    ) -> Answer:
+        """Collect environments that nobody wants, holds or was promised, on every node.
+
+        Args:
+            idle_hours: how long they must not have been used; by default `RAY_ENVS_IDLE_HOURS`.
+            dry_run: only say what would go, and why everything else stays.
+            include_current: also those of current generations; they are built again on demand.
+
+        Returns:
+            `deleted` and `kept`, each with its reason, and `freed_bytes`.
+        """
+        await self._awake()
+        self._reconciler.reload()
+        return await self._once(
+            ["gc", idle_hours, dry_run, include_current],
+            lambda: self._collector.collect(
+                dry_run=dry_run, idle_hours=idle_hours, include_current=include_current
+            ),
+        )
+
+    async def prepare(self, *, variant_ids: Iterable[str]) -> Answer:
         """Want these variants on every node, failed ones once more; see `watch` for how it goes.
+
+        Those that were locked for another Ray or Python are locked again, as new generations.
 
         Raises:
             NotFound: a variant is not defined.
         """
         await self._awake()
-        ids = [str(EnvId.parse(text)) for text in variant_ids]
-        await self._fleet.look_at_disks()
-        self._want([self._get(name).current.key for name in ids])
-        return self._told(ids)
+        names = [_name(text) for text in variant_ids]
+        await self._reconciler.fleet.look_at_disks()
+        for name in names:
+            record = self._reconciler.get(name)
+            if self._reconciler.is_stale(record.current):
+                self._relock_soon(name, record.env_id)
+            else:
+                self._reconciler.want([record.current.key])
+        return self._told(names)
 
     async def watch(
         self, *, variant_ids: Iterable[str], seen: int, timeout_s: float = 10
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """The status of variants, once anything is newer than `seen`, or after `timeout_s`."""
         await self._awake()
-        ids = [str(EnvId.parse(text)) for text in variant_ids]
-        await self._fleet.news(seen, timeout_s)
-        return self._told(ids)
+        names = [_name(text) for text in variant_ids]
+        await self._reconciler.fleet.news(seen, timeout_s)
+        return self._told(names)
 
-    def _told(self, ids: Iterable[str]) -> dict[str, Any]:
-        statuses = {name: self._status(name) for name in ids}
-        return {"life": self._life, "version": self._fleet.version, "variants": statuses}
+    async def doctor(self, *, repair: bool = False, variant_id: str | None = None) -> Answer:
+        """Examine every node and every environment; with `repair`, mend what is damaged.
 
-    async def get_env_status(self, *, variant_id: str) -> dict[str, Any]:
-        """What is known of a variant; NOT_EXISTS where it is not defined. Never counts as use."""
-        await self._awake()
-        return self._status(str(EnvId.parse(variant_id)))
-
-    async def get_environment(self, *, variant_id: str) -> dict[str, Any]:
-        """What a program needs to run in a variant: paths, variables, and the nodes that are ready.
-
-        Raises:
-            NotFound: the variant is not defined.
+        Returns:
+            `is_healthy`, `nodes` (probes of each), `environments` (what was found in each),
+            `definitions` (those that cannot be read), `history`.
         """
         await self._awake()
-        record = self._get(str(EnvId.parse(variant_id)))
-        status = self._status(str(record.env_id))
-        ready_nodes = sorted(
-            node_id
-            for node_id, state in status["nodes"].items()
-            if state["phase"] == Phase.READY.value
-        )
-        if ready_nodes:
-            await self._check_start(record, ready_nodes[0])
-        return {
-            **{name: status[name] for name in _FOR_PROGRAMS},
-            "env_vars": dict(record.definition.env_vars),
-            "runtime_env": placement.runtime_env(status["venv_path"], record.definition.env_vars),
-            "ready_nodes": ready_nodes,
-        }
+        self._reconciler.reload()
+        names = [_name(variant_id)] if variant_id else sorted(self._reconciler.variants)
+        return await self._inspector.doctor(names, repair=repair)
+
+    async def stop(self) -> None:
+        """End the loop and, where the agent lives in this process, its builds."""
+        await self._reconciler.stop()
+        self._operations.history.close()
+        if self._announced is not None:
+            os.close(self._announced)
+            self._announced = None
+
+    # -- shared -----------------------------------------------------------------------------
+
+    async def _awake(self) -> None:
+        await self._reconciler.awake(self._chores)
+
+    async def _chores(self) -> None:
+        """What the loop does besides building: tell that we live, settle, collect, forget."""
+        if self._announced is None:  # again each time: another one may have left
+            self._announced = self._registry.announce_manager(self._cluster.address())
+        if not self._is_settled:
+            self._is_settled = True
+            await self._operations.settle_all()
+        self._reconciler.reload()
+        if self._announced is not None:  # a guest on this root leaves that to its manager
+            await self._collector.turn()
+            if time.monotonic() >= self._prune_history_at:
+                self._prune_history_at = time.monotonic() + _HISTORY_S
+                self._operations.history.prune(datetime.now(timezone.utc))
+
+    async def _once(self, asked: list[Any], act: Callable[[], Awaitable[Answer]]) -> Answer:
+        """What `act` gives; whoever asks the same at the same time shares it.
+
+        It goes on for as long as anybody waits for it.
+        """
+        question = json.dumps(asked)
+        flight = self._flights.get(question)
+        if flight is None:
+            flight = self._flights[question] = _Flight(asyncio.ensure_future(act()))
+            flight.task.add_done_callback(lambda _: self._flights.pop(question, None))
+        flight.waiting += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                self._flights.pop(question, None)
+                flight.task.cancel()
+                await asyncio.gather(flight.task, return_exceptions=True)
+
+    async def _asked(self, variant_id: str) -> EnvId:
+        env_id = EnvId.parse(variant_id)
+        await self._awake()
+        return env_id
+
+    async def _defined(self, variant_id: str) -> VariantRecord:
+        await self._awake()
+        return self._reconciler.get(_name(variant_id))
+
+    def _told(self, names: Iterable[str]) -> Answer:
+        statuses = {name: self._reconciler.status(name) for name in names}
+        version = self._reconciler.fleet.version
+        return {"life": self._life, "version": version, "variants": statuses}
+
+    def _relock_soon(self, name: str, env_id: EnvId) -> None:
+        """Lock a variant for this cluster in the background; its status tells how that goes."""
+        if name in self._reconciler.relocking:
+            return
+
+        async def relock() -> None:
+            try:
+                await self._changes.relock(env_id)
+                self._reconciler.relock_errors.pop(name, None)
+            except RayEnvsError as exc:
+                self._reconciler.relock_errors[name] = exc
+            finally:
+                self._reconciler.relocking.pop(name, None)
+                await self._reconciler.fleet.announce()
+
+        self._reconciler.relocking[name] = asyncio.create_task(relock())
+
+    def _lease(self, record: VariantRecord, job_id: str) -> None:
+        with suppress(StorageFailed):  # a full disk: the promise holds as long as this process
+            self._leases.take(
+                record.current.key,
+                job_id=job_id,
+                session=self._cluster.session(),
+                variant_id=str(record.env_id),
+            )
 
     async def _check_start(self, record: VariantRecord, node_id: str) -> None:
         """Start the interpreter once with the variables of a variant.
@@ -227,292 +654,58 @@ class EnvManager:
         variables = record.definition.env_vars
         combination = (record.current.key, json.dumps(variables, sort_keys=True))
         if variables and combination not in self._started:
-            node = self._fleet.nodes[node_id]
+            node = self._reconciler.fleet.nodes[node_id]
             await node.call("try_start", key=record.current.key, env_vars=variables)
             self._started.add(combination)
 
-    async def list_envs(self) -> list[dict[str, Any]]:
-        """The status of every variant."""
-        await self._awake()
-        self._reload()
-        return [self._status(name) for name in sorted(self._variants)]
+    def _say_node(self, info: NodeInfo, has_joined: bool) -> None:
+        kind = EventKind.NODE_JOINED if has_joined else EventKind.NODE_LOST
+        self._operations.say(kind, node_id=info.node_id, address=info.address)
 
-    async def delete_env(self, *, variant_id: str) -> dict[str, Any]:
-        """Forget a variant. Its environment stays in the store for whoever runs in it."""
-        env_id = EnvId.parse(variant_id)
-        await self._awake()
-        async with self._registry.lock(env_id):
-            was_there = self._registry.delete(env_id)
-        record = self._variants.pop(str(env_id), None)
-        self._stamps.pop(str(env_id), None)
-        if record and not any(r.current.key == record.current.key for r in self._variants.values()):
-            self._wishes.pop(record.current.key, None)
-        await self._fleet.announce()
-        return {"variant_id": str(env_id), "deleted": was_there, "status": "NOT_EXISTS"}
-
-    async def stop(self) -> None:
-        """End the loop and, where the agent lives in this process, its builds."""
-        self._is_stopping = True
-        if self._loop_task is not None:
-            await ended({self._loop_task})
-        await self._fleet.stop()
-        if self._announced is not None:
-            os.close(self._announced)
-            self._announced = None
-
-    # -- definitions ------------------------------------------------------------------------
-
-    def _checked(self, spec: Mapping[str, Any], *, where: str) -> Definition:
-        definition = validated(Definition, dict(spec), where=where)
-        packages = resolving.requirement_lines(definition.packages, where=where)
-        resolving.check_python(definition.python, self._target, where=where)
-        return definition.model_copy(update={"packages": packages})
-
-    def _is_current(self, record: VariantRecord, definition: Definition) -> bool:
-        return (
-            record.definition == definition
-            and record.current.target == self._target
-            and record.current.platform == self._platform.name
+    def _say_final(self, info: NodeInfo, state: NodeEnvState) -> None:
+        is_ready = state.phase is Phase.READY
+        self._operations.say(
+            EventKind.PREPARED if is_ready else EventKind.PREPARATION_FAILED,
+            key=state.key,
+            node_id=info.node_id,
+            how=state.how,
+            duration_s=state.duration_s,
+            error=state.error,
+            variants=self._reconciler.sharing(state.key)[:20],
         )
 
-    async def _resolved(self, env_id: EnvId, definition: Definition) -> VariantRecord:
-        """Lock `definition` and commit it as the newest generation of `env_id`."""
-        if definition.uv_lock is not None:
-            locks.check_lock(definition.uv_lock)
-        project = resolving.project_text(definition, self._target)
-        fingerprint = resolving.fingerprint(
-            project,
-            definition.uv_lock,
-            definition,
-            self._target,
-            index_settings=index_settings(),
-        )
-        uv_lock = await self._locked_text(fingerprint, project, definition)
-        if definition.uv_lock is not None and not definition.allow_moved_pins:
-            moved = locks.moved_pins(definition.uv_lock, uv_lock, self._platform)
-            if moved:
-                raise ResolutionFailed(
-                    f"adding ray {self._target.ray} to the project moves pins of its uv.lock",
-                    detail="\n".join(moved),
-                    hint="lock the project with this ray in it, or set allow_moved_pins = true",
-                    variant_id=str(env_id),
-                )
-        packages = locks.installed(
-            uv_lock, self._platform, extras=definition.extras, groups=definition.groups
-        )
-        generation = Generation(
-            number=self._registry.next_number(env_id),
-            key=locks.key_of(
-                packages,
-                self._target,
-                self._platform,
-                build_options=resolving.build_options(project),
-            ),
-            lock_sha256=locks.lock_sha256(uv_lock),
-            fingerprint=fingerprint,
-            target=self._target,
-            platform=self._platform.name,
-            created_at=datetime.now(timezone.utc),
-            packages={package.name: package.version for package in packages},
-        )
-        record = self._registry.commit(
-            env_id, definition, generation, pyproject=project, uv_lock=uv_lock
-        )
-        with suppress(StorageFailed):  # it is for people; the definition is committed
-            self._registry.write_view(
-                env_id,
-                base_python=Path(base_python()),
-                python=self._target.python,
-                site=self._paths.site_packages(generation.key, self._target.python_minor),
-            )
-        return record
 
-    async def _locked_text(self, fingerprint: str, project: str, definition: Definition) -> str:
-        """The lock of a resolution: a known one, or uv's; equal ones at once share one uv."""
-        for record in self._variants.values():
-            if record.current.fingerprint == fingerprint:
-                with suppress(RayEnvsError):
-                    text = self._registry.lock_text(record.env_id, record.current.number)[1]
-                    if locks.lock_sha256(text) == record.current.lock_sha256:
-                        return text
-        task = self._resolving.get(fingerprint)
-        if task is None:
-            task = asyncio.create_task(self._ask_uv(project, definition))
-            self._resolving[fingerprint] = task
-            task.add_done_callback(lambda _: self._resolving.pop(fingerprint, None))
-        return await asyncio.shield(task)
+def _name(variant_id: str) -> str:
+    return str(EnvId.parse(variant_id))
 
-    async def _ask_uv(self, project: str, definition: Definition) -> str:
-        home = next((n for n in self._fleet.nodes.values() if n.info.is_head), None)
-        if home is None or home.error is not None:
-            error = from_dict(home.error) if home and home.error else None
-            raise error or InvalidInput("the head node of the cluster is not there")
-        answer = await home.call(
-            "lock",
-            pyproject=project,
-            uv_lock=definition.uv_lock,
-            exclude_newer=definition.exclude_newer,
-        )
-        return str(answer["uv_lock"])
 
-    def _restore(self, env_id: EnvId, before: VariantRecord | None) -> None:
-        if before is None:
-            self._registry.delete(env_id)
-            self._variants.pop(str(env_id), None)
-            return
-        self._registry.point_to(before)
-        self._remember(before)
+def _listed(packages: Packages) -> list[str]:
+    return [packages] if isinstance(packages, str) else list(packages)
 
-    def _remember(self, record: VariantRecord) -> None:
-        self._variants[str(record.env_id)] = record
-        self._stamps[str(record.env_id)] = self._registry.stamp(record.env_id)
 
-    def _reload(self) -> None:
-        """Take over what other processes changed in the registry."""
-        found = {str(record.env_id): record for record in self._registry.all()}
-        if found != self._variants:
-            self._variants = found
-            self._fleet.version += 1
+def _word(kind: Any, text: str) -> Any:
+    """`text` as a member of an enumeration.
 
-    def _get(self, name: str) -> VariantRecord:
-        record = self._variants.get(name)
-        if record is None or self._registry.stamp(record.env_id) != self._stamps.get(name):
-            record = self._registry.get(EnvId.parse(name))
-            if record is None:
-                self._variants.pop(name, None)
-                raise NotFound(
-                    f"no variant {name!r} is defined under {self._settings.root}",
-                    variant_id=name,
-                    hint="`ray-envs list` shows the defined ones, `ray-envs create` makes one",
-                )
-            self._remember(record)
-        return record
+    Raises:
+        InvalidInput: there is none of that value; the nearest one is named.
+    """
+    try:
+        return kind(text)
+    except ValueError:
+        known = [member.value for member in kind]
+        raise InvalidInput(
+            f"unknown {kind.__name__} {text!r}", hint=nearest_hint(text, known)
+        ) from None
 
-    # -- status -----------------------------------------------------------------------------
 
-    @property
-    def _site(self) -> str:
-        return site_name(self._platform.name, self._target)
-
-    def _eligible(self, generation: Generation) -> list[Node]:
-        site = site_name(generation.platform, generation.target)
-        return [node for node in self._fleet.nodes.values() if node.error or node.site == site]
-
-    def _status(self, name: str) -> dict[str, Any]:
-        try:
-            record = self._get(name)
-        except NotFound:
-            return {"variant_id": name, "status": Status.NOT_EXISTS.value, "nodes": {}}
-        generation = record.current
-        key = generation.key
-        nodes = {node.info.node_id: self._state(node, key) for node in self._eligible(generation)}
-        status = planning.status_of(key, nodes, {n: {key: state} for n, state in nodes.items()})
-        failed = next((state.error for state in nodes.values() if state.error), None)
-        return {
-            **describe_record(record, self._registry, self._paths.venv(key)),
-            "status": status.value,
-            "nodes": {node_id: state.model_dump(mode="json") for node_id, state in nodes.items()},
-            "error": failed,
-        }
-
-    def _state(self, node: Node, key: str) -> NodeEnvState:
-        if node.error is not None:
-            return NodeEnvState(key=key, phase=Phase.FAILED, error=node.error)
-        state = node.states.get(key)
-        if state is None or planning.is_to_try_again(state, self._wishes.get(key, 0)):
-            return NodeEnvState(key=key, phase=Phase.WAITING)
-        return state
-
-    def _raise_failure(self, record: VariantRecord) -> None:
-        status = self._status(str(record.env_id))
-        if status["error"]:
-            raise from_dict(status["error"]).about(variant_id=str(record.env_id))
-
-    async def _until_final(self, env_id: EnvId, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            seen = self._fleet.version
-            if self._status(str(env_id))["status"] != Status.CREATING.value:
-                return
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise EnvironmentNotReady(
-                    f"variant {env_id} was not ready after {timeout_s:g} s",
-                    variant_id=str(env_id),
-                    hint="allow more time; what is built so far is used again",
-                )
-            await self._fleet.news(seen, left_s)
-
-    # -- the loop ---------------------------------------------------------------------------
-
-    def _want(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            failed = any(
-                node.states[key].phase is Phase.FAILED
-                for node in self._fleet.nodes.values()
-                if key in node.states
-            )
-            self._wishes[key] = self._wishes.get(key, 0) + (1 if failed else 0)
-        self._fleet.wake_up.set()
-
-    async def _awake(self) -> None:
-        """Start the loop with the first verb: an actor's constructor has no running loop."""
-        if self._loop_task is None:
-            self._reload()
-            self._loop_task = asyncio.create_task(self._loop())
-        await self._first_look.wait()
-
-    async def _loop(self) -> None:
-        while not self._is_stopping:
-            self._fleet.wake_up.clear()
-            try:
-                if self._announced is None:  # again each time: another one may have left
-                    self._announced = self._registry.announce_manager(self._address())
-                await self._tick()
-            except Exception as exc:
-                print(f"ray_envs: EnvManager: {type(exc).__name__}: {exc}", file=sys.stderr)
-            self._first_look.set()
-            with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._fleet.wake_up.wait(), self._settings.tick_s)
-
-    async def _tick(self) -> None:
-        await self._fleet.look_at_nodes()
-        platforms: dict[str, str] = {}
-        wishes: dict[str, list[VariantRecord]] = {}
-        for record in self._variants.values():
-            key = record.current.key
-            if key in self._wishes:
-                platforms[key] = site_name(record.current.platform, record.current.target)
-                wishes.setdefault(key, []).append(record)
-        actions = planning.plan(
-            [
-                planning.Wish(key, self._wishes[key], tuple(str(r.env_id) for r in records))
-                for key, records in wishes.items()
-            ],
-            [
-                planning.NodeView(node.info.node_id, node.site, dict(node.states))
-                for node in self._fleet.nodes.values()
-                if node.error is None
-            ],
-            platforms,
-        )
-        for action in actions:
-            await self._act(action, wishes[action.key][0])
-
-    async def _act(self, action: planning.Build, record: VariantRecord) -> None:
-        node = self._fleet.nodes[action.node_id]
-        try:
-            pyproject, uv_lock = self._registry.lock_text(record.env_id, record.current.number)
-            request = build_request(record, pyproject, uv_lock).model_dump(mode="json")
-            state = await node.call("ensure", request=request, attempt=action.attempt)
-            node.states[action.key] = NodeEnvState.model_validate(state)
-        except ManagerUnavailable:  # the agent is restarting: it is met again, and told again
-            self._fleet.lose(node)
-        except RayEnvsError as exc:
-            node.states[action.key] = NodeEnvState(
-                key=action.key, phase=Phase.FAILED, error=exc.to_dict(), attempt=action.attempt
-            )
-        await self._fleet.announce()
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        raise InvalidInput(
+            f"{text!r} is no moment", hint="write it like 2026-01-31T12:00:00Z"
+        ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
 def start(address: str) -> None:

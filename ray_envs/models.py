@@ -166,6 +166,10 @@ class _EnvOptions(Model):
     exclude_newer: str | None = None
     #: Accept that adding the cluster's Ray moves pins of the project's own uv.lock.
     allow_moved_pins: bool = False
+    #: Install wheels only: nothing is built from source.
+    only_binary: bool = False
+    #: A package without a version takes the one that the cluster's own environment has.
+    inherit_versions: bool = False
 
     @field_validator("env_vars")
     @classmethod
@@ -245,6 +249,10 @@ class Generation(Model):
     """One (lock, key) of a variant; numbered from 1, never changed once written."""
 
     number: int = Field(ge=1)
+    #: What it was made from.
+    definition: Definition
+    #: The operation that made it: create, add, update, …
+    made_by: str = "create"
     key: str
     lock_sha256: str
     #: Equal for specs that resolve to the same lock without asking the index again.
@@ -256,13 +264,20 @@ class Generation(Model):
 
 
 class VariantRecord(Model):
-    """What the registry keeps of one variant: its definition and its generations."""
+    """What the registry keeps of one variant: its current generation, and which others it has."""
 
     env_id: EnvId
-    definition: Definition
     current: Generation
+    #: All and only the generations that have ever been the current one, oldest first.
+    numbers: tuple[int, ...]
+    #: Its environments are never collected.
+    is_pinned: bool = False
     created_at: datetime
     updated_at: datetime
+
+    @property
+    def definition(self) -> Definition:
+        return self.current.definition
 
 
 class EnvRecord(Model):
@@ -292,6 +307,7 @@ class BuildRequest(Model):
     extras: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     exclude_newer: str | None = None
+    only_binary: bool = False
     target: Target
     platform: str
     lock_sha256: str

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ray_envs import cluster, placement, resolving
-from ray_envs.doors import Door, LocalDoor, RayDoor
+from ray_envs.doors import VERB_TIMEOUT_S, Door, LocalDoor, RayDoor
 from ray_envs.errors import (
     EnvironmentNotReady,
     InvalidId,
@@ -27,6 +27,7 @@ from ray_envs.errors import (
     from_dict,
 )
 from ray_envs.inputs import read_definition
+from ray_envs.lifecycle import Lifecycle
 from ray_envs.manager import EnvManager
 from ray_envs.models import Definition, EnvId, EnvSpec, Status, validated
 from ray_envs.registry import Registry
@@ -41,7 +42,9 @@ _POLL_S = 2.0
 Statuses = dict[str, dict[str, Any]]
 OnStatus = Callable[[Statuses], None]
 
-_BUSY = (Status.CREATING.value, Status.UPDATING.value)
+#: A variant that is being updated runs meanwhile as it is.
+_BUSY = (Status.CREATING.value,)
+_RUNS = (Status.ACTIVE.value, Status.UPDATING.value)
 _CONFIG_IDS = ("workflow_id", "node_id", "version_id")
 
 
@@ -90,8 +93,8 @@ class EnvironmentProvider(ABC):
         """See `EnvManager.get_environment`."""
 
     @abstractmethod
-    def _delete(self, env_id: EnvId) -> None:
-        """Forget a variant."""
+    def _delete(self, env_id: EnvId, *, force: bool) -> None:
+        """Forget a variant; without `force`, only where nobody uses it."""
 
     @abstractmethod
     def list_variants(self) -> list[dict[str, Any]]:
@@ -119,7 +122,8 @@ class EnvironmentProvider(ABC):
         Args:
             variant_id: "node", "workflow/node" or "workflow/node/version".
             spec: an `EnvSpec`, or its fields.
-            replace: whether an existing variant with another spec gets a new generation.
+            replace: whether an existing variant with another spec gets a new generation, which is
+                prepared before it takes the place of the current one.
             base: the folder that paths in the spec are relative to; by default the cwd.
             wait_s: how long to wait until it is ready, in seconds. If the build fails within that
                 time, this raises, and the definition is again what it was before.
@@ -227,9 +231,17 @@ class EnvironmentProvider(ABC):
         env_id = self._id(variant_id)
         return self._statuses([env_id], want=False)[str(env_id)]
 
-    def delete(self, variant_id: str) -> None:
-        """Forget a variant; its environment stays for whoever runs in it."""
-        self._delete(self._id(variant_id))
+    def delete(self, variant_id: str, *, force: bool = False) -> None:
+        """Forget a variant. Its environment goes when nobody wants or holds it any more.
+
+        Args:
+            variant_id: the variant; nothing happens where it is not defined.
+            force: also while somebody uses it: what he runs in stays until he has ended.
+
+        Raises:
+            EnvironmentInUse: somebody uses it; `detail` lists who.
+        """
+        self._delete(self._id(variant_id), force=force)
 
     def _prepare_timeout_s(self) -> float:
         return Settings().prepare_timeout_s
@@ -298,7 +310,7 @@ class EnvironmentProvider(ABC):
             environment = self._environment(env_id)
         except NotFound:
             return None
-        if environment["status"] != Status.ACTIVE.value:
+        if environment["status"] not in _RUNS:
             raise_status_error(variant_id, environment)
             raise EnvironmentNotReady(
                 f"variant {variant_id!r} is not ready on every node: {environment['status']}",
@@ -373,7 +385,7 @@ class EnvironmentProvider(ABC):
     def _release(self, env_id: EnvId, *, but: str = "") -> None:
         """Delete a definition, unless another id of our callers (than `but`) stands for it."""
         if not any(other == env_id for name, other in self._ids.items() if name != but):
-            self._delete(env_id)
+            self._delete(env_id, force=True)
 
     def _config_id(self, variant_id: str, ids: Mapping[str, str | None]) -> EnvId:
         if ids["node_id"] is None:
@@ -434,7 +446,7 @@ def raise_status_error(variant_id: str, status: Mapping[str, Any]) -> None:
         raise from_dict(status["error"]).about(variant_id=variant_id)
 
 
-class RayEnvironmentProvider(EnvironmentProvider):
+class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
     """Environments of a Ray cluster, owned by its EnvManager.
 
     Example:
@@ -510,10 +522,9 @@ class RayEnvironmentProvider(EnvironmentProvider):
     def _create(
         self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float
     ) -> Any:
-        limit = wait_s + self._settings.uv_lock_timeout_s + self._settings.lock_timeout_s
         return self._door.call(
             "create_env",
-            within_s=limit,
+            within_s=wait_s + self._patience_s(),
             variant_id=str(env_id),
             spec=definition.model_dump(mode="json", exclude_defaults=True),
             replace=replace,
@@ -539,12 +550,23 @@ class RayEnvironmentProvider(EnvironmentProvider):
         return dict(told["variants"])
 
     def _environment(self, env_id: EnvId) -> dict[str, Any]:
-        return dict(self._door.call("get_environment", variant_id=str(env_id)))
+        job_id = self._door.job_id()
+        return dict(self._door.call("get_environment", variant_id=str(env_id), job_id=job_id))
 
-    def _delete(self, env_id: EnvId) -> None:
+    def _delete(self, env_id: EnvId, *, force: bool) -> None:
         self._door.call(
-            "delete_env", variant_id=str(env_id), within_s=self._settings.lock_timeout_s + 10
+            "delete_env",
+            within_s=self._settings.lock_timeout_s + VERB_TIMEOUT_S,
+            variant_id=str(env_id),
+            force=force,
+            job_id=self._door.job_id(),
         )
+
+    def _call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
+        return self._door.call(verb, within_s=within_s, **arguments)
+
+    def _address(self, variant_id: str) -> str:
+        return str(self._id(variant_id))
 
     def _prepare_timeout_s(self) -> float:
         return self._settings.prepare_timeout_s

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ray_envs.errors import InvalidId, StorageFailed
 from ray_envs.files import locked, storage_errors, sync_folder, write_atomically
-from ray_envs.models import BuildRequest, Definition, EnvId, Generation, VariantRecord
+from ray_envs.models import BuildRequest, EnvId, Generation, VariantRecord
 from ray_envs.settings import Settings
 
 _METADATA = "metadata.json"
@@ -38,14 +38,19 @@ class Registry:
     def folder(self, env_id: EnvId) -> Path:
         return self._envs / env_id.folder
 
-    def lock(self, env_id: EnvId) -> AbstractAsyncContextManager[None]:
-        """The lock of whoever changes this definition, in any process."""
+    def _place(self, env_id: EnvId, number: int) -> Path:
+        return self.folder(env_id) / "generations" / str(number)
+
+    def lock(
+        self, env_id: EnvId, *, timeout_s: float | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        """The lock of whoever changes this definition, in any process; see `files.locked`."""
         with storage_errors(f"use {self._envs}"):
             self._envs.mkdir(parents=True, exist_ok=True)
         return locked(
             self._envs / f"{env_id.folder}.lock",
             what=f"variant {env_id}",
-            timeout_s=self._settings.lock_timeout_s,
+            timeout_s=self._settings.lock_timeout_s if timeout_s is None else timeout_s,
         )
 
     def get(self, env_id: EnvId) -> VariantRecord | None:
@@ -70,16 +75,10 @@ class Registry:
             damaged: receives an error for each definition that cannot be read; one of them must
                 not hide the others.
         """
-        with storage_errors("read the definitions"):
-            try:
-                with os.scandir(self._envs) as entries:
-                    folders = [entry.path for entry in entries if entry.is_dir()]
-            except FileNotFoundError:
-                return []
         found = []
-        for folder in folders:
+        for folder in self.stamps():
             try:
-                found.append(self._read(Path(folder, _METADATA)))
+                found.append(self.read(folder))
             except StorageFailed as exc:
                 if damaged is not None:
                     damaged.append(exc)
@@ -102,10 +101,25 @@ class Registry:
 
     def stamp(self, env_id: EnvId) -> int:
         """A number that changes with every change of the definition; 0 where there is none."""
-        try:
-            return os.stat(self.folder(env_id) / _METADATA).st_mtime_ns
-        except OSError:
-            return 0
+        return _stamp(os.path.join(self._envs, env_id.folder))
+
+    def stamps(self) -> dict[str, int]:
+        """The stamp of every definition, by its folder's name; cheap, for a look at changes."""
+        with storage_errors("read the definitions"):
+            try:
+                with os.scandir(self._envs) as entries:
+                    folders = [(e.name, _stamp(e.path)) for e in entries if e.is_dir()]
+            except FileNotFoundError:
+                return {}
+        return {name: stamp for name, stamp in folders if stamp}
+
+    def read(self, folder: str) -> VariantRecord | None:
+        """The definition in the folder of that name.
+
+        Raises:
+            StorageFailed: it cannot be read.
+        """
+        return self._read(self._envs / folder / _METADATA)
 
     def lock_text(self, env_id: EnvId, number: int) -> tuple[str, str]:
         """The pyproject.toml and uv.lock of one generation.
@@ -113,58 +127,137 @@ class Registry:
         Raises:
             StorageFailed: they cannot be read.
         """
-        folder = self.folder(env_id) / "generations" / str(number)
+        folder = self._place(env_id, number)
         with storage_errors(f"read generation {number} of {env_id}"):
             return (
                 (folder / "pyproject.toml").read_text(encoding="utf-8"),
                 (folder / "uv.lock").read_text(encoding="utf-8"),
             )
 
+    def generation(self, env_id: EnvId, number: int) -> Generation:
+        """One generation of `env_id`, whether it is the current one or not.
+
+        Raises:
+            StorageFailed: it cannot be read.
+        """
+        path = self._place(env_id, number) / "generation.json"
+        with storage_errors(f"read generation {number} of {env_id}"):
+            text = path.read_bytes()
+        try:
+            return Generation.model_validate_json(text)
+        except ValidationError as exc:
+            raise StorageFailed(
+                f"{path} is damaged",
+                detail=str(exc).splitlines()[-1],
+                hint="restore it; the other generations are not concerned",
+            ) from exc
+
     def commit(
         self,
         env_id: EnvId,
-        definition: Definition,
         generation: Generation,
         *,
         pyproject: str,
         uv_lock: str,
+        same_lock: VariantRecord | None = None,
     ) -> VariantRecord:
-        """Make `generation` the current one of `env_id`; the caller holds its lock.
-
-        The generation's folder is complete before `metadata.json` names it. A process that dies
-        in between leaves a folder that nobody names, and the next commit writes it again.
+        """Make `generation` the current one of `env_id` at once: `stage`, then `switch`.
 
         Raises:
             StorageFailed: it could not be written; what was before is unchanged.
         """
-        folder = self.folder(env_id)
-        before = self.get(env_id)
-        now = datetime.now(timezone.utc)
-        record = VariantRecord(
-            env_id=env_id,
-            definition=definition,
-            current=generation,
-            created_at=before.created_at if before else now,
-            updated_at=now,
-        )
+        self.stage(env_id, generation, pyproject=pyproject, uv_lock=uv_lock, same_lock=same_lock)
+        try:
+            return self.switch(env_id, generation, pyproject=pyproject, uv_lock=uv_lock)
+        except StorageFailed:
+            self.unstage(env_id, generation.number)
+            raise
+
+    def stage(
+        self,
+        env_id: EnvId,
+        generation: Generation,
+        *,
+        pyproject: str,
+        uv_lock: str,
+        same_lock: VariantRecord | None = None,
+    ) -> None:
+        """Write `generation` beside the current one, complete; the caller holds the lock.
+
+        A process that dies before `switch` leaves a folder that nobody names, and the next change
+        writes it again.
+
+        Args:
+            env_id: the variant.
+            generation: its number is `next_number`.
+            pyproject: the text that uv locked.
+            uv_lock: the text of the lock.
+            same_lock: a variant whose current generation has the same lock: its file is linked,
+                so that many variants of one lock cost the disk of one.
+
+        Raises:
+            StorageFailed: it could not be written; what was before is unchanged.
+        """
+        before = self.get(env_id)  # refuses a folder that holds another id
+        place = self._place(env_id, generation.number)
         with storage_errors(f"write the definition of {env_id}"):
-            place = folder / "generations" / str(generation.number)
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
             try:
                 write_atomically(place / "pyproject.toml", pyproject)
-                write_atomically(place / "uv.lock", uv_lock)
+                if not self._link_lock(same_lock, place, uv_lock):
+                    write_atomically(place / "uv.lock", uv_lock)
+                    os.chmod(place / "uv.lock", 0o444)
                 write_atomically(place / "generation.json", generation.model_dump_json(indent=1))
                 sync_folder(place.parent)
-                write_atomically(folder / _METADATA, record.model_dump_json(indent=1) + "\n")
             except OSError:
-                shutil.rmtree(place, ignore_errors=True)
+                self.unstage(env_id, generation.number)
                 if before is None:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    shutil.rmtree(self.folder(env_id), ignore_errors=True)
                 raise
-        with suppress(OSError):  # copies for people; `generations/` is what programs read
-            write_atomically(folder / "pyproject.toml", pyproject)
-            write_atomically(folder / "uv.lock", uv_lock)
+
+    def _link_lock(self, other: VariantRecord | None, place: Path, uv_lock: str) -> bool:
+        if other is None:
+            return False
+        try:
+            source = self._place(other.env_id, other.current.number) / "uv.lock"
+            os.link(source, place / "uv.lock")
+            if (place / "uv.lock").read_text(encoding="utf-8") == uv_lock:
+                return True
+            (place / "uv.lock").unlink()
+        except OSError:  # no hard links here, or too many: a file of its own does as well
+            pass
+        return False
+
+    def unstage(self, env_id: EnvId, number: int) -> None:
+        """Remove a generation that never became the current one, as far as that is possible."""
+        shutil.rmtree(self._place(env_id, number), ignore_errors=True)
+        folder = self.folder(env_id)
+        if not (folder / _METADATA).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def switch(
+        self, env_id: EnvId, generation: Generation, *, pyproject: str, uv_lock: str
+    ) -> VariantRecord:
+        """Make a complete generation the current one, in one step; the caller holds the lock.
+
+        Raises:
+            StorageFailed: it could not be written; the definition is as it was.
+        """
+        before = self.get(env_id)
+        now = datetime.now(timezone.utc)
+        numbers = before.numbers if before else ()
+        if generation.number not in numbers:
+            numbers = (*numbers, generation.number)
+        record = VariantRecord(
+            env_id=env_id,
+            current=generation,
+            numbers=numbers,
+            is_pinned=before.is_pinned if before else False,
+            created_at=before.created_at if before else now,
+            updated_at=now,
+        )
+        self._write(record, pyproject, uv_lock)
         return record
 
     def point_to(self, record: VariantRecord) -> None:
@@ -173,18 +266,29 @@ class Registry:
         Raises:
             StorageFailed: it could not be written; the definition is as it was.
         """
+        self._write(record, *self.lock_text(record.env_id, record.current.number))
+
+    def pin(self, record: VariantRecord, *, is_pinned: bool) -> VariantRecord:
+        """Say whether the environments of a variant may be collected; the caller holds its lock."""
+        pinned = record.model_copy(update={"is_pinned": is_pinned})
+        self.point_to(pinned)
+        return pinned
+
+    def _write(self, record: VariantRecord, pyproject: str, uv_lock: str) -> None:
         folder = self.folder(record.env_id)
-        pyproject, uv_lock = self.lock_text(record.env_id, record.current.number)
-        with storage_errors(f"restore the definition of {record.env_id}"):
+        with storage_errors(f"write the definition of {record.env_id}"):
             write_atomically(folder / _METADATA, record.model_dump_json(indent=1) + "\n")
-        with suppress(OSError):
-            write_atomically(folder / "pyproject.toml", pyproject)
-            write_atomically(folder / "uv.lock", uv_lock)
+        with suppress(OSError):  # copies for people; `generations/` is what programs read
+            write_atomically(folder / "pyproject.toml", pyproject, is_durable=False)
+            write_atomically(folder / "uv.lock", uv_lock, is_durable=False)
 
     def next_number(self, env_id: EnvId) -> int:
-        """The number after the current one; a folder of that number is a failed attempt's."""
+        """The number after those that the variant has used.
+
+        A folder of that number is one that a change left which died or failed.
+        """
         record = self.get(env_id)
-        return record.current.number + 1 if record else 1
+        return max(record.numbers) + 1 if record else 1
 
     def write_view(self, env_id: EnvId, *, base_python: Path, python: str, site: Path) -> None:
         """Give people a `.venv` beside the definition that shows the store's packages.
@@ -202,12 +306,15 @@ class Registry:
                 venv / "pyvenv.cfg",
                 f"home = {base_python.parent}\nversion_info = {python}\n"
                 "include-system-site-packages = false\n",
+                is_durable=False,
             )
             link = venv / "bin" / "python"
             if not link.is_symlink():
                 link.symlink_to(base_python)
             write_atomically(
-                packages / "ray_envs_store.pth", f"import site; site.addsitedir({str(site)!r})\n"
+                packages / "ray_envs_store.pth",
+                f"import site; site.addsitedir({str(site)!r})\n",
+                is_durable=False,
             )
 
     def announce_manager(self, address: str) -> int | None:
@@ -266,9 +373,18 @@ class Registry:
         return is_there
 
 
-def build_request(record: VariantRecord, pyproject: str, uv_lock: str) -> BuildRequest:
-    """What a node needs to build the current generation of `record`."""
-    generation, definition = record.current, record.definition
+def _stamp(folder: str) -> int:
+    """What tells two states of a definition apart: clocks of file systems tick slowly."""
+    try:
+        told = os.stat(os.path.join(folder, _METADATA))
+    except OSError:
+        return 0
+    return told.st_mtime_ns << 64 | told.st_ino
+
+
+def build_request(generation: Generation, pyproject: str, uv_lock: str) -> BuildRequest:
+    """What a node needs to build `generation`."""
+    definition = generation.definition
     return BuildRequest(
         key=generation.key,
         pyproject=pyproject,
@@ -276,6 +392,7 @@ def build_request(record: VariantRecord, pyproject: str, uv_lock: str) -> BuildR
         extras=definition.extras,
         groups=definition.groups,
         exclude_newer=definition.exclude_newer,
+        only_binary=definition.only_binary,
         target=generation.target,
         platform=generation.platform,
         lock_sha256=generation.lock_sha256,
@@ -286,6 +403,7 @@ def build_request(record: VariantRecord, pyproject: str, uv_lock: str) -> BuildR
 def describe_record(record: VariantRecord, registry: Registry, venv: Path) -> dict[str, Any]:
     """What the registry says of a variant, as plain data; `venv` is where the store has it."""
     key = record.current.key
+    folder = registry.folder(record.env_id)
     return {
         "variant_id": str(record.env_id),
         "workflow_id": record.env_id.workflow_id,
@@ -294,12 +412,12 @@ def describe_record(record: VariantRecord, registry: Registry, venv: Path) -> di
         "key": key,
         "generation": record.current.number,
         "lock_sha256": record.current.lock_sha256,
-        "env_path": str(registry.folder(record.env_id)),
+        "env_path": str(folder),
         "venv_path": str(venv),
         "python_path": str(venv / "bin" / "python"),
         "python_version": record.current.target.python,
         "ray_version": record.current.target.ray,
-        "packages": dict(record.current.packages),
+        "is_pinned": record.is_pinned,
         "created_at": record.created_at.isoformat(),
         "updated_at": record.updated_at.isoformat(),
     }

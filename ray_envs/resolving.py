@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,6 +23,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from ray_envs.errors import InvalidInput, InvalidPackages
 from ray_envs.models import RAY_GROUP, Definition, Target, nearest_hint
+from ray_envs.policy import check_credentials
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,7 +32,6 @@ else:
 
 _PYPROJECT = "pyproject.toml"
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s]*)")
 _COMMIT = re.compile(r"[0-9a-fA-F]{40}")
 
 #: Entries of [tool.uv] that leave what a lock installs as it is: they choose what goes into the
@@ -284,7 +284,7 @@ def _split(entry: str) -> list[str]:
 def _requirement(entry: str, *, where: str) -> str:
     """`entry` in its canonical form; see `requirement_lines` for what is refused."""
     # First of all, so that no later message can repeat a secret.
-    _check_credentials(entry, InvalidPackages, where=where)
+    check_credentials(entry, InvalidPackages, where=where)
 
     def refused(what: str, hint: str = "") -> InvalidPackages:
         return InvalidPackages(f"{entry!r} {what}", hint=hint, where=where)
@@ -337,25 +337,6 @@ def _url_problem(url: str) -> tuple[str, str] | None:
     return None
 
 
-def _check_credentials(
-    text: str, error: Callable[..., InvalidInput | InvalidPackages], *, where: str
-) -> None:
-    """Refuse a user name or password in a URL of `text`, without repeating it."""
-    for scheme, authority in _URL.findall(text):
-        user, has_user, host = authority.rpartition("@")
-        # A password with a slash in it ends the authority early: what is left is no port.
-        is_cut_short = re.search(r":(?!\d*$)[^\]]*$", host)
-        # ssh://git@host is how everybody logs in; the secret is a key elsewhere.
-        is_login = scheme.lower().endswith("ssh") and ":" not in user
-        if is_cut_short or (has_user and not is_login):
-            raise error(
-                f"credentials in a URL ({text.partition('://')[0][:80]}://…)",
-                where=where,
-                hint="put them into a netrc file or a keyring on the nodes, or set "
-                "UV_INDEX_<NAME>_USERNAME and UV_INDEX_<NAME>_PASSWORD there",
-            )
-
-
 # -- projects
 
 
@@ -398,7 +379,7 @@ def _check_uv(uv: Mapping[str, Any]) -> None:
         if name in uv:
             raise _refused(f"{name} cannot be used here", hint, f"tool.uv.{name}")
     for text in _strings(uv):
-        _check_credentials(text, InvalidInput, where=f"{_PYPROJECT}: tool.uv")
+        check_credentials(text, InvalidInput, where=f"{_PYPROJECT}: tool.uv")
     for name, given in _table(uv, "sources").items():
         table = f"tool.uv.sources.{name}"
         for source in given if isinstance(given, list) else [given]:

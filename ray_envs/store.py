@@ -8,13 +8,19 @@ exclusive hold, which no living process of that environment leaves him.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import py_compile
+import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
+from stat import S_ISDIR
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,10 +28,15 @@ from ray_envs import inside
 from ray_envs.errors import EnvironmentInUse, StorageFailed
 from ray_envs.files import locked, storage_errors, write_atomically
 from ray_envs.models import EnvRecord
+from ray_envs.planning import EnvUse
 from ray_envs.settings import Settings
 
 #: Changes with the layout below; an older layout is left alone, never migrated in place.
 _STORE = "store"
+#: Where the kernel tells what other processes have open; elsewhere there is no such place.
+_PROC = Path("/proc")
+#: Ray's job id of a worker that was started before any job asked for it.
+_NO_JOB = "ffffffff"
 
 
 class Store:
@@ -40,7 +51,7 @@ class Store:
         self._settings = settings
         self.root = settings.root
         self.cache = self.root / "uv-cache"
-        self._store = self.root / _STORE
+        self.folder = self.root / _STORE
         self._scratch = self.root / "scratch"
         self._trash = self.root / "trash"
 
@@ -51,13 +62,13 @@ class Store:
             StorageFailed: the root cannot be made or written, or is too full to build anything.
         """
         with storage_errors(f"use the root {self.root}"):
-            for folder in (self._store, self.cache, self._scratch, self._trash):
+            for folder in (self.folder, self.cache, self._scratch, self._trash):
                 folder.mkdir(parents=True, exist_ok=True)
             probe = self._scratch / f"{os.getpid()}-{uuid.uuid4().hex}"
             with probe.open("wb") as file:
                 file.write(b"x")
                 fcntl.flock(file, fcntl.LOCK_EX)  # a file system without it cannot hold the store
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process sweeps
         self._check_free()
 
     def _check_free(self) -> None:
@@ -74,7 +85,7 @@ class Store:
         return shutil.disk_usage(self.root).free < self._settings.min_free_bytes
 
     def venv(self, key: str) -> Path:
-        return self._store / key / ".venv"
+        return self.folder / key / ".venv"
 
     def python(self, key: str) -> Path:
         """The interpreter of an environment, whether it is there or not."""
@@ -84,7 +95,10 @@ class Store:
         return self.venv(key) / "lib" / f"python{python_minor}" / "site-packages"
 
     def _record_file(self, key: str) -> Path:
-        return self._store / key / "record.json"
+        return self.folder / key / "record.json"
+
+    def _hold_file(self, key: str) -> Path:
+        return self.folder / f"{key}.hold"
 
     def record(self, key: str) -> EnvRecord | None:
         """The record of a ready environment; None where there is none or it cannot be read."""
@@ -96,17 +110,20 @@ class Store:
 
     def records(self) -> dict[str, EnvRecord]:
         """Every ready environment of this node by its key."""
+        found = ((key, self.record(key)) for key in self._keys())
+        return {key: record for key, record in found if record is not None}
+
+    def _keys(self) -> list[str]:
+        """The name of every directory in the store, with a record or without."""
         try:
-            names = sorted(entry.name for entry in os.scandir(self._store) if entry.is_dir())
+            return sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
         except FileNotFoundError:
-            return {}
-        found = ((name, self.record(name)) for name in names)
-        return {name: record for name, record in found if record is not None}
+            return []
 
     def lock(self, key: str) -> AbstractAsyncContextManager[None]:
         """The lock of whoever builds or removes `key`; see `files.locked` for what it promises."""
         return locked(
-            self._store / f"{key}.lock",
+            self.folder / f"{key}.lock",
             what=f"the environment {key}",
             timeout_s=self._settings.lock_timeout_s,
         )
@@ -114,7 +131,7 @@ class Store:
     def compile_lock(self) -> AbstractAsyncContextManager[None]:
         """The lock of whoever writes byte-code into uv's cache on this node."""
         return locked(
-            self._store / "bytecode.lock",
+            self.folder / "bytecode.lock",
             what="the byte-code of uv's cache",
             timeout_s=self._settings.lock_timeout_s,
         )
@@ -129,32 +146,36 @@ class Store:
         self.discard(key)
         self._check_free()
         with storage_errors(f"make the environment {key}"):
-            (self._store / key).mkdir(parents=True)
+            (self.folder / key).mkdir(parents=True)
 
-    def discard(self, key: str) -> int:
-        """Move the directory of `key` away and delete it; returns how many went: 0 or 1.
+    def discard(self, key: str) -> int | None:
+        """Move the directory of `key` away and delete it; None where there is nothing.
+
+        Returns:
+            The bytes that the disk got back: files that uv's cache or another environment has too
+            free none.
 
         Raises:
             EnvironmentInUse: a living process holds it.
         """
-        place = self._store / key
+        place = self.folder / key
         with storage_errors(f"remove the environment {key}"):
             if not os.path.lexists(place):
-                return 0
+                return None
             with self._exclusive_hold(key):
                 self._trash.mkdir(exist_ok=True)
                 doomed = self._trash / f"{key}-{uuid.uuid4().hex}"
                 os.rename(place, doomed)
-            if doomed.is_symlink() or not doomed.is_dir():
-                doomed.unlink(missing_ok=True)
+            _, _, there = _measured(doomed)
+            _delete(doomed)
             # What stays is rubbish in the trash; the next sweep, of any process, removes it.
-            shutil.rmtree(doomed, ignore_errors=True)
-        return 1
+            _, _, left = _measured(doomed)
+        return there - left
 
     def install_hold(self, key: str, python_minor: str) -> None:
         """Make every interpreter that starts in `key` take the hold before anything else."""
         with storage_errors(f"write into the environment {key}"):
-            (self._store / f"{key}.hold").touch()
+            self._hold_file(key).touch()
             site = self.site_packages(key, python_minor)
             module = site / f"{inside.INSTALLED_AS}.py"
             shutil.copyfile(inside.__file__, module)
@@ -180,15 +201,19 @@ class Store:
             EnvironmentInUse: the environment is being removed right now.
         """
         with storage_errors(f"hold the environment {key}"):
-            fd = os.open(self._store / f"{key}.hold", os.O_RDONLY | os.O_CREAT, 0o666)
+            fd = os.open(self._hold_file(key), os.O_RDONLY | os.O_CREAT, 0o666)
         if not inside.shared_lock(fd):
             os.close(fd)
             raise EnvironmentInUse(f"the environment {key} is being removed", key=key)
         os.set_inheritable(fd, True)
+        with suppress(OSError):  # the file is another user's
+            os.utime(fd)
         return fd
 
     def is_held(self, key: str) -> bool:
         """Whether a living process runs in the environment."""
+        if not self._hold_file(key).exists():
+            return False
         try:
             with self._exclusive_hold(key):
                 return False
@@ -197,50 +222,196 @@ class Store:
 
     @contextmanager
     def _exclusive_hold(self, key: str) -> Iterator[None]:
-        fd = os.open(self._store / f"{key}.hold", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise EnvironmentInUse(
-                    f"the environment {key} is in use", key=key, hint="wait until its processes end"
-                ) from None
+            fd = _locked_alone(self._hold_file(key), os.O_CREAT)
+        except BlockingIOError:
+            raise EnvironmentInUse(
+                f"the environment {key} is in use", key=key, hint="wait until its processes end"
+            ) from None
+        try:
             yield
         finally:
             os.close(fd)
 
+    def renew_held(self) -> int:
+        """Make now the last use of every environment that is held; returns how many those are.
+
+        A process renews only at its start and its end: work of days must not look idle.
+        """
+        renewed = 0
+        for key in self._keys():
+            with suppress(OSError):  # another user's file
+                if self.is_held(key):
+                    os.utime(self._hold_file(key))
+                    renewed += 1
+        return renewed
+
+    def inventory(self) -> list[EnvUse]:
+        """What every directory of the store takes and when it was used, also those of no record.
+
+        Looks at every file: for many environments that is seconds.
+        """
+        return [use for key in self._keys() if (use := self._use(key)) is not None]
+
+    def _use(self, key: str) -> EnvUse | None:
+        place, record = self.folder / key, self.record(key)
+        size, inodes, _ = _measured(place)
+        try:
+            last_used_at = place.stat().st_mtime  # its creation: the record was written here
+        except OSError:  # removed meanwhile
+            return None
+        is_held = True  # where nobody can tell
+        with suppress(OSError):
+            is_held = self.is_held(key)
+        # After the hold: who comes in between has renewed it.
+        with suppress(OSError):
+            last_used_at = max(last_used_at, self._hold_file(key).stat().st_mtime)
+        return EnvUse(
+            key=key,
+            bytes=size,
+            inodes=inodes,
+            last_used_at=last_used_at,
+            is_held=is_held,
+            is_ready=record is not None,
+            created_at=record.created_at.timestamp() if record else None,
+        )
+
+    def users(self, key: str) -> list[dict[str, Any]]:
+        """The processes that hold `key`, as far as the kernel tells: pid, command and job_id."""
+        return [_told_of(pid) for pid in _holders(self._hold_file(key))]
+
     @contextmanager
     def scratch(self, files: dict[str, str]) -> Iterator[Path]:
         """A folder with `files` (name to text) in it, gone after the block."""
-        folder = self._scratch / f"{os.getpid()}-{uuid.uuid4().hex}"
         with storage_errors("write a scratch folder"):
-            folder.mkdir(parents=True)
-            for name, text in files.items():
-                (folder / name).write_text(text, encoding="utf-8")
+            folder, lock = self._new_scratch()
         try:
+            with storage_errors("write a scratch folder"):
+                for name, text in files.items():
+                    (folder / name).write_text(text, encoding="utf-8")
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # what stays is swept at the next start
+            os.close(lock)
+
+    def _new_scratch(self) -> tuple[Path, int]:
+        """A folder, and the lock on it that keeps every sweep away until it is closed."""
+        while True:
+            folder = self._scratch / f"{os.getpid()}-{uuid.uuid4().hex}"
+            folder.mkdir(parents=True)
+            with suppress(FileNotFoundError, BlockingIOError):  # swept before it was locked
+                lock = _locked_alone(folder)
+                if folder.exists():
+                    return folder, lock
+                os.close(lock)
 
     def sweep(self) -> None:
-        """Delete what dead processes left in scratch and trash. Doubt keeps."""
+        """Delete what dead processes left in scratch and trash. Doubt keeps.
+
+        A lock tells who is alive, never a pid: containers that share a root number their own.
+        Two processes may sweep at once: each deletes what the other has not.
+        """
         for entry in self._entries(self._scratch):
-            pid = entry.name.partition("-")[0]
-            if pid.isdigit() and not _is_alive(int(pid)):
-                shutil.rmtree(entry, ignore_errors=True)
+            if entry.name.partition("-")[0].isdigit():
+                with suppress(OSError):  # in use, or gone
+                    lock = _locked_alone(entry)
+                    _delete(entry)
+                    os.close(lock)
         for entry in self._entries(self._trash):
-            shutil.rmtree(entry, ignore_errors=True)
+            _delete(entry)
 
     @staticmethod
     def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _is_alive(pid: int) -> bool:
+def _locked_alone(path: Path, flags: int = 0) -> int:
+    """A descriptor of the file or folder `path` that has the exclusive lock until it is closed.
+
+    Raises:
+        BlockingIOError: a living process has it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags, 0o666)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, file or link as far as possible; others may be deleting it too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _measured(folder: Path) -> tuple[int, int, int]:
+    """The share of bytes and of inodes that `folder` takes, and the bytes that no other has."""
+    #: By inode: links found here, links in all, bytes.
+    found: dict[tuple[int, int], list[int]] = {}
+    todo = [os.fspath(folder)]
+    while todo:
+        path = todo.pop()
+        with suppress(OSError):  # it goes meanwhile
+            stat = os.lstat(path)
+            is_folder = S_ISDIR(stat.st_mode)
+            links = 1 if is_folder else max(1, stat.st_nlink)
+            file = found.setdefault((stat.st_dev, stat.st_ino), [0, links, stat.st_blocks * 512])
+            file[0] += 1
+            if is_folder:
+                todo += [os.path.join(path, name) for name in os.listdir(path)]
+    size, inodes, own = Counter[int](), Counter[int](), 0
+    for here, links, taken in found.values():
+        size[links] += taken * here
+        inodes[links] += here
+        own += taken if here >= links else 0
+    shares = [sum(Fraction(n, links) for links, n in each.items()) for each in (size, inodes)]
+    return int(shares[0]), math.ceil(shares[1]), own
+
+
+def _holders(hold: Path) -> list[int]:
+    """The processes that have `hold` open, as far as the kernel tells.
+
+    /proc/locks names who took a lock, and not the child that still has it from a dead parent: so
+    the descriptors count. Those of other users are hidden, and there /proc/locks must do.
+    """
+    takers: list[str] = []
+    with suppress(OSError):
+        file = hold.stat()
+        place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+        takers = re.findall(rf"FLOCK .* (\d+) {place} ", (_PROC / "locks").read_text())
+    found = []
+    for pid in os.listdir(_PROC) if _PROC.is_dir() else []:
+        try:
+            if pid.isdigit() and any(_leads_to(hold, fd) for fd in (_PROC / pid / "fd").iterdir()):
+                found.append(int(pid))
+        except PermissionError:
+            found += [int(pid)] * (pid in takers)
+        except OSError:  # it has ended
+            continue
+    return sorted(found)
+
+
+def _leads_to(file: Path, fd: Path) -> bool:
+    """By name first: to ask what is behind any descriptor may hang on a network that is gone."""
+    with suppress(OSError):
+        return os.path.basename(os.readlink(fd)) == file.name and fd.samefile(file)
+    return False
+
+
+def _told_of(pid: int) -> dict[str, Any]:
+    """What a process says of itself: pid, command (200 characters at most) and Ray's job_id."""
+    command, job_id, left = [], None, 200
+    with suppress(OSError):
+        for word in (_PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0"):
+            if word[:left]:
+                command.append(word[:left])
+                left -= len(word)
+    with suppress(OSError):
+        environ = (_PROC / str(pid) / "environ").read_text(errors="replace")
+        job_id = dict(v.partition("=")[::2] for v in environ.split("\0")).get("RAY_JOB_ID")
+    return {"pid": pid, "command": command, "job_id": None if job_id == _NO_JOB else job_id}

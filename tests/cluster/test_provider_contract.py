@@ -415,9 +415,9 @@ def test_create_and_cleanup_of_one_id_wait_for_each_other(
         assert not is_deleting.is_set()
         return create(*args, **kwargs)
 
-    def watched(*args: Any) -> None:
+    def watched(*args: Any, **kwargs: Any) -> None:
         is_deleting.set()
-        delete(*args)
+        delete(*args, **kwargs)
 
     monkeypatch.setattr(envs, "_create", slow)
     monkeypatch.setattr(envs, "_delete", watched)

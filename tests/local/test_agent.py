@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ray_envs import bytecode
 from ray_envs.agent import NodeAgent
 from ray_envs.builder import Builder
 from ray_envs.models import BuildRequest, NodeEnvState, Phase
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 AGENT = """\
 import asyncio, json, sys, time
 from pathlib import Path
-from ray_envs import agent as agents, builder, store
+from ray_envs import bytecode, agent as agents, builder, store
 given = json.loads(sys.argv[1])
 agents._RETRY_PAUSE_S = 0.01
 if given["uv"]:
@@ -178,13 +179,13 @@ def test_a_second_environment_of_the_same_wheels_compiles_nothing(
     markers = {path: path.read_text() for path in Store(warm).cache.rglob("ray_envs-bytecode.*")}
     assert len(markers) == len(locked("iniconfig").packages)
     compiled: list[Path] = []
-    real = Builder._compile_folders
+    real = bytecode._compile_folders
 
-    async def counted(self: Builder, folders: list[Path]) -> None:
+    async def counted(folders: list[Path], *args: Any, **kwargs: Any) -> None:
         compiled.extend(folders)
-        await real(self, folders)
+        await real(folders, *args, **kwargs)
 
-    monkeypatch.setattr(Builder, "_compile_folders", counted)
+    monkeypatch.setattr(bytecode, "_compile_folders", counted)
     assert build(warm, locked("iniconfig", "six")).phase is Phase.READY
     assert [path for folder in compiled for path in folder.glob("*.py")] == [
         folder / "six.py" for folder in compiled

@@ -141,7 +141,10 @@ def test_a_repeated_create_does_nothing(warm: Settings, fake_uv: FakeUv) -> None
     first = create(warm, "v", BARE)
     calls, there = len(fake_uv.calls()), on_disk(warm)
     again = create(warm, "v", BARE)
-    assert {**again, "nodes": {}} == {**first, "nodes": {}}
+    assert (first["is_changed"], again["is_changed"]) == (True, False)
+    assert again["diff"] == {"added": {}, "removed": {}, "changed": {}}
+    same = again.keys() - {"nodes", "diff", "is_changed"}
+    assert {name: again[name] for name in same} == {name: first[name] for name in same}
     assert (len(fake_uv.calls()), on_disk(warm)) == (calls, there)
 
 

@@ -40,6 +40,7 @@ V = EnvId.parse("v")
 def commit(registry: Registry, number: int) -> VariantRecord:
     generation = Generation(
         number=number,
+        definition=Definition(packages=(f"p=={number}",)),
         key=f"key-{number}",
         lock_sha256="0" * 64,
         fingerprint=f"fingerprint-{number}",
@@ -50,7 +51,6 @@ def commit(registry: Registry, number: int) -> VariantRecord:
     )
     return registry.commit(
         V,
-        Definition(packages=(f"p=={number}",)),
         generation,
         pyproject=f"project {number}",
         uv_lock=f"lock {number}",
@@ -91,14 +91,14 @@ def test_an_older_generation_is_restored_without_touching_any_folder(
 def test_a_restoration_without_space_leaves_the_generations_as_they_were(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     registry = Registry(settings)
     first, second = commit(registry, 1), commit(registry, 2)
     before = generations(registry)
     monkeypatch.setattr(registry_module, "write_atomically", full)
-    with pytest.raises(StorageFailed, match="restore the definition"):
+    with pytest.raises(StorageFailed, match="write the definition"):
         registry.point_to(first)
     assert generations(registry) == before
     assert registry.get(V) == second

@@ -36,6 +36,7 @@ def registry(settings: Settings) -> Registry:
 def generation(number: int) -> Generation:
     return Generation(
         number=number,
+        definition=Definition(packages=(f"p=={number}",)),
         key=f"key-{number}",
         lock_sha256="0" * 64,
         fingerprint=f"fingerprint-{number}",
@@ -49,7 +50,6 @@ def generation(number: int) -> Generation:
 def commit(registry: Registry, env_id: EnvId = V, number: int = 1) -> VariantRecord:
     return registry.commit(
         env_id,
-        Definition(packages=(f"p=={number}",)),
         generation(number),
         pyproject=f"project {number}",
         uv_lock=f"lock {number}",
@@ -82,7 +82,7 @@ def test_what_was_committed_is_what_any_process_reads(
     folder = registry.folder(V)
     assert (folder / "pyproject.toml").read_text() == "project 2"
     assert (folder / "uv.lock").read_text() == "lock 2"
-    request = build_request(second, *other.lock_text(V, 2))
+    request = build_request(second.current, *other.lock_text(V, 2))
     assert (request.key, request.uv_lock) == ("key-2", "lock 2")
 
 
@@ -180,10 +180,10 @@ COPIES = ["v/pyproject.toml", "v/uv.lock"]
 def fail_at(monkeypatch: pytest.MonkeyPatch, end: str, error: BaseException) -> None:
     real = write_atomically
 
-    def write(path: Path, text: str) -> None:
+    def write(path: Path, text: str, **options: bool) -> None:
         if str(path).replace("default_v", "v").replace("/2/", "/1/").endswith(end):
             raise error
-        real(path, text)
+        real(path, text, **options)
 
     monkeypatch.setattr(registry_module, "write_atomically", write)
 

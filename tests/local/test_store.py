@@ -7,18 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from ray_envs import inside
+from ray_envs import store as store_module
 from ray_envs.errors import EnvironmentInUse, LockTimeout, StorageFailed
 from ray_envs.models import EnvRecord
 from ray_envs.settings import Settings
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 
 Environment = Callable[[str], Store]
 StartChild = Callable[..., "Child"]
+
+#: A moment long before any test.
+OLD = 1000.0
+#: The kernel's time stamps are those of its last tick.
+CLOCK_GRAIN_S = 0.1
 
 #: Forks; the parent ends at once and the child lives on until stdin ends.
 FORK = "import os, sys\nif os.fork():\n    os._exit(0)\n"
@@ -105,7 +111,8 @@ def test_a_directory_without_a_record_is_wiped_before_a_build(environment: Envir
 def test_a_discarded_environment_leaves_nothing(environment: Environment) -> None:
     store = environment("k")
     store.commit(record_of("k"))
-    assert (store.discard("k"), store.discard("k")) == (1, 0)
+    assert store.discard("k")
+    assert store.discard("k") is None
     assert not store.venv("k").parent.exists()
     assert (store.record("k"), trash_of(store)) == (None, [])
 
@@ -130,7 +137,8 @@ def test_a_removal_survives_that_another_process_sweeps_the_trash_meanwhile(
         shutil.rmtree(target)  # an agent that starts on the same root calls `sweep` right now
 
     monkeypatch.setattr("ray_envs.store.os.rename", rename_and_be_swept)
-    assert store.discard("k") == 1
+    assert store.discard("k") == 0  # the bytes are the other's
+    assert not store.venv("k").parent.exists()
 
 
 # -- holds
@@ -189,7 +197,7 @@ def test_a_hold_ends_with_kill_9(environment: Environment, child: StartChild) ->
     assert store.is_held("k")
     running.kill()
     assert not store.is_held("k")
-    assert store.discard("k") == 1
+    assert store.discard("k")
 
 
 def test_a_forked_child_keeps_the_hold_of_its_parent(
@@ -203,7 +211,7 @@ def test_a_forked_child_keeps_the_hold_of_its_parent(
     with pytest.raises(EnvironmentInUse):
         store.discard("k")
     parent.end()  # ends the child's stdin; communicate waits until it has closed its stdout
-    assert store.discard("k") == 1
+    assert store.discard("k")
 
 
 def test_an_interpreter_refuses_to_start_while_its_environment_is_being_removed(
@@ -243,7 +251,302 @@ def test_an_environment_cannot_be_removed_between_two_holds(
         with pytest.raises(EnvironmentInUse):
             store.discard("k")
     others[-1].kill()
-    assert store.discard("k") == 1
+    assert store.discard("k")
+
+
+# -- the last use
+
+
+def last_use(store: Store, key: str = "k") -> float:
+    (found,) = [use.last_used_at for use in store.inventory() if use.key == key]
+    return found
+
+
+def make_old(store: Store, key: str = "k") -> None:
+    """Say that nobody has used an environment since 1970."""
+    for path in (store.folder / key, store.folder / f"{key}.hold"):
+        os.utime(path, (OLD, OLD))
+    assert last_use(store, key) == OLD
+
+
+def test_an_environment_was_used_when_it_was_made(environment: Environment) -> None:
+    before = time.time() - CLOCK_GRAIN_S
+    store = environment("k")
+    assert before <= last_use(store) <= time.time()
+    make_old(store)
+    store.commit(record_of("k"))
+    assert before <= last_use(store) <= time.time()
+
+
+def test_a_process_renews_the_last_use_at_its_start_and_at_its_end(
+    environment: Environment, child: StartChild
+) -> None:
+    store = environment("k")
+    make_old(store)
+    running = child(store.python("k"))
+    assert last_use(store) > OLD
+    make_old(store)
+    running.end()
+    assert last_use(store) > OLD
+
+
+def test_neither_kill_9_nor_the_end_of_a_forked_child_is_a_use(
+    environment: Environment, child: StartChild
+) -> None:
+    store = environment("k")
+    for code in ("", FORK):
+        running = child(store.python("k"), code)
+        make_old(store)
+        if code:
+            running.end()
+        else:
+            running.kill()
+        assert last_use(store) == OLD
+
+
+def test_who_ends_with_its_hold_closed_renews_no_other_file(
+    environment: Environment, tmp_path: Path
+) -> None:
+    """A payload may close every descriptor, and the number of the hold be given again."""
+    store, innocent = environment("k"), tmp_path / "innocent"
+    innocent.touch()
+    os.utime(innocent, (OLD, OLD))
+    code = (
+        "import os, _ray_envs_inside as i;"
+        f"os.dup2(os.open({str(innocent)!r}, os.O_RDONLY), i.hold_fd)"
+    )
+    subprocess.run([store.python("k"), "-c", code], check=True)
+    assert innocent.stat().st_mtime == OLD
+
+
+def test_what_is_held_is_renewed_and_the_rest_is_not(
+    environment: Environment, child: StartChild
+) -> None:
+    store = environment("held")
+    environment("idle")
+    child(store.python("held"))
+    for key in ("held", "idle"):
+        make_old(store, key)
+    assert store.renew_held() == 1
+    assert (last_use(store, "held") > OLD, last_use(store, "idle")) == (True, OLD)
+
+
+def test_a_hold_that_a_command_inherits_is_a_use(environment: Environment) -> None:
+    store = environment("k")
+    make_old(store)
+    os.close(store.open_hold("k"))
+    assert last_use(store) > OLD
+
+
+def test_to_look_at_an_environment_is_no_use(environment: Environment) -> None:
+    store = environment("k")
+    store.commit(record_of("k"))
+    make_old(store)
+    for look in (store.is_held, store.record, store.users):
+        look("k")
+    store.renew_held()
+    store.records()
+    assert (last_use(store), last_use(store)) == (OLD, OLD)
+    assert not store.is_held("unknown")
+    assert not (store.folder / "unknown.hold").exists()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder of ours that other users may enter; pytest's own are closed to them."""
+    folder = Path(mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_process_that_may_not_write_the_hold_starts_and_ends_all_the_same(
+    open_folder: Path,
+) -> None:
+    site, hold = open_folder / "k" / ".venv" / "lib" / "python3", open_folder / "k.hold"
+    module = site / "site-packages" / f"{inside.INSTALLED_AS}.py"
+    module.parent.mkdir(parents=True)
+    shutil.copy(inside.__file__, module)
+    hold.touch(mode=0o644)
+    os.utime(hold, (OLD, OLD))
+    code = (
+        f"import sys, os, fcntl; sys.path.insert(0, {str(module.parent)!r});"
+        f"import {inside.INSTALLED_AS} as i; os.seteuid(65534); i.take_hold(); print(i.hold_fd > 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-ISc", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+    assert hold.stat().st_mtime == OLD
+
+
+# -- the inventory
+
+
+def test_the_inventory_tells_of_every_directory_with_a_record_or_without(
+    environment: Environment, child: StartChild
+) -> None:
+    store = environment("ready")
+    store.commit(record_of("ready"))
+    environment("rubbish")
+    environment("torn")
+    (store.folder / "torn" / "record.json").write_text("{")
+    child(store.python("rubbish"))
+    uses = store.inventory()
+    made_at = record_of("ready").created_at.timestamp()
+    assert [(use.key, use.is_ready, use.is_held, use.created_at) for use in uses] == [
+        ("ready", True, False, made_at),
+        ("rubbish", False, True, None),
+        ("torn", False, False, None),
+    ]
+    assert all(use.bytes >= 0 and use.inodes > 3 and use.node_id == "" for use in uses)
+    (store.folder / "torn" / "record.json").unlink()
+
+
+def test_an_inventory_of_a_store_that_was_never_set_up_or_changes_meanwhile_is_no_error(
+    environment: Environment, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Store(settings.model_copy(update={"root": settings.root / "none"})).inventory() == []
+    store = environment("k")
+    monkeypatch.setattr(store, "_keys", lambda: ["gone", "k"])
+    assert [use.key for use in store.inventory()] == ["k"]
+
+
+def test_where_nobody_can_tell_whether_it_is_held_it_is(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = environment("k")
+
+    def unreadable(_: Store, key: str) -> bool:
+        raise PermissionError(key)
+
+    monkeypatch.setattr(Store, "is_held", unreadable)
+    assert [use.is_held for use in store.inventory()] == [True]
+    assert store.renew_held() == 0
+
+
+def linked(store: Store, keys: list[str]) -> dict[str, Path]:
+    """Environments that share a file of 1 MiB with uv's cache, and have one of their own each."""
+    shared = store.cache / "wheel"
+    shared.write_bytes(os.urandom(2**20))
+    for key in keys:
+        own = store.folder / key / "own"
+        own.write_bytes(os.urandom(2**18))
+        os.link(own, own.with_name("own-again"))
+        os.link(shared, store.folder / key / "shared")
+        (store.folder / key / "link").symlink_to(shared)
+    return {key: store.folder / key for key in keys}
+
+
+def blocks(path: Path) -> int:
+    return path.lstat().st_blocks * 512
+
+
+def test_the_sizes_of_environments_and_of_uvs_cache_add_up_to_what_the_disk_has(
+    environment: Environment,
+) -> None:
+    store = environment("a")
+    environment("b")
+    places = linked(store, ["a", "b"])
+    every = [p for place in places.values() for p in (place, *place.rglob("*"))]
+    files = {path.lstat().st_ino: path for path in every}
+    uses = store.inventory()
+    in_cache = blocks(store.cache / "wheel") / 3
+    assert abs(sum(use.bytes for use in uses) + in_cache - sum(map(blocks, files.values()))) < 3
+    # A whole number each, rounded up: together at most one too many for each.
+    assert 0 <= sum(use.inodes for use in uses) - (len(files) - 1 / 3) < 2
+
+
+def test_what_is_freed_is_what_no_other_link_keeps(environment: Environment) -> None:
+    store = environment("a")
+    environment("b")
+    places = linked(store, ["a", "b"])
+    everything = {path.lstat().st_ino: path for path in (places["a"], *places["a"].rglob("*"))}
+    expected = sum(map(blocks, everything.values())) - blocks(store.cache / "wheel")
+    assert store.discard("a") == expected
+    (store.cache / "wheel").unlink()
+    shared = blocks(places["b"] / "shared")
+    assert store.discard("b") == expected + shared
+
+
+def test_what_could_not_be_deleted_is_not_reported_as_freed(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = environment("k")
+    with monkeypatch.context() as patch:
+        patch.setattr("ray_envs.store.shutil.rmtree", lambda *_, **__: None)
+        assert store.discard("k") == 0
+    assert store.inventory() == []
+    assert len(trash_of(store)) == 1
+    store.sweep()
+    assert trash_of(store) == []
+
+
+# -- who holds it
+
+
+def test_users_are_the_processes_that_hold_a_key_with_their_command_and_job(
+    environment: Environment, child: StartChild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = environment("k")
+    environment("other")
+    child(store.python("other"))
+    with (tmp_path / "k.hold").open("w"):
+        assert store.users("k") == []
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    of_job = child(store.python("k"), "# long " + "x" * 300)
+    monkeypatch.setenv("RAY_JOB_ID", "ffffffff")  # a worker that waits for its first job
+    early = child(store.python("k"))
+    monkeypatch.delenv("RAY_JOB_ID")
+    fd = store.open_hold("k")
+    users = {user.pop("pid"): user for user in store.users("k")}
+    os.close(fd)
+    assert set(users) == {of_job.process.pid, early.process.pid, os.getpid()}
+    assert users[of_job.process.pid]["job_id"] == "01000000"
+    assert users[early.process.pid]["job_id"] is users[os.getpid()]["job_id"] is None
+    command = users[of_job.process.pid]["command"]
+    assert command[:2] == [str(store.python("k")), "-c"]
+    assert command[2].startswith("# long xxx")
+    assert len("".join(command)) == 200
+
+
+def test_a_forked_child_of_a_dead_parent_is_the_user(
+    environment: Environment, child: StartChild
+) -> None:
+    """The kernel's list of locks knows the dead parent alone."""
+    store = environment("k")
+    parent = child(store.python("k"), "import os\n" + FORK + "print(os.getpid(), flush=True)")
+    parent.process.wait()
+    assert [user["pid"] for user in store.users("k")] == [int(parent.first_line)]
+    parent.end()
+    assert store.users("k") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_process_of_another_user_is_named_although_its_files_are_hidden(
+    open_folder: Path, child: StartChild
+) -> None:
+    store = Store(Settings(root=open_folder))
+    store.set_up()
+    opened = f"import fcntl, os; fd = os.open({str(store.folder / 'k.hold')!r}, os.O_CREAT)"
+    running = child(Path(sys.executable), f"{opened}; fcntl.flock(fd, fcntl.LOCK_SH)")
+    child(Path(sys.executable), opened)
+    os.seteuid(65534)
+    try:
+        users = store.users("k")
+    finally:
+        os.seteuid(0)
+    assert [user["pid"] for user in users] == [running.process.pid]
+
+
+def test_nobody_is_named_where_the_system_does_not_tell(
+    environment: Environment, child: StartChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = environment("k")
+    child(store.python("k"))
+    monkeypatch.setattr("ray_envs.store._PROC", store.root / "no-proc")
+    assert (store.users("k"), store.users("unknown")) == ([], [])
 
 
 # -- scratch, trash, space
@@ -259,20 +562,109 @@ def test_scratch_is_gone_after_the_block_whatever_happens(settings: Settings) ->
 
 
 def test_what_dead_processes_left_is_swept_and_what_living_ones_use_stays(
+    settings: Settings, child: StartChild
+) -> None:
+    store = Store(settings)
+    store.set_up()
+    other = child(Path(sys.executable), holding_scratch(settings))
+    for name in (f"{os.getpid()}-x", "no-number"):
+        (store.root / "scratch" / name).mkdir()
+    (store.root / "scratch" / f"{os.getpid()}-probe").touch()
+    with store.scratch({}) as mine:
+        store.sweep()
+        kept = {mine.name, Path(other.first_line).name, "no-number"}
+        assert set(os.listdir(store.root / "scratch")) == kept
+    other.kill()
+    store.sweep()
+    assert os.listdir(store.root / "scratch") == ["no-number"]
+
+
+def holding_scratch(settings: Settings) -> str:
+    """Code that opens a scratch folder, says its name, and keeps it until the process ends."""
+    return (
+        "from pathlib import Path; from ray_envs.settings import Settings;"
+        f"from ray_envs.store import Store; settings = Settings(root=Path({str(settings.root)!r}));"
+        "block = Store(settings).scratch({'a': 'text'}); print(block.__enter__(), flush=True)"
+    )
+
+
+def test_a_pid_of_another_container_says_nothing_about_who_is_alive(
+    settings: Settings, child: StartChild
+) -> None:
+    """There the folder of a living process may bear a number that nobody has here."""
+    store = Store(settings)
+    store.set_up()
+    folder = Path(child(Path(sys.executable), holding_scratch(settings)).first_line)
+    dead = subprocess.run([sys.executable, "-ISc", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    renamed = folder.rename(folder.with_name(f"{dead}-x"))
+    store.sweep()
+    assert (renamed / "a").read_text() == "text"
+
+
+def test_a_scratch_folder_that_is_swept_before_it_is_locked_is_made_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(settings)
+    store.set_up()
+    other, sweeps, stages = Store(settings), [], [True, False]
+    lock = store_module._locked_alone
+
+    def sweep_first(path: Path, flags: int = 0) -> int:
+        """Another process sweeps before the folder is opened, then between that and the lock."""
+        monkeypatch.setattr("ray_envs.store._locked_alone", lock)
+        sweeps.append(path)
+        if stages.pop():
+            fd = lock(path, flags)
+            shutil.rmtree(path)
+        else:
+            other.sweep()
+            monkeypatch.setattr("ray_envs.store._locked_alone", sweep_first)
+            fd = lock(path, flags)
+        return fd
+
+    monkeypatch.setattr("ray_envs.store._locked_alone", sweep_first)
+    with store.scratch({"a": "text"}) as folder:
+        assert len({*sweeps, folder}) == 3
+        other.sweep()
+        assert (folder / "a").read_text() == "text"
+    assert os.listdir(store.root / "scratch") == []
+
+
+def test_a_store_can_be_set_up_while_another_process_sweeps(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, lock = Store(settings), store_module.fcntl.flock
+
+    def sweep_first(file: Any, operation: int) -> None:
+        monkeypatch.setattr("ray_envs.store.fcntl.flock", lock)
+        Store(settings).sweep()
+        lock(file, operation)
+
+    monkeypatch.setattr("ray_envs.store.fcntl.flock", sweep_first)
+    store.set_up()
+    assert os.listdir(store.root / "scratch") == []
+
+
+def test_a_sweep_removes_whatever_lies_in_the_trash_and_many_may_sweep_at_once(
     settings: Settings,
 ) -> None:
     store = Store(settings)
     store.set_up()
-    dead = subprocess.run([sys.executable, "-ISc", "import os; print(os.getpid())"],
-                          capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
-    for name in (f"{dead}-x", f"{os.getppid()}-x", "no-number"):
-        (store.root / "scratch" / name).mkdir()
-    (store.root / "trash" / "k-x").mkdir()
-    with store.scratch({}) as mine:
-        store.sweep()
-        kept = set(os.listdir(store.root / "scratch"))
-    assert kept == {mine.name, f"{os.getppid()}-x", "no-number"}
+    trash, kept = store.root / "trash", store.root / "kept"
+    kept.mkdir()
+    (kept / "file").touch()
+    (trash / "link").symlink_to(kept)
+    (trash / "dangling").symlink_to("nowhere")
+    (trash / "file").touch()
+    for number in range(30):
+        (trash / f"k-{number}" / "a" / "b").mkdir(parents=True)
+        (trash / f"k-{number}" / "a" / "b" / "c").touch()
+    with ThreadPoolExecutor(4) as pool:
+        for sweep in [pool.submit(Store(settings).sweep) for _ in range(4)]:
+            sweep.result()
     assert trash_of(store) == []
+    assert os.listdir(kept) == ["file"]
 
 
 def test_a_root_with_too_little_space_is_refused_before_anything_is_built(
@@ -307,84 +699,3 @@ def test_the_lock_of_a_key_does_not_keep_others_from_another_key(settings: Setti
                     pytest.fail("two processes held one lock")
 
     asyncio.run(both())
-
-
-# -- every order of a few verbs, against a plain dict
-
-KEYS = st.sampled_from(["a", "b", "c"])
-
-
-class StoreMachine(RuleBasedStateMachine):
-    """Three keys; `there` maps each directory that exists to whether it has a record."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = Path(mkdtemp(prefix="ray_envs-store-"))
-        self.store = Store(Settings(root=self.folder / "root"))
-        self.store.set_up()
-        self.there: dict[str, bool] = {}
-        self.holds: dict[str, list[int]] = {"a": [], "b": [], "c": []}
-
-    def teardown(self) -> None:
-        for fds in self.holds.values():
-            for fd in fds:
-                os.close(fd)
-        shutil.rmtree(self.folder)
-
-    @rule(key=KEYS)
-    def begin(self, key: str) -> None:
-        if key in self.there and self.holds[key]:
-            with pytest.raises(EnvironmentInUse):
-                self.store.begin(key)
-        else:
-            self.store.begin(key)
-            self.there[key] = False
-            self.store.python(key).parent.mkdir(parents=True)
-            self.store.python(key).symlink_to(sys.executable)
-
-    @precondition(lambda self: self.there)
-    @rule(data=st.data())
-    def commit(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(sorted(self.there)))
-        self.store.commit(record_of(key))
-        self.there[key] = True
-
-    @rule(key=KEYS)
-    def discard(self, key: str) -> None:
-        if key in self.there and self.holds[key]:
-            with pytest.raises(EnvironmentInUse):
-                self.store.discard(key)
-        else:
-            assert self.store.discard(key) == int(key in self.there)
-            self.there.pop(key, None)
-
-    @rule(key=KEYS)
-    def hold(self, key: str) -> None:
-        self.holds[key].append(self.store.open_hold(key))
-
-    @precondition(lambda self: any(self.holds.values()))
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(sorted(key for key, fds in self.holds.items() if fds)))
-        os.close(self.holds[key].pop())
-
-    @rule()
-    def start_again(self) -> None:
-        """As a new process would: nothing is known but what is on disk."""
-        self.store = Store(Settings(root=self.folder / "root"))
-        self.store.set_up()
-        self.store.sweep()
-
-    @invariant()
-    def the_disk_is_the_dict(self) -> None:
-        assert set(self.store.records()) == {key for key, ready in self.there.items() if ready}
-        for key, fds in self.holds.items():
-            assert self.store.venv(key).parent.is_dir() == (key in self.there)
-            assert self.store.is_held(key) == bool(fds)
-        assert trash_of(self.store) == []
-
-
-StoreMachine.TestCase.settings = hypothesis_settings(
-    max_examples=60, stateful_step_count=25, deadline=None
-)
-TestEveryOrderOfVerbs = StoreMachine.TestCase

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ray_envs.models import NodeEnvState, Phase, Status
-from ray_envs.planning import Build, NodeView, Wish, plan, status_of
+from ray_envs.planning import (
+    Build,
+    EnvUse,
+    Limits,
+    NodeView,
+    Verdict,
+    Wish,
+    plan,
+    plan_collection,
+    status_of,
+)
 
 KEYS = ["k1", "k2", "k3", "k4"]
 NODES = ["n1", "n2", "n3", "n4"]
@@ -181,6 +194,22 @@ def test_a_status_is_active_only_where_every_node_is_ready_and_final_only_where_
     assert status in (Status.ACTIVE, Status.ERROR, Status.CREATING)
 
 
+@pytest.mark.parametrize(
+    ("phases", "status"),
+    [
+        ([Phase.READY, Phase.READY], Status.ACTIVE),
+        ([Phase.READY, Phase.FAILED], Status.ERROR),
+        ([Phase.FAILED, Phase.LINKING], Status.CREATING),
+    ],
+)
+def test_a_status_is_that_of_all_nodes_together(phases: list[Phase], status: Status) -> None:
+    told = {
+        node_id: {"k1": NodeEnvState(key="k1", phase=phase)}
+        for node_id, phase in zip(NODES, phases, strict=False)
+    }
+    assert status_of("k1", list(told), told) is status
+
+
 @given(by_node)
 def test_a_variant_that_no_node_shall_have_is_neither_active_nor_failed(
     told: dict[str, States],
@@ -201,3 +230,107 @@ def test_other_keys_and_other_nodes_decide_nothing(
     }
     others = {node_id: each for node_id, each in more.items() if node_id not in node_ids}
     assert status_of("k1", node_ids, noise | others) is status_of("k1", node_ids, told)
+
+
+# -- what is collected, and what people are told about it; `test_properties` has the promises
+
+HOUR, DAY, MIB = 3600.0, 86400.0, 2**20
+NOW = 1000 * DAY
+
+
+def use(key: str, *, idle_s: float = 0, **fields: Any) -> EnvUse:
+    given = {"node_id": "n", "bytes": MIB, "inodes": 10, "is_held": False, "is_ready": True}
+    return EnvUse(key=key, last_used_at=NOW - idle_s, **(given | fields))
+
+
+def collection(*uses: EnvUse, **options: Any) -> list[Verdict]:
+    given: dict[str, Any] = {"wanted": {}, "leases": {}, "busy": (), "limits": Limits(), "now": NOW}
+    return plan_collection(uses, **(given | options))
+
+
+OLD = use("k", idle_s=100 * DAY)
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "collect", "because"),
+    [
+        (use("k", idle_s=90), {}, False, "last used 90 s ago, within the limits"),
+        (use("k", idle_s=72 * HOUR), {}, False, "last used 3 days ago, within the limits"),
+        (OLD, {}, True, "not used for 100 days, and the limit is 3 days"),
+        (
+            use("k", idle_s=150),
+            {"limits": Limits(idle_s=119)},
+            True,
+            "not used for 2 min, and the limit is 119 s",
+        ),
+        (use("k", is_ready=False), {}, True, "it has no record: nobody finished its build"),
+        (OLD.model_copy(update={"is_held": True}), {}, False, "a process runs in it"),
+        (OLD, {"busy": {"k"}}, False, "it is being built or changed"),
+        (
+            OLD,
+            {"wanted": {"k": "current generation 3 of x"}},
+            False,
+            "current generation 3 of x",
+        ),
+        (OLD, {"wanted": {"k": ""}}, False, "wanted"),
+        (OLD, {"leases": {"k": "job 01000000"}}, False, "leased to job 01000000"),
+        (OLD, {"leases": {"k": ""}}, False, "leased to somebody"),
+        (
+            use("k", idle_s=-5 * HOUR, is_ready=False),
+            {"limits": Limits(max_bytes=0)},
+            False,
+            "its last use lies 5 h in the future: a clock was changed",
+        ),
+        (
+            use("k"),
+            {"limits": Limits(max_bytes=MIB // 2)},
+            True,
+            "least recently used, and 1.0 MiB are over the limit of 0.5 MiB",
+        ),
+        (
+            use("k"),
+            {"limits": Limits(max_inodes=9)},
+            True,
+            "least recently used, and 10 files are over the limit of 9",
+        ),
+        (
+            use("k"),
+            {"limits": Limits(max_bytes=MIB, max_inodes=10)},
+            False,
+            "last used 0 s ago, within the limits",
+        ),
+    ],
+)
+def test_every_verdict_has_its_reason(
+    there: EnvUse, options: dict[str, Any], collect: bool, because: str
+) -> None:
+    (verdict,) = collection(there, **options)
+    assert (verdict.collect, verdict.because) == (collect, because)
+
+
+def test_what_is_wanted_counts_for_a_limit_and_what_is_not_wanted_goes_for_it() -> None:
+    uses = [use(key, idle_s=idle_s) for key, idle_s in (("a", 30), ("b", 20), ("c", 10))]
+    limits = Limits(max_bytes=2 * MIB)
+    told = collection(*uses, limits=limits, wanted={"a": "pinned"})
+    assert [(v.key, v.collect) for v in told] == [("a", False), ("b", True), ("c", False)]
+
+
+def test_what_goes_anyway_makes_room_before_anything_else_has_to_go() -> None:
+    uses = use("a", idle_s=30), use("b", idle_s=20, is_ready=False), use("c", idle_s=10 * DAY)
+    told = collection(*uses, limits=Limits(max_bytes=MIB))
+    assert [(v.key, v.collect) for v in told] == [("c", True), ("a", False), ("b", True)]
+
+
+def test_a_key_that_is_busy_or_wanted_stays_on_every_node() -> None:
+    told = collection(OLD, OLD.model_copy(update={"node_id": "m"}), busy=["k"])
+    assert [(v.node_id, v.collect) for v in told] == [("m", False), ("n", False)]
+
+
+@pytest.mark.parametrize("limits", [{"idle_s": -1}, {"idle_s": float("nan")}, {"max_bytes": -1}])
+def test_limits_that_mean_nothing_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Limits.model_validate(limits)
+
+
+def test_the_limits_of_whoever_says_nothing_are_72_hours_and_no_size() -> None:
+    assert Limits() == Limits(idle_s=72 * HOUR, max_bytes=None, max_inodes=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ray_envs.models import (
     split_entrypoint,
     validated,
 )
-from ray_envs.settings import Settings
+from ray_envs.settings import Settings, cut_off
 
 # -- errors
 
@@ -245,6 +246,12 @@ def test_a_hint_names_the_nearest_or_all() -> None:
 
 # -- settings
 
+
+def moment(value: datetime) -> str:
+    """RFC 3339, as people and TOML write it."""
+    return value.isoformat() + "Z"
+
+
 positive = st.floats(min_value=0.001, max_value=1e9)
 some_settings = st.builds(
     Settings,
@@ -254,6 +261,19 @@ some_settings = st.builds(
     uv_retries=st.integers(0, 99),
     build_niceness=st.integers(0, 19),
     min_free_bytes=st.integers(0, 2**60),
+    allowed_indexes=st.lists(
+        st.from_regex(r"https?://[A-Za-z0-9.:\[\]-]{1,9}(/[^\s,?#]{0,9})?", fullmatch=True)
+    ).map(tuple),
+    allowed_sources=st.lists(st.sampled_from(["git", "url"])).map(tuple),
+    only_binary=st.booleans(),
+    exclude_newer=st.none() | st.datetimes(datetime(2, 1, 1), datetime(9998, 1, 1)).map(moment),
+    malware_check=st.booleans(),
+    idle_hours=st.floats(min_value=0),
+    max_bytes=st.none() | st.integers(1, 2**60),
+    max_inodes=st.none() | st.integers(1, 2**60),
+    keep_generations=st.integers(1, 99),
+    gc_interval_s=st.floats(min_value=0),
+    history_days=positive,
 )
 
 
@@ -282,12 +302,60 @@ def test_what_is_given_wins_over_the_environment_and_none_is_not_given() -> None
         ("RAY_ENVS_ROOT", "relative", "absolute"),
         ("RAY_ENVS_ROOT", "/a b", "' '"),
         ("RAY_ENVS_ROOT", "/a;b$", "'$;'"),
+        ("RAY_ENVS_ALLOWED_INDEXES", "https://h,h.example", "number 2 is not the plain URL"),
+        ("RAY_ENVS_ALLOWED_INDEXES", "https://me:pw@h/s", "without credentials"),
+        ("RAY_ENVS_ALLOWED_INDEXES", "file:///srv", "number 1"),
+        ("RAY_ENVS_ALLOWED_SOURCES", "git,hg", "'git' or 'url'"),
+        ("RAY_ENVS_ALLOWED_SOURCES", "path", "path can never be allowed: other nodes lack"),
+        ("RAY_ENVS_ALLOWED_SOURCES", "url, editable", "editable can never be allowed"),
+        ("RAY_ENVS_ONLY_BINARY", "perhaps", "only_binary"),
+        ("RAY_ENVS_EXCLUDE_NEWER", "3 days", "write it like 2026-01-31"),
+        ("RAY_ENVS_EXCLUDE_NEWER", "2026-02-30", "'2026-02-30' is no date"),
+        ("RAY_ENVS_EXCLUDE_NEWER", "2026-01-01T00:00:00", "is no date"),
+        ("RAY_ENVS_EXCLUDE_NEWER", "9999-12-31", "is no date"),
+        ("RAY_ENVS_KEEP_GENERATIONS", "0", "keep_generations"),
+        ("RAY_ENVS_MAX_BYTES", "0", "max_bytes"),
+        ("RAY_ENVS_IDLE_HOURS", "nan", "idle_hours"),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: str, said: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         Settings.from_environment({name: value})
     assert said in caught.value.message
+    assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("allowed_indexes", " https://h/s , http://[::1]:80 ", ("https://h/s", "http://[::1]:80")),
+        ("allowed_indexes", "", ()),
+        ("allowed_sources", "url,git,", ("url", "git")),
+        ("only_binary", "1", True),
+        ("malware_check", "false", False),
+        ("max_bytes", "", None),
+        ("max_bytes", "10", 10),
+        ("exclude_newer", "", None),
+        ("idle_hours", "inf", math.inf),
+    ],
+)
+def test_a_setting_is_read_as_people_write_it(name: str, text: str, value: object) -> None:
+    made = Settings.from_environment({f"RAY_ENVS_{name.upper()}": text})
+    assert getattr(made, name) == value
+
+
+@given(
+    st.datetimes(min_value=datetime(2, 1, 1), max_value=datetime(9998, 1, 1)), st.integers(-9, 9)
+)
+def test_a_cut_off_is_the_moment_that_it_names(value: datetime, hours: int) -> None:
+    value = value.replace(tzinfo=timezone(timedelta(hours=hours)))
+    assert cut_off(value.isoformat()) == value
+    assert cut_off(value.isoformat(timespec="seconds")) == value.replace(microsecond=0)
+
+
+def test_a_cut_off_that_is_a_date_is_its_end() -> None:
+    assert cut_off("2026-01-31") == cut_off("2026-02-01T00:00:00Z")
+    assert cut_off("2026-01-31t10:00:00.123456789z") == cut_off("2026-01-31T11:00:00.123456+01:00")
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:

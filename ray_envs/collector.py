@@ -1,0 +1,227 @@
+"""Collects environments that nobody wants, holds or was promised, on every node.
+
+Gathers what `planning.plan_collection` needs, tells the agents what may go, and prunes uv's cache.
+The agents have the last word: what is held when the exclusive lock is asked for stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from ray_envs import planning
+from ray_envs.cluster import Nodes
+from ray_envs.errors import RayEnvsError, StorageFailed
+from ray_envs.events import EventKind
+from ray_envs.fleet import Node
+from ray_envs.leases import Leases
+from ray_envs.models import VariantRecord
+from ray_envs.operations import Change, Operations
+from ray_envs.planning import EnvUse, Limits, Verdict
+from ray_envs.reconciler import Reconciler
+from ray_envs.registry import Registry
+from ray_envs.settings import Settings
+
+#: A long inventory of a slow disk is no failure.
+_HOUR_S = 3600.0
+
+
+class Collector:
+    """The collection of one cluster's environments.
+
+    Args:
+        settings: budgets, and how many generations are kept.
+        cluster: which jobs and detached actors live.
+        registry: the generations that are kept.
+        reconciler: the nodes, and what is being prepared.
+        leases: to whom keys are promised.
+        operations: keeps the rows and tells events.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        cluster: Nodes,
+        registry: Registry,
+        reconciler: Reconciler,
+        leases: Leases,
+        operations: Operations,
+    ) -> None:
+        self._settings = settings
+        self._cluster = cluster
+        self._registry = registry
+        self._reconciler = reconciler
+        self._leases = leases
+        self._operations = operations
+        self._next_at = time.monotonic() + settings.gc_interval_s
+
+    async def turn(self) -> None:
+        """End the leases of dead jobs and, when it is time, collect; a part of the loop."""
+        await self.end_leases()
+        interval_s = self._settings.gc_interval_s
+        if interval_s > 0 and time.monotonic() >= self._next_at:
+            self._next_at = time.monotonic() + interval_s
+            await self.collect(dry_run=False)
+
+    async def end_leases(self) -> None:
+        """Forget the promises to jobs that have ended, unless a detached actor has them now."""
+        if not self._leases.jobs():
+            return
+        alive = await self._cluster.living_jobs()
+        if self._leases.jobs() <= alive:
+            return
+        given = "\n".join(await self._cluster.given_to_detached())
+        self._leases.end(alive, [key for key in self._leases.all() if key in given])
+
+    async def plan(
+        self, *, idle_hours: float | None = None, include_current: bool = False
+    ) -> list[Verdict]:
+        """One verdict for each directory of each node that answers."""
+        await self.end_leases()
+        uses: list[EnvUse] = []
+        for node in self._reconciler.fleet.healthy():
+            for told in await node.call("inventory"):
+                use = EnvUse.model_validate(told)
+                uses.append(use.model_copy(update={"node_id": node.info.node_id}))
+        hours = self._settings.idle_hours if idle_hours is None else idle_hours
+        return planning.plan_collection(
+            uses,
+            wanted=self.wanted(include_current=include_current),
+            leases=self._leases.all(),
+            busy=self._busy(),
+            limits=Limits(
+                idle_s=hours * _HOUR_S,
+                max_bytes=self._settings.max_bytes,
+                max_inodes=self._settings.max_inodes,
+            ),
+            now=time.time(),
+        )
+
+    async def collect(
+        self,
+        *,
+        dry_run: bool,
+        idle_hours: float | None = None,
+        include_current: bool = False,
+        prune_cache: bool = True,
+    ) -> dict[str, Any]:
+        """See `EnvManager.cleanup`."""
+        async with self._operations.on_store() as change:
+            verdicts = await self.plan(idle_hours=idle_hours, include_current=include_current)
+            doomed = [verdict for verdict in verdicts if verdict.collect]
+            kept = [verdict for verdict in verdicts if not verdict.collect]
+            deleted: list[dict[str, Any]] = []
+            freed_bytes = 0
+            if not dry_run:
+                change.begin(keys=sorted({verdict.key for verdict in doomed}))
+                change.say(EventKind.CLEANUP_STARTED, environments=len(doomed))
+                for node in self._reconciler.fleet.healthy():
+                    mine = [v for v in doomed if v.node_id == node.info.node_id]
+                    gone, stayed = await self._discard(change, node, mine)
+                    deleted += gone
+                    kept += stayed
+                    if prune_cache:
+                        freed_bytes += await self._prune(change, node)
+                freed_bytes += sum(row["freed_bytes"] for row in deleted)
+                change.note(deleted=len(deleted), freed_bytes=freed_bytes)
+                change.succeed(
+                    EventKind.CLEANUP_COMPLETED, deleted=len(deleted), freed_bytes=freed_bytes
+                )
+            else:
+                deleted = [verdict.model_dump(mode="json") for verdict in doomed]
+                freed_bytes = sum(verdict.bytes for verdict in doomed)
+        return {
+            "dry_run": dry_run,
+            "deleted": deleted,
+            "freed_bytes": freed_bytes,
+            "kept": [verdict.model_dump(mode="json") for verdict in kept],
+            **({} if dry_run else {"operation_id": change.row.operation_id}),
+        }
+
+    async def _discard(
+        self, change: Change, node: Node, doomed: list[Verdict]
+    ) -> tuple[list[dict[str, Any]], list[Verdict]]:
+        """Collect on one node; returns what went, and what had to stay after all."""
+        gone: list[dict[str, Any]] = []
+        stayed: list[Verdict] = []
+        for verdict in doomed:
+            key = verdict.key
+            # Somebody may have asked for it since the plan was made.
+            if key in self._busy() or key in self._leases.all():
+                stayed.append(_kept(verdict, "it was asked for meanwhile"))
+                continue
+            self._reconciler.wishes.pop(key, None)  # or the loop would make it again
+            try:
+                freed = await node.call("collect", key=key)
+            except RayEnvsError as exc:
+                stayed.append(_kept(verdict, exc.message))
+                continue
+            node.states.pop(key, None)
+            gone.append({**verdict.model_dump(mode="json"), "freed_bytes": int(freed)})
+            change.say(
+                EventKind.COLLECTED,
+                key=key,
+                node_id=node.info.node_id,
+                because=verdict.because,
+                freed_bytes=int(freed),
+            )
+        await self._reconciler.fleet.announce()
+        return gone, stayed
+
+    async def _prune(self, change: Change, node: Node) -> int:
+        """Prune uv's cache on a node, within what no lock needs; returns the freed bytes."""
+        try:
+            told = await node.call("prune_cache", needed=self._needed())
+        except RayEnvsError as exc:  # uv is busy: the next collection does it
+            change.told(str(exc))
+            return 0
+        change.told(told["output"])
+        return int(told["freed_bytes"])
+
+    def wanted(self, *, include_current: bool = False) -> dict[str, str]:
+        """Why each key is wanted by a variant; with `include_current`, only the pinned ones are."""
+        found: dict[str, str] = {}
+        for name, record in self._reconciler.variants.items():
+            if record.is_pinned or not include_current:
+                word = "pinned" if record.is_pinned else "current"
+                found.setdefault(
+                    record.current.key, f"{word} generation {record.current.number} of {name}"
+                )
+                for number, key in self._kept_keys(record):
+                    found.setdefault(key, f"kept generation {number} of {name}")
+        return found
+
+    def _kept_keys(self, record: VariantRecord) -> Iterable[tuple[int, str]]:
+        """The generations that are kept to roll back to; all of them where it is pinned."""
+        older = [number for number in record.numbers if number != record.current.number]
+        if not record.is_pinned:
+            older = older[max(0, len(older) - self._settings.keep_generations + 1) :]
+        for number in older:
+            with suppress(StorageFailed):  # one that cannot be read cannot be rolled back to
+                yield number, self._registry.generation(record.env_id, number).key
+
+    def _busy(self) -> set[str]:
+        """The keys that are being made somewhere, or prepared for a change."""
+        busy = {generation.key for generation in self._reconciler.staged.values()}
+        for node in self._reconciler.fleet.healthy():
+            busy |= {key for key, state in node.states.items() if not state.phase.is_final}
+        return busy
+
+    def _needed(self) -> dict[str, list[str]]:
+        """The versions of each package that some kept generation has."""
+        needed: dict[str, set[str]] = {}
+        for record in self._reconciler.variants.values():
+            generations = [record.current]
+            for number, _ in self._kept_keys(record):
+                with suppress(StorageFailed):
+                    generations.append(self._registry.generation(record.env_id, number))
+            for generation in generations:
+                for name, version in generation.packages.items():
+                    needed.setdefault(name, set()).add(version)
+        return {name: sorted(versions) for name, versions in needed.items()}
+
+
+def _kept(verdict: Verdict, because: str) -> Verdict:
+    return verdict.model_copy(update={"collect": False, "because": because})

@@ -1,0 +1,420 @@
+"""What is wanted, what is there, and the loop that makes the second follow the first.
+
+Verbs only write wishes; nobody but the loop acts on nodes. The state after a restart is the
+registry and a new look at the agents: start-up and recovery are the same code. What to do is
+decided in `planning`; definitions are changed by `changes`, next door.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ray_envs import planning
+from ray_envs.cluster import NodeInfo, Nodes
+from ray_envs.errors import (
+    EnvironmentNotReady,
+    ManagerUnavailable,
+    NotFound,
+    RayEnvsError,
+    StorageFailed,
+    from_dict,
+)
+from ray_envs.fleet import Fleet, Node, ended, site_name
+from ray_envs.locks import lock_sha256
+from ray_envs.models import (
+    EnvId,
+    Generation,
+    NodeEnvState,
+    Phase,
+    Platform,
+    Status,
+    Target,
+    VariantRecord,
+)
+from ray_envs.registry import Registry, build_request, describe_record
+from ray_envs.settings import Settings
+from ray_envs.store import Store
+
+OnFinal = Callable[[NodeInfo, NodeEnvState], None]
+OnNode = Callable[[NodeInfo, bool], None]
+
+
+class Reconciler:
+    """The variants of one cluster, and their environments on its nodes.
+
+    Args:
+        settings: the root, and how often the loop looks again.
+        nodes: who answers about the cluster.
+        registry: the definitions.
+        platform: of the head node.
+        target: the cluster's interpreter and Ray.
+        on_node: told when a node has joined or was lost.
+        on_final: told when an environment has become ready on a node, or has failed.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        nodes: Nodes,
+        registry: Registry,
+        *,
+        platform: Platform,
+        target: Target,
+        on_node: OnNode,
+        on_final: OnFinal,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._paths = Store(settings)
+        self.fleet = Fleet(nodes, settings.to_environment(), on_node=on_node, on_final=on_final)
+        self.site = site_name(platform.name, target)
+        self.variants: dict[str, VariantRecord] = {}
+        self._stamps: dict[str, int] = {}
+        #: Generations that are prepared next to the current one, by variant.
+        self.staged: dict[str, Generation] = {}
+        #: Variants whose current generation cannot run here and is being locked again.
+        self.relocking: dict[str, asyncio.Task[Any]] = {}
+        self.relock_errors: dict[str, RayEnvsError] = {}
+        #: What is being changed: the name of the operation, by variant.
+        self.changing: dict[str, str] = {}
+        #: The keys that somebody asked for, with the attempt that the last request began.
+        self.wishes: dict[str, int] = {}
+        #: Why the loop did something last, by node and key; for people.
+        self.becauses: dict[tuple[str, str], str] = {}
+        #: Described variants, with what the description depends on.
+        self._statuses: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
+        self._loop_task: asyncio.Task[None] | None = None
+        self._first_look = asyncio.Event()
+        self._is_stopping = False
+
+    # -- definitions ------------------------------------------------------------------------
+
+    def get(self, name: str) -> VariantRecord:
+        """The variant, as the registry has it now.
+
+        Raises:
+            NotFound: it is not defined.
+            StorageFailed: it cannot be read.
+        """
+        record = self.variants.get(name)
+        env_id = EnvId.parse(name) if record is None else record.env_id
+        if record is None or self._registry.stamp(env_id) != self._stamps.get(env_id.folder):
+            record = self._registry.get(env_id)
+            if record is None:
+                self.forget(env_id)
+                raise NotFound(
+                    f"no variant {name!r} is defined under {self._settings.root}",
+                    variant_id=name,
+                    hint="`ray-envs list` shows the defined ones, `ray-envs create` makes one",
+                )
+            self.remember(record)
+        return record
+
+    def remember(self, record: VariantRecord) -> None:
+        self.variants[str(record.env_id)] = record
+        self._stamps[record.env_id.folder] = self._registry.stamp(record.env_id)
+
+    def forget(self, env_id: EnvId) -> None:
+        """Stop knowing a variant, and wanting what nobody else wants."""
+        record = self.variants.pop(str(env_id), None)
+        self._stamps.pop(env_id.folder, None)
+        self._statuses.pop(str(env_id), None)
+        if record is not None:
+            self.unwant(record.current.key)
+
+    def reload(self) -> None:
+        """Take over what other processes changed in the registry."""
+        now = self._registry.stamps()
+        if now == self._stamps:
+            return
+        folders = {record.env_id.folder: record for record in self.variants.values()}
+        for folder in self._stamps.keys() - now.keys():
+            if folder in folders:
+                self.forget(folders[folder].env_id)
+        for folder, stamp in now.items():
+            if self._stamps.get(folder) != stamp:
+                with suppress(StorageFailed):  # one that is damaged must not hide the others
+                    record = self._registry.read(folder)
+                    if record is not None and record.env_id.folder == folder:
+                        self.variants[str(record.env_id)] = record
+                self._stamps[folder] = stamp
+        self.fleet.version += 1
+
+    def known(self, fingerprint: str) -> VariantRecord | None:
+        """A variant whose current lock came from `fingerprint`."""
+        for record in self.variants.values():
+            if record.current.fingerprint == fingerprint:
+                return record
+        return None
+
+    def sharing(self, key: str) -> list[str]:
+        """The variants whose current generation, or the one being prepared, has this key."""
+        names = {n for n, record in self.variants.items() if record.current.key == key}
+        return sorted(names | {n for n, gen in self.staged.items() if gen.key == key})
+
+    # -- wishes -----------------------------------------------------------------------------
+
+    def want(self, keys: Iterable[str]) -> None:
+        """Want environments on every node that fits, failed ones once more."""
+        for key in keys:
+            failed = any(
+                node.states[key].phase is Phase.FAILED
+                for node in self.fleet.nodes.values()
+                if key in node.states
+            )
+            self.wishes[key] = self.wishes.get(key, 0) + (1 if failed else 0)
+        self.fleet.wake_up.set()
+
+    def unwant(self, key: str) -> None:
+        """Stop wanting `key`, unless a variant has it."""
+        if not self.sharing(key):
+            self.wishes.pop(key, None)
+
+    # -- status -----------------------------------------------------------------------------
+
+    def is_stale(self, generation: Generation) -> bool:
+        """Whether it was locked for another Ray, Python or platform than this cluster has."""
+        return site_name(generation.platform, generation.target) != self.site
+
+    def eligible(self, generation: Generation) -> list[Node]:
+        """The nodes that shall have it."""
+        site = site_name(generation.platform, generation.target)
+        return [node for node in self.fleet.nodes.values() if node.error or node.site == site]
+
+    def states(self, generation: Generation) -> dict[str, NodeEnvState]:
+        """What each node that shall have it says of it."""
+        key = generation.key
+        return {node.info.node_id: self._state(node, key) for node in self.eligible(generation)}
+
+    def _state(self, node: Node, key: str) -> NodeEnvState:
+        if node.error is not None:
+            return NodeEnvState(key=key, phase=Phase.FAILED, error=node.error)
+        state = node.states.get(key)
+        if state is None or planning.is_to_try_again(state, self.wishes.get(key, 0)):
+            return NodeEnvState(key=key, phase=Phase.WAITING)
+        return state
+
+    def status_of(self, generation: Generation) -> Status:
+        """What a generation is, over all nodes that shall have it."""
+        states = self.states(generation)
+        return planning.status_of(
+            generation.key, states, {n: {generation.key: state} for n, state in states.items()}
+        )
+
+    def is_ready(self, generation: Generation) -> bool:
+        return self.status_of(generation) is Status.ACTIVE
+
+    def status(self, name: str) -> dict[str, Any]:
+        """What is known of a variant; NOT_EXISTS where it is not defined."""
+        try:
+            record = self.get(name)
+        except NotFound:
+            return {"variant_id": name, "status": Status.NOT_EXISTS.value, "nodes": {}}
+        parts = (record, self.staged.get(name), self.relock_errors.get(name))
+        token = (
+            self.fleet.version,
+            self.wishes.get(record.current.key),
+            self.changing.get(name),
+            name in self.relocking,
+            *map(id, parts),  # identity: it is cheap, and `parts` is kept, so no id comes back
+        )
+        cached = self._statuses.get(name)
+        if cached is None or cached[0] != token:
+            cached = (token, parts, self._described(name, record))
+            self._statuses[name] = cached
+        return cached[2]
+
+    def _described(self, name: str, record: VariantRecord) -> dict[str, Any]:
+        generation = record.current
+        states = self.states(generation)
+        folder = self._registry.folder(record.env_id)
+        described = {
+            **describe_record(record, self._registry, self._paths.venv(generation.key)),
+            "status": self._variant_status(name, record).value,
+            "nodes": {node_id: _told(state) for node_id, state in states.items()},
+            "packages": dict(generation.packages),
+            "has_pyproject": (folder / "pyproject.toml").is_file(),
+            "has_uv_lock": (folder / "uv.lock").is_file(),
+            "has_venv": any(state.phase is Phase.READY for state in states.values()),
+            "metadata": {
+                "made_by": generation.made_by,
+                "generations": list(record.numbers),
+                "env_vars": dict(generation.definition.env_vars),
+            },
+            "error": self._error_of(name, record, states),
+            "change": None,
+        }
+        staged = self.staged.get(name)
+        if staged is not None:
+            described["change"] = {
+                "operation": self.changing.get(name, ""),
+                "generation": staged.number,
+                "key": staged.key,
+                "nodes": {node: _told(state) for node, state in self.states(staged).items()},
+            }
+        return described
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """A variant in one row, for lists of thousands."""
+        record = self.variants[name]
+        states = self.states(record.current)
+        return {
+            **describe_record(record, self._registry, self._paths.venv(record.current.key)),
+            "status": self._variant_status(name, record).value,
+            "ready_nodes": sum(state.phase is Phase.READY for state in states.values()),
+            "total_nodes": len(states),
+        }
+
+    def _variant_status(self, name: str, record: VariantRecord) -> Status:
+        operation = self.changing.get(name)
+        if operation == "delete":
+            return Status.DELETING
+        if self.is_stale(record.current):
+            return Status.CREATING if name in self.relocking else Status.ERROR
+        status = self.status_of(record.current)
+        if operation is not None and status is Status.ACTIVE:
+            return Status.UPDATING
+        return status
+
+    def _error_of(
+        self, name: str, record: VariantRecord, states: Mapping[str, NodeEnvState]
+    ) -> dict[str, str] | None:
+        if not self.is_stale(record.current):
+            return next((state.error for state in states.values() if state.error), None)
+        if name in self.relocking:
+            return None
+        if name in self.relock_errors:
+            return self.relock_errors[name].to_dict()
+        target = record.current.target
+        return EnvironmentNotReady(
+            f"generation {record.current.number} of {name} was locked for ray {target.ray} on "
+            f"{record.current.platform} python {target.python}; this cluster is {self.site}",
+            variant_id=name,
+            hint="prepare() or `ray-envs sync` locks it again; the old generation stays listed",
+        ).to_dict()
+
+    def raise_failure(self, generation: Generation, *, variant_id: str) -> None:
+        """Raise what a node reported about `generation`, if one reported a failure."""
+        for node_id, state in self.states(generation).items():
+            if state.error:
+                raise from_dict(state.error).about(variant_id=variant_id, node_id=node_id)
+
+    async def until_final(
+        self, generation: Generation, timeout_s: float, *, variant_id: str
+    ) -> None:
+        """Return once every node is ready or has failed.
+
+        Raises:
+            EnvironmentNotReady: that took longer than `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            seen = self.fleet.version
+            if self.status_of(generation) is not Status.CREATING:
+                return
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise EnvironmentNotReady(
+                    f"variant {variant_id} was not ready after {timeout_s:g} s",
+                    variant_id=variant_id,
+                    hint="allow more time; what is built so far is used again",
+                )
+            await self.fleet.news(seen, left_s)
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    async def awake(self, chore: Callable[[], Any]) -> None:
+        """Start the loop with the first verb: an actor's constructor has no running loop.
+
+        Args:
+            chore: what else is to be done at each turn of the loop.
+        """
+        if self._loop_task is None:
+            self.reload()
+            self._loop_task = asyncio.create_task(self._loop(chore))
+        await self._first_look.wait()
+
+    async def stop(self) -> None:
+        """End the loop and, where the agent lives in this process, its builds."""
+        self._is_stopping = True
+        if self._loop_task is not None:
+            await ended({self._loop_task})
+        await ended(set(self.relocking.values()))
+        await self.fleet.stop()
+
+    async def _loop(self, chore: Callable[[], Any]) -> None:
+        while not self._is_stopping:
+            self.fleet.wake_up.clear()
+            try:
+                await self._tick()
+                await chore()
+            except Exception as exc:
+                print(f"ray_envs: EnvManager: {type(exc).__name__}: {exc}", file=sys.stderr)
+            self._first_look.set()
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self.fleet.wake_up.wait(), self._settings.tick_s)
+
+    async def _tick(self) -> None:
+        await self.fleet.look_at_nodes()
+        if not self.wishes:
+            return
+        wanted: dict[str, tuple[EnvId, Generation]] = {}
+        names: dict[str, list[str]] = {}
+        for name, record in self.variants.items():
+            for generation in filter(None, (record.current, self.staged.get(name))):
+                if generation.key in self.wishes:
+                    wanted[generation.key] = (record.env_id, generation)
+                    names.setdefault(generation.key, []).append(name)
+        actions = planning.plan(
+            [planning.Wish(key, self.wishes[key], tuple(names[key])) for key in wanted],
+            [
+                planning.NodeView(node.info.node_id, node.site, dict(node.states))
+                for node in self.fleet.healthy()
+            ],
+            {key: site_name(gen.platform, gen.target) for key, (_, gen) in wanted.items()},
+        )
+        for action in actions:
+            await self._act(action, *wanted[action.key])
+
+    async def _act(self, action: planning.Build, env_id: EnvId, generation: Generation) -> None:
+        node = self.fleet.nodes.get(action.node_id)
+        if node is None:  # lost while another one was told
+            return
+        self.becauses[action.node_id, action.key] = action.because
+        try:
+            request = self.request(env_id, generation)
+            state = await node.call("ensure", request=request, attempt=action.attempt)
+            node.states[action.key] = NodeEnvState.model_validate(state)
+        except ManagerUnavailable:  # the agent is restarting: it is met again, and told again
+            self.fleet.lose(node)
+        except RayEnvsError as exc:
+            node.states[action.key] = NodeEnvState(
+                key=action.key, phase=Phase.FAILED, error=exc.to_dict(), attempt=action.attempt
+            )
+        await self.fleet.announce()
+
+    def request(self, env_id: EnvId, generation: Generation) -> dict[str, Any]:
+        """What a node needs to build a generation, as plain data.
+
+        Raises:
+            StorageFailed: its texts cannot be read, or somebody has edited the lock.
+        """
+        pyproject, uv_lock = self._registry.lock_text(env_id, generation.number)
+        if lock_sha256(uv_lock) != generation.lock_sha256:
+            path = Path("generations", str(generation.number), "uv.lock")
+            raise StorageFailed(
+                f"{self._registry.folder(env_id) / path} is not what was locked",
+                hint="restore the file, or create the variant again with replace",
+                variant_id=str(env_id),
+            )
+        return build_request(generation, pyproject, uv_lock).model_dump(mode="json")
+
+
+def _told(state: NodeEnvState) -> dict[str, Any]:
+    return state.model_dump(mode="json")

@@ -1,0 +1,209 @@
+"""What one node does with environments after they were built: check, mend, collect, prune.
+
+`agent` has the actor and builds; this works on the same store, under the same locks. Decides
+nothing about what may go: that is `planning`, and the exclusive hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray_envs import wheels
+from ray_envs.builder import Builder, uv_version
+from ray_envs.errors import EnvironmentInUse, RayEnvsError
+from ray_envs.models import BuildRequest, EnvRecord, Target
+from ray_envs.probing import probe
+from ray_envs.settings import Settings
+from ray_envs.store import Store
+from ray_envs.uv_cache import UvCache
+from ray_envs.wheels import Damage
+
+#: How often the last use of held environments is renewed. Short against any idle limit.
+_RENEW_S = 60.0
+#: How long uv may take to answer whether it reaches the package index.
+_INDEX_TIMEOUT_S = 60.0
+#: How many damaged files are told; a wiped disk has all of them.
+_TOLD = 50
+
+
+class Upkeep:
+    """The upkeep of one node's store.
+
+    Args:
+        settings: the node's.
+        store: its environments.
+        builder: its uv.
+    """
+
+    def __init__(self, settings: Settings, store: Store, builder: Builder) -> None:
+        self._settings = settings
+        self._store = store
+        self._builder = builder
+        self._cache = UvCache(store.cache, lock_timeout_s=settings.lock_timeout_s)
+        self._renewed_at = 0.0
+
+    async def renew(self) -> None:
+        """Say of held environments that they are used now, once in a while."""
+        if time.monotonic() - self._renewed_at > _RENEW_S:
+            self._renewed_at = time.monotonic()
+            await asyncio.to_thread(self._store.renew_held)
+
+    async def inventory(self) -> list[dict[str, Any]]:
+        """Every directory of the store, what it takes, and when it was used last."""
+        uses = await asyncio.to_thread(self._store.inventory)
+        return [use.model_dump(mode="json") for use in uses]
+
+    async def collect(self, key: str) -> int:
+        """Remove an environment; returns the bytes that were freed.
+
+        Raises:
+            EnvironmentInUse: a living process holds it.
+            LockTimeout: somebody is building it.
+        """
+        async with self._store.lock(key):
+            return await asyncio.to_thread(self._store.discard, key) or 0
+
+    async def prune_cache(self, needed: Mapping[str, list[str]]) -> dict[str, Any]:
+        """Remove from uv's cache what neither `needed` nor an environment of this node has.
+
+        Raises:
+            LockTimeout: uv works for longer than we wait.
+        """
+        keep = {name: set(versions) for name, versions in needed.items()}
+        for record in (await asyncio.to_thread(self._store.records)).values():
+            for name, version in record.packages.items():
+                keep.setdefault(name, set()).add(version)
+        entries, freed = await asyncio.to_thread(self._cache.forget_unneeded, keep)
+        output = await self._builder.prune_cache()
+        return {"entries": entries, "freed_bytes": freed, "output": output}
+
+    async def check(self, request: BuildRequest, *, repair: bool) -> dict[str, Any]:
+        """Compare an environment with its wheels' RECORDs, and mend it where that is wanted.
+
+        Returns:
+            `is_ready`: whether it has a record. `damage`: what was found. `left`: what is still
+            damaged. `sharers`: the keys of environments with the same damaged files.
+            `is_discarded`: whether it was given up, and has to be built again.
+
+        Raises:
+            EnvironmentInUse: it can only be built again, and a living process holds it.
+        """
+        key, store = request.key, self._store
+        began = time.monotonic()
+        async with store.lock(key):
+            record = store.record(key)
+            has_rubbish = record is None and store.venv(key).parent.exists()
+            damage, left, shared, is_discarded = [], [], [], False
+            if record is not None:
+                damage = await self._damage(record, request)
+                left = damage
+                shared = await self._sharers(key, request, damage)
+                if damage and repair:
+                    left, is_discarded = await self._mend(request, damage)
+        return {
+            "is_ready": record is not None,
+            "has_rubbish": has_rubbish,
+            "damage": [each.model_dump() for each in damage[:_TOLD]],
+            "damaged_files": len(damage),
+            "left": [each.model_dump() for each in left[:_TOLD]],
+            "sharers": shared,
+            "is_discarded": is_discarded,
+            "duration_s": time.monotonic() - began,
+        }
+
+    async def _damage(self, record: EnvRecord, request: BuildRequest) -> list[Damage]:
+        """What is wrong with a ready environment, its interpreter included."""
+        site = self._store.site_packages(record.key, request.target.python_minor)
+        found = []
+        try:
+            found = await asyncio.to_thread(wheels.inspect, site, packages=record.packages)
+        except RayEnvsError:  # the folder itself is gone
+            found = [Damage(package="", path=".", kind="missing")]
+        try:
+            await self._builder.verify(self._store.python(record.key), request, site)
+        except (RayEnvsError, OSError):
+            found.append(Damage(package="", path="../../../bin/python", kind="changed"))
+        return found
+
+    async def _sharers(self, key: str, request: BuildRequest, damage: list[Damage]) -> list[str]:
+        minor = request.target.python_minor
+        others = {
+            self._store.site_packages(other, minor): other
+            for other in await asyncio.to_thread(self._store.records)
+            if other != key
+        }
+        site = self._store.site_packages(key, minor)
+        found = await asyncio.to_thread(wheels.sharers, site, damage, others)
+        return sorted(others[path] for path in found)
+
+    async def _mend(self, request: BuildRequest, damage: list[Damage]) -> tuple[list[Damage], bool]:
+        """Mend in place as far as that goes, else give the environment up; the caller locks.
+
+        Returns what is left, and whether it has to be built again.
+        """
+        key, store = request.key, self._store
+        site = store.site_packages(key, request.target.python_minor)
+        try:
+            for _ in range(2):
+                _, to_fetch = await asyncio.to_thread(wheels.mend, site, damage, self._cache)
+                if not to_fetch:
+                    break
+                await self._fetch(request)
+        except (RayEnvsError, OSError):  # no network, a folder that is gone: build it again
+            pass
+        record = store.record(key)
+        left = await self._damage(record, request) if record is not None else damage
+        beyond = [each for each in left if each.kind != "extra"]
+        if not beyond:
+            return left, False
+        try:
+            await asyncio.to_thread(store.discard, key)
+        except EnvironmentInUse as exc:
+            raise EnvironmentInUse(
+                f"the environment {key} is damaged and in use: it cannot be built again now",
+                key=key,
+                detail="\n".join(f"{each.kind} {each.package} {each.path}" for each in beyond[:9]),
+                hint="end the processes that `ray-envs explain` names, then sync again",
+            ) from exc
+        return [], True
+
+    async def _fetch(self, request: BuildRequest) -> None:
+        """Fetch into uv's cache whatever it lacks of a lock."""
+        files = {"pyproject.toml": request.pyproject, "uv.lock": request.uv_lock}
+        with self._store.scratch(files) as project:
+            await self._builder.sync(project, project / ".venv", request, is_offline=False)
+
+    async def users(self, keys: list[str]) -> dict[str, list[dict[str, Any]]]:
+        """Which processes hold each key; keys that nobody holds are left out."""
+        found = {key: await asyncio.to_thread(self._store.users, key) for key in keys}
+        return {key: users for key, users in found.items() if users}
+
+    async def probe(self, expected: Target, actual: Target, index_project: str) -> list[Any]:
+        """What the node can do; see `probing`. With `index_project`, also ask the package index."""
+        found = await asyncio.to_thread(
+            probe,
+            self._store.root,
+            self._store.cache,
+            self._store.folder,
+            min_free_bytes=self._settings.min_free_bytes,
+            expected=expected,
+            actual=actual,
+            uv=uv_version(),
+        )
+        told = [each.model_dump() for each in found]
+        if index_project:
+            told.append(await self._index_probe(index_project))
+        return told
+
+    async def _index_probe(self, pyproject: str) -> dict[str, Any]:
+        name = "package index"
+        try:
+            with self._store.scratch({"pyproject.toml": pyproject}) as project:
+                await self._builder.check_index(project, _INDEX_TIMEOUT_S)
+        except RayEnvsError as exc:
+            last = (exc.detail or exc.message).strip().splitlines()[-1]
+            return {"name": name, "ok": False, "value": last, "hint": exc.hint}
+        return {"name": name, "ok": True, "value": "answers", "hint": ""}
