@@ -261,9 +261,11 @@ class NodeAgent:
 
                 progress(Phase.LINKING)
                 how: Any = "linked"
-                try:
-                    linked_at = await link()
-                except UvFailed:
+                linked_at = 0.0
+                if not self._settings.malware_check:  # what is cached was perhaps never checked
+                    with suppress(UvFailed):
+                        linked_at = await link()
+                if not linked_at:
                     how, linked_at = "built", time.time()
                     await self._download(project, request, progress)
                 late = builder.without_bytecode(site, before=linked_at)

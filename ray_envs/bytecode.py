@@ -17,6 +17,7 @@ from pathlib import Path
 from ray_envs import processes
 from ray_envs.errors import UvFailed
 from ray_envs.settings import Settings
+from ray_envs.uv_cache import UvCache
 
 
 def without_bytecode(site_packages: Path, *, before: float) -> list[str]:
@@ -66,7 +67,7 @@ async def compile_wheels(
     Raises:
         UvFailed: the compiler failed or did not end in time.
     """
-    archives = _archives(cache)
+    archives = UvCache(cache).archives()
     todo: list[Path] = []
     has_all = True
     for name in dist_infos:
@@ -90,17 +91,6 @@ def marker_name() -> str:
     so tells for each whether the byte-code was there in time.
     """
     return f"ray_envs-bytecode.{sys.implementation.cache_tag}"
-
-
-def _archives(cache: Path) -> dict[str, list[Path]]:
-    """uv's unpacked wheels by the name of their dist-info folder."""
-    found: dict[str, list[Path]] = {}
-    for archive in cache.glob("archive-v*/*"):
-        with suppress(OSError):
-            for entry in os.scandir(archive):
-                if entry.name.endswith(".dist-info"):
-                    found.setdefault(entry.name, []).append(archive)
-    return found
 
 
 async def _compile_folders(

@@ -1,6 +1,6 @@
-"""What people see: progress while environments are prepared and items run, then tables.
+"""What people see of a batch: progress while environments are prepared and items run, then tables.
 
-Progress goes to stderr: a live display on a terminal, plain lines elsewhere. Only shows; `cli`
+Progress goes to stderr: a live display on a terminal, plain lines elsewhere. Only shows; `cli_run`
 decides what is shown and where data goes.
 """
 
@@ -14,15 +14,17 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ray_envs.batch import Progress
 from ray_envs.models import BatchSpec, ItemResult
+
+if TYPE_CHECKING:
+    from ray_envs.batch import Progress
 
 _KEY_SHOWN = 10
 _NODE_SHOWN = 8
@@ -234,16 +236,3 @@ def failures(results: Sequence[ItemResult]) -> list[str]:
         where = f" ({os.path.basename(frames[-1][0])}:{frames[-1][1]})" if frames else ""
         paragraphs.append(f"{variant_id} × {cases}: {kind}: {shown}{where}")
     return paragraphs
-
-
-def variants_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """The defined variants, one a line."""
-    table = Table()
-    for name in ("variant", "status", "generation", "environment", "python", "packages", "updated"):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(
-            row["variant_id"], row["status"], str(row["generation"]), row["key"][:_KEY_SHOWN],
-            row["python_version"], str(len(row["packages"])), row["updated_at"][:19] + "Z",
-        )  # fmt: skip
-    return table

@@ -135,6 +135,7 @@ class EnvManager:
         self._life = uuid.uuid4().hex
         #: The open lock that tells other processes that this manager serves the root.
         self._announced: int | None = None
+        self._has_awoken = False
         self._is_settled = False
         self._prune_history_at = 0.0
 
@@ -169,7 +170,7 @@ class EnvManager:
         """Every variant in a row: ids, key, generation, status, and how many nodes are ready."""
         await self._awake()
         self._reconciler.reload()
-        return [self._reconciler.summary(name) for name in sorted(self._reconciler.variants)]
+        return self._reconciler.summaries()
 
     async def get_environment(self, *, variant_id: str, job_id: str | None = None) -> Answer:
         """What a program needs to run in a variant: paths, variables, and the nodes that are ready.
@@ -570,12 +571,19 @@ class EnvManager:
     # -- shared -----------------------------------------------------------------------------
 
     async def _awake(self) -> None:
+        if not self._has_awoken:
+            self._has_awoken = True
+            with suppress(StorageFailed):  # the loop tries again, and verbs say what is wrong
+                self._announce()
         await self._reconciler.awake(self._chores)
+
+    def _announce(self) -> None:
+        if self._announced is None:
+            self._announced = self._registry.announce_manager(self._cluster.address())
 
     async def _chores(self) -> None:
         """What the loop does besides building: tell that we live, settle, collect, forget."""
-        if self._announced is None:  # again each time: another one may have left
-            self._announced = self._registry.announce_manager(self._cluster.address())
+        self._announce()  # again each time: another one may have left
         if not self._is_settled:
             self._is_settled = True
             await self._operations.settle_all()

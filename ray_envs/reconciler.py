@@ -260,16 +260,38 @@ class Reconciler:
             }
         return described
 
-    def summary(self, name: str) -> dict[str, Any]:
-        """A variant in one row, for lists of thousands."""
-        record = self.variants[name]
-        states = self.states(record.current)
-        return {
-            **describe_record(record, self._registry, self._paths.venv(record.current.key)),
-            "status": self._variant_status(name, record).value,
-            "ready_nodes": sum(state.phase is Phase.READY for state in states.values()),
-            "total_nodes": len(states),
-        }
+    def summaries(self) -> list[dict[str, Any]]:
+        """Every variant in a row, by its id; made for lists of thousands."""
+        rows = []
+        seen: dict[tuple[str, str], tuple[Status, int, int]] = {}
+        for name, record in sorted(self.variants.items()):
+            current = record.current
+            site = (current.key, current.platform)
+            if site not in seen:
+                states = self.states(current).values()
+                ready = sum(state.phase is Phase.READY for state in states)
+                seen[site] = (self.status_of(current), ready, len(states))
+            status, ready_nodes, total_nodes = seen[site]
+            if name in self.changing or name in self.relocking or self.is_stale(current):
+                status = self._variant_status(name, record)
+            rows.append(
+                {
+                    "variant_id": name,
+                    "workflow_id": record.env_id.workflow_id,
+                    "node_id": record.env_id.node_id,
+                    "version_id": record.env_id.version_id,
+                    "status": status.value,
+                    "key": current.key,
+                    "generation": current.number,
+                    "python_version": current.target.python,
+                    "ray_version": current.target.ray,
+                    "is_pinned": record.is_pinned,
+                    "ready_nodes": ready_nodes,
+                    "total_nodes": total_nodes,
+                    "updated_at": record.updated_at.isoformat(),
+                }
+            )
+        return rows
 
     def _variant_status(self, name: str, record: VariantRecord) -> Status:
         operation = self.changing.get(name)
@@ -351,12 +373,12 @@ class Reconciler:
     async def _loop(self, chore: Callable[[], Any]) -> None:
         while not self._is_stopping:
             self.fleet.wake_up.clear()
-            try:
-                await self._tick()
-                await chore()
-            except Exception as exc:
-                print(f"ray_envs: EnvManager: {type(exc).__name__}: {exc}", file=sys.stderr)
-            self._first_look.set()
+            for work in (self._tick, chore):
+                try:
+                    await work()
+                except Exception as exc:
+                    print(f"ray_envs: EnvManager: {type(exc).__name__}: {exc}", file=sys.stderr)
+                self._first_look.set()  # chores are nothing that a verb has to wait for
             with suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(self.fleet.wake_up.wait(), self._settings.tick_s)
 

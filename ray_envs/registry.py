@@ -84,10 +84,11 @@ class Registry:
                     damaged.append(exc)
         return sorted((r for r in found if r is not None), key=lambda r: str(r.env_id))
 
-    def _read(self, path: Path) -> VariantRecord | None:
+    def _read(self, path: Path | str) -> VariantRecord | None:
         with storage_errors("read a definition"):
             try:
-                text = path.read_bytes()
+                with open(path, "rb", buffering=0) as file:  # there may be ten thousand of them
+                    text = file.read()
             except FileNotFoundError:
                 return None
         try:
@@ -96,7 +97,8 @@ class Registry:
             raise StorageFailed(
                 f"{path} is damaged",
                 detail=str(exc).splitlines()[-1],
-                hint=f"restore it, or remove the folder {path.parent} to forget the variant",
+                hint="restore it, or remove the folder "
+                f"{os.path.dirname(path)} to forget the variant",
             ) from exc
 
     def stamp(self, env_id: EnvId) -> int:
@@ -119,7 +121,7 @@ class Registry:
         Raises:
             StorageFailed: it cannot be read.
         """
-        return self._read(self._envs / folder / _METADATA)
+        return self._read(f"{self._envs}/{folder}/{_METADATA}")
 
     def lock_text(self, env_id: EnvId, number: int) -> tuple[str, str]:
         """The pyproject.toml and uv.lock of one generation.

@@ -129,7 +129,7 @@ class Resolver:
             uv_lock, output = await self._shared(fingerprint, project, base, definition, names)
         else:
             (same_lock, uv_lock), output = known, ""
-        policy.check_lock(uv_lock, self._settings)
+        policy.check_lock(uv_lock, self._settings, only_binary=definition.only_binary)
         if made_by in _KEEPS_PINS:
             self._check_pins(definition, uv_lock)
         packages = locks.installed(

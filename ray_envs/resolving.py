@@ -203,11 +203,13 @@ def fingerprint(
         project: the result of `project_text`; extras and groups choose from a lock and do not
             change it.
         user_lock: the text of the project's own uv.lock, if it has one.
-        definition: where `exclude_newer` comes from.
+        definition: where `exclude_newer` and `only_binary` come from.
         target: the cluster's interpreter and Ray.
         index_settings: the variables of uv's process that decide a resolution too.
     """
     asked = [project, user_lock, definition.exclude_newer, target.python, target.ray]
+    if definition.only_binary:
+        asked.append("only-binary")
     return hashlib.sha256(_canonical([*asked, dict(index_settings)]).encode()).hexdigest()
 
 

@@ -146,17 +146,19 @@ class Upkeep:
         """
         key, store = request.key, self._store
         site = store.site_packages(key, request.target.python_minor)
+        odd: set[str] = set()
         try:
-            for _ in range(2):
-                _, to_fetch = await asyncio.to_thread(wheels.mend, site, damage, self._cache)
-                if not to_fetch:
-                    break
+            _, to_fetch = await asyncio.to_thread(wheels.mend, site, damage, self._cache)
+            if to_fetch:
                 await self._fetch(request)
+                # A wheel that was just fetched and differs from its own RECORD was published so.
+                _, again = await asyncio.to_thread(wheels.mend, site, damage, self._cache)
+                odd = set(again)
         except (RayEnvsError, OSError):  # no network, a folder that is gone: build it again
             pass
         record = store.record(key)
         left = await self._damage(record, request) if record is not None else damage
-        beyond = [each for each in left if each.kind != "extra"]
+        beyond = [each for each in left if each.kind != "extra" and each.package not in odd]
         if not beyond:
             return left, False
         try:
@@ -174,7 +176,12 @@ class Upkeep:
         """Fetch into uv's cache whatever it lacks of a lock."""
         files = {"pyproject.toml": request.pyproject, "uv.lock": request.uv_lock}
         with self._store.scratch(files) as project:
-            await self._builder.sync(project, project / ".venv", request, is_offline=False)
+            venv = project / ".venv"
+            await self._builder.sync(project, venv, request, is_offline=False)
+            site = venv / "lib" / f"python{request.target.python_minor}" / "site-packages"
+            late = self._builder.without_bytecode(site, before=time.time())
+            async with self._store.compile_lock():
+                await self._builder.compile(site, late)
 
     async def users(self, keys: list[str]) -> dict[str, list[dict[str, Any]]]:
         """Which processes hold each key; keys that nobody holds are left out."""

@@ -184,7 +184,7 @@ def test_moments_are_kept_in_utc_and_sort_as_text(opened: Open, path: Path) -> N
     assert texts[3] == "2026-01-01T12:03:00.000000+00:00"
 
 
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=40)
 @given(
     written=st.lists(
         st.tuples(st.sampled_from(list(EventKind)[:3]), st.sampled_from(["v", "w", None])),
@@ -313,7 +313,7 @@ def test_an_operation_whose_beginning_was_lost_appears_with_its_end(opened: Open
     assert history.operations() == ([ended()], 1)
 
 
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=40)
 @given(
     rows=st.lists(
         st.tuples(

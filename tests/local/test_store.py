@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import subprocess
@@ -634,7 +635,7 @@ def test_a_scratch_folder_that_is_swept_before_it_is_locked_is_made_again(
 def test_a_store_can_be_set_up_while_another_process_sweeps(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, lock = Store(settings), store_module.fcntl.flock
+    store, lock = Store(settings), fcntl.flock
 
     def sweep_first(file: Any, operation: int) -> None:
         monkeypatch.setattr("ray_envs.store.fcntl.flock", lock)

@@ -436,6 +436,7 @@ def test_a_fingerprint_changes_with_what_decides_a_resolution_and_nothing_else()
         fingerprint_of("q", None, definition()),
         fingerprint_of("p", "", definition()),
         fingerprint_of("p", None, definition(exclude_newer="2026-01-01")),
+        fingerprint_of("p", None, definition(only_binary=True)),
         fingerprint_of("p", None, definition(), Target(python="3.11.8", ray="2.60.0")),
         fingerprint_of("p", None, definition(), Target(python="3.11.7", ray="2.60.1")),
         fingerprint_of("p", None, definition(), index_settings={"UV_INDEX": "https://h"}),
