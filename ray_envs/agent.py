@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ray_envs.builder import Builder, this_platform, this_target, uv_version
 from ray_envs.errors import RayEnvsError, StorageFailed, UvFailed
 from ray_envs.models import BuildRequest, EnvRecord, NodeEnvState, Phase, Target
+from ray_envs.planning import EnvUse
 from ray_envs.settings import Settings
 from ray_envs.store import Store
 from ray_envs.upkeep import Upkeep
@@ -161,7 +162,7 @@ class NodeAgent:
         """
         await self._builder.try_start(self._store.python(key), env_vars)
 
-    async def inventory(self) -> list[dict[str, Any]]:
+    async def inventory(self) -> dict[str, Any]:
         """What this node has, and when it was used last; see `Upkeep.inventory`."""
         return await self._upkeep.inventory()
 
@@ -169,9 +170,9 @@ class NodeAgent:
         """Which processes hold each of `keys`."""
         return await self._upkeep.users(keys)
 
-    async def collect(self, *, key: str) -> int:
+    async def collect(self, *, key: str, planned: dict[str, Any]) -> int:
         """Remove an environment; returns the freed bytes; see `Upkeep.collect`."""
-        freed = await self._upkeep.collect(key)
+        freed = await self._upkeep.collect(key, planned=EnvUse.model_validate(planned))
         self._forget_lost()
         return freed
 

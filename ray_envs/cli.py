@@ -34,7 +34,7 @@ _INSTALL = {
 class _InOrder(click.Group):
     """A group whose help lists commands as they were added: in the order of a variant's life."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self.commands)
 
 
@@ -81,15 +81,15 @@ def cli() -> None:
 @click.command()
 @click.argument("shell", type=click.Choice(sorted(_INSTALL)))
 def completion(shell: str) -> None:
-    """Print the script with which SHELL completes commands, options and variants.
+    """Print the script that completes commands and variants in SHELL.
 
     \b
     Example: ray-envs completion bash > ~/.ray-envs-completion.bash
     """
     kind = get_completion_class(shell)
     assert kind is not None, shell
-    put(f"# To install it:\n# {_INSTALL[shell]}\n")
     put(kind(cli, {}, "ray-envs", _COMPLETE).source())
+    put(f"# To install it, for good:\n# {_INSTALL[shell]}")  # zsh wants its own first line first
 
 
 for command in (

@@ -6,6 +6,7 @@ to write goes through a manager; what changes variants is `cli_variants`, next d
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -15,8 +16,6 @@ import click
 
 from ray_envs.console import (
     KEY_SHOWN,
-    Variant,
-    address,
     columns,
     complain,
     disk,
@@ -48,11 +47,12 @@ _NOT_BUILT = "NOT_BUILT"
 @click.command(name="list")
 @json_option
 def list_variants(as_json: bool) -> None:
-    """The variants that are defined under the root, and which of them are ready on this machine.
+    """The variants under the root, and which of them are ready on this machine.
 
     \b
     Example: ray-envs list --json
     """
+    gc.disable()  # all that is read lives to the end: to look for garbage in it doubles the time
     registry, store = disk()
     damaged: list[StorageFailed] = []
     there: dict[str, dict[str, Any]] = {}
@@ -85,7 +85,7 @@ def list_variants(as_json: bool) -> None:
 @variant_argument
 @json_option
 def status(variant: str, as_json: bool) -> None:
-    """What this machine's disk says of VARIANT: node, workflow/node or workflow/node/version.
+    """What this machine's disk says of VARIANT.
 
     \b
     Example: ray-envs status old
@@ -130,7 +130,7 @@ def _there(key: str, store: Store) -> dict[str, Any]:
 @variant_argument
 @json_option
 def deps(variant: str, as_json: bool) -> None:
-    """What VARIANT declares, and the versions that are locked; `*` marks what is declared.
+    """What VARIANT declares, and what is locked for it.
 
     \b
     Example: ray-envs deps old
@@ -158,7 +158,9 @@ def deps(variant: str, as_json: bool) -> None:
     asked: dict[str, list[str]] = {}
     for line in declared:
         asked.setdefault(str(canonicalize_name(Requirement(line).name)), []).append(line)
-    rows = [(n, v, "; ".join(asked[n]) if n in asked else "") for n, v in locked.items()]
+    rows: list[tuple[str, str | None, str]] = [
+        (name, version, "; ".join(asked.get(name, ()))) for name, version in locked.items()
+    ]
     # A marker may keep a declared package away from this platform.
     rows += [(name, None, "; ".join(asked[name])) for name in sorted(asked.keys() - locked.keys())]
     put(columns(("package", "locked", "declared"), rows))
@@ -168,7 +170,9 @@ def deps(variant: str, as_json: bool) -> None:
 @variant_argument
 @json_option
 def generations(variant: str, as_json: bool) -> None:
-    """Every generation of VARIANT, oldest first; `*` marks the current one.
+    """Every generation of VARIANT, oldest first.
+
+    `*` marks the current one; the change counts packages added, removed and changed.
 
     \b
     Example: ray-envs generations old
@@ -231,7 +235,9 @@ def _generation_cells(row: dict[str, Any]) -> tuple[object, ...]:
 @click.argument("to", required=False, type=click.IntRange(min=1))
 @json_option
 def diff(variant: str, from_: int, to: int | None, as_json: bool) -> None:
-    """The packages that differ between generations FROM and TO (by default the current one).
+    """The packages that differ between two generations of VARIANT.
+
+    Those are FROM and TO, which is the current one where it is not given.
 
     \b
     Example: ray-envs diff old 1 3
@@ -294,7 +300,7 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a generation of VARIANT for other tools, or for `ray-envs import`.
+    """Write a generation of VARIANT for other tools or `import`.
 
     A project is written into a folder, by default one of the variant's name here; the other formats
     are printed, unless there is a --to.
@@ -311,9 +317,7 @@ def export(
     else:
         name = str(record.env_id)
         with opened() as provider:
-            files = patiently(
-                lambda: provider.export(name, form, generation=made.number)["files"]
-            )
+            files = patiently(lambda: provider.export(name, form, generation=made.number)["files"])
     if folder is not None:
         _write(files, folder, force=force)
     if as_json:

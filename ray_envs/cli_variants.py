@@ -80,9 +80,10 @@ def create(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Define VARIANT from PACKAGES, a project or a requirements file, and build it.
+    """Define VARIANT and build its environment.
 
-    Prints the path of its interpreter; with --dry-run what would be installed.
+    It is made from PACKAGES, a project or a requirements file. Prints the path of its interpreter;
+    with --dry-run what would be installed.
 
     \b
     Example: ray-envs create old 'scikit-learn==1.7.*'
@@ -96,13 +97,18 @@ def create(
     definition = read_definition(spec, Path.cwd())
     wait_s = Settings.from_environment().prepare_timeout_s
     with opened() as provider:
-        answer = watched(
-            provider,
-            name,
-            lambda: provider.create(
-                name, spec, replace=replace, base=Path.cwd(), wait_s=wait_s, dry_run=dry_run
-            ),
-        )
+        if dry_run:
+            verb = {"replace": replace, "dry_run": True}
+            given = definition.model_dump(mode="json", exclude_defaults=True)
+            answer = patiently(lambda: provider._change("create_env", name, spec=given, **verb))
+        else:
+            answer = watched(
+                provider,
+                name,
+                lambda: provider.create(
+                    name, spec, replace=replace, base=Path.cwd(), wait_s=wait_s
+                ),
+            )
     if dry_run or as_json:
         put_change(answer, as_json=as_json)
     else:
@@ -135,7 +141,9 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
 def add(
     variant: str, packages: tuple[str, ...], file: str | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Add PACKAGES to VARIANT as a new generation; other pins stay where they can.
+    """Add PACKAGES to VARIANT, as a new generation.
+
+    Other pins stay where they can. Running tasks keep the generation that they began with.
 
     \b
     Example: ray-envs add old 'pandas>=2' pyarrow
@@ -153,7 +161,9 @@ def add(
 @dry_run_option
 @json_option
 def update(variant: str, packages: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Upgrade PACKAGES of VARIANT, or all, within what it declares, as a new generation.
+    """Upgrade PACKAGES of VARIANT, or all, as a new generation.
+
+    They move within what is declared; a requirement takes the place of the declared one.
 
     \b
     Example: ray-envs update old numpy --dry-run
@@ -174,7 +184,9 @@ def update(variant: str, packages: tuple[str, ...], dry_run: bool, as_json: bool
 def remove(
     variant: str, packages: tuple[str, ...], file: str | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Remove declared PACKAGES from VARIANT, and what only they needed, as a new generation.
+    """Remove PACKAGES from VARIANT, as a new generation.
+
+    Only what is declared can be removed; what only that needed goes with it.
 
     \b
     Example: ray-envs remove old pyarrow
@@ -191,10 +203,11 @@ def remove(
 @click.option("--all", "is_all", is_flag=True, help="Every variant that is defined.")
 @dry_run_option
 @json_option
-def sync(variants: tuple[str, ...], is_all: bool, dry_run: bool, as_json: bool) -> None:
-    """Make every node match the locks of VARIANTs: check each file, mend, build what is missing.
+def sync(variants: tuple[str, ...], is_all: bool, dry_run: bool, as_json: bool) -> int:
+    """Make every node match the locks of VARIANTs.
 
-    With --dry-run nothing is mended. Goes on after a failure, whose exit code it has at the end.
+    Checks each file, mends what is damaged and builds what is missing; with --dry-run it only
+    checks. Goes on after a failure, and has its exit code at the end.
 
     \b
     Example: ray-envs sync --all
@@ -224,8 +237,7 @@ def sync(variants: tuple[str, ...], is_all: bool, dry_run: bool, as_json: bool) 
         put_rows(rows)
     elif not names:
         say("no variants are defined")
-    if failed:
-        raise SystemExit(failed[0].exit_code)
+    return failed[0].exit_code if failed else 0
 
 
 def _in_words(answer: Answer) -> str:
@@ -249,7 +261,7 @@ def _in_words(answer: Answer) -> str:
 @dry_run_option
 @json_option
 def rollback(variant: str, to: int | None, dry_run: bool, as_json: bool) -> None:
-    """Make the previous generation of VARIANT, or generation --to, the current one again.
+    """Make an earlier generation of VARIANT the current one.
 
     \b
     Example: ray-envs rollback old --to 1
@@ -266,12 +278,11 @@ def rollback(variant: str, to: int | None, dry_run: bool, as_json: bool) -> None
 @click.option("--replace", is_flag=True, help="Make a new generation where the variant exists.")
 @dry_run_option
 @json_option
-def import_project(
-    variant: str, folder: Path, replace: bool, dry_run: bool, as_json: bool
-) -> None:
-    """Define VARIANT from the pyproject.toml, uv.lock and options.json of DIR; prints its key.
+def import_project(variant: str, folder: Path, replace: bool, dry_run: bool, as_json: bool) -> None:
+    """Define VARIANT from an export in DIR; prints its key.
 
-    Of what `ray-envs export` wrote, it is the same lock, byte for byte, and the same environment.
+    DIR has a pyproject.toml, a uv.lock and, where there are any, options.json. From what
+    `ray-envs export` wrote, it is the same lock, byte for byte, and the same environment.
 
     \b
     Example: ray-envs import copy exported
@@ -342,7 +353,9 @@ def _exported(folder: Path) -> Definition:
 @click.option("--off", is_flag=True, help="Allow it again.")
 @json_option
 def pin(variant: str, off: bool, as_json: bool) -> None:
-    """Keep the environments of VARIANT, of every generation, from being collected.
+    """Keep the environments of VARIANT from being collected.
+
+    Those of every generation, however long nobody uses them.
 
     \b
     Example: ray-envs pin old
@@ -362,7 +375,9 @@ def pin(variant: str, off: bool, as_json: bool) -> None:
 @dry_run_option
 @json_option
 def delete(variant: str, force: bool, dry_run: bool, as_json: bool) -> None:
-    """Forget VARIANT; refused while somebody uses it. Its environment goes with a later `gc`.
+    """Forget VARIANT; refused while somebody uses it.
+
+    Its history stays. Its environment goes with a later `gc`.
 
     \b
     Example: ray-envs delete old
@@ -372,7 +387,10 @@ def delete(variant: str, force: bool, dry_run: bool, as_json: bool) -> None:
     except StorageFailed:  # damaged: forgetting it is what helps
         name = str(EnvId.parse(variant))
     with opened() as provider:
-        patiently(lambda: provider.delete(name, force=force, dry_run=dry_run))
+        if dry_run:
+            patiently(lambda: provider._change("delete_env", name, force=force, dry_run=True))
+        else:
+            patiently(lambda: provider.delete(name, force=force))
     if as_json:
         put_json({"variant_id": name, "deleted": not dry_run, "dry_run": dry_run})
     else:
@@ -389,7 +407,9 @@ def delete(variant: str, force: bool, dry_run: bool, as_json: bool) -> None:
 @variant_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def execute(variant: str, command: tuple[str, ...]) -> None:
-    """Run COMMAND in the environment of VARIANT on this machine; builds it first if need be.
+    """Run COMMAND in the environment of VARIANT.
+
+    On this machine, and with its exit code; the environment is built first if need be.
 
     \b
     Example: ray-envs exec old -- python -c 'import sklearn; print(sklearn.__version__)'

@@ -24,8 +24,9 @@ from ray_envs.reconciler import Reconciler
 from ray_envs.registry import Registry
 from ray_envs.settings import Settings
 
-#: A long inventory of a slow disk is no failure.
 _HOUR_S = 3600.0
+
+Planned = tuple[Verdict, EnvUse]
 
 
 class Collector:
@@ -77,27 +78,32 @@ class Collector:
 
     async def plan(
         self, *, idle_hours: float | None = None, include_current: bool = False
-    ) -> list[Verdict]:
-        """One verdict for each directory of each node that answers."""
+    ) -> list[Planned]:
+        """One verdict for each directory of each node that answers, with what it is about."""
         await self.end_leases()
-        uses: list[EnvUse] = []
-        for node in self._reconciler.fleet.healthy():
-            for told in await node.call("inventory"):
-                use = EnvUse.model_validate(told)
-                uses.append(use.model_copy(update={"node_id": node.info.node_id}))
         hours = self._settings.idle_hours if idle_hours is None else idle_hours
-        return planning.plan_collection(
-            uses,
-            wanted=self.wanted(include_current=include_current),
-            leases=self._leases.all(),
-            busy=self._busy(),
-            limits=Limits(
-                idle_s=hours * _HOUR_S,
-                max_bytes=self._settings.max_bytes,
-                max_inodes=self._settings.max_inodes,
-            ),
-            now=time.time(),
+        limits = Limits(
+            idle_s=hours * _HOUR_S,
+            max_bytes=self._settings.max_bytes,
+            max_inodes=self._settings.max_inodes,
         )
+        found: list[Planned] = []
+        for node in self._reconciler.fleet.healthy():
+            told = await node.call("inventory")
+            uses = {}
+            for plain in told["uses"]:
+                use = EnvUse.model_validate({**plain, "node_id": node.info.node_id})
+                uses[use.key] = use
+            verdicts = planning.plan_collection(
+                uses.values(),
+                wanted=self.wanted(include_current=include_current),
+                leases=self._leases.all(),
+                busy=self._busy(),
+                limits=limits,
+                now=told["now"],  # the node's own clock, as the last uses
+            )
+            found += [(verdict, uses[verdict.key]) for verdict in verdicts]
+        return found
 
     async def collect(
         self,
@@ -109,16 +115,16 @@ class Collector:
     ) -> dict[str, Any]:
         """See `EnvManager.cleanup`."""
         async with self._operations.on_store() as change:
-            verdicts = await self.plan(idle_hours=idle_hours, include_current=include_current)
-            doomed = [verdict for verdict in verdicts if verdict.collect]
-            kept = [verdict for verdict in verdicts if not verdict.collect]
+            planned = await self.plan(idle_hours=idle_hours, include_current=include_current)
+            doomed = [(verdict, use) for verdict, use in planned if verdict.collect]
+            kept = [verdict for verdict, _ in planned if not verdict.collect]
             deleted: list[dict[str, Any]] = []
             freed_bytes = 0
             if not dry_run:
-                change.begin(keys=sorted({verdict.key for verdict in doomed}))
+                change.begin(keys=sorted({verdict.key for verdict, _ in doomed}))
                 change.say(EventKind.CLEANUP_STARTED, environments=len(doomed))
                 for node in self._reconciler.fleet.healthy():
-                    mine = [v for v in doomed if v.node_id == node.info.node_id]
+                    mine = [each for each in doomed if each[0].node_id == node.info.node_id]
                     gone, stayed = await self._discard(change, node, mine)
                     deleted += gone
                     kept += stayed
@@ -130,8 +136,8 @@ class Collector:
                     EventKind.CLEANUP_COMPLETED, deleted=len(deleted), freed_bytes=freed_bytes
                 )
             else:
-                deleted = [verdict.model_dump(mode="json") for verdict in doomed]
-                freed_bytes = sum(verdict.bytes for verdict in doomed)
+                deleted = [verdict.model_dump(mode="json") for verdict, _ in doomed]
+                freed_bytes = sum(verdict.bytes for verdict, _ in doomed)
         return {
             "dry_run": dry_run,
             "deleted": deleted,
@@ -141,12 +147,12 @@ class Collector:
         }
 
     async def _discard(
-        self, change: Change, node: Node, doomed: list[Verdict]
+        self, change: Change, node: Node, doomed: list[Planned]
     ) -> tuple[list[dict[str, Any]], list[Verdict]]:
         """Collect on one node; returns what went, and what had to stay after all."""
         gone: list[dict[str, Any]] = []
         stayed: list[Verdict] = []
-        for verdict in doomed:
+        for verdict, use in doomed:
             key = verdict.key
             # Somebody may have asked for it since the plan was made.
             if key in self._busy() or key in self._leases.all():
@@ -154,7 +160,7 @@ class Collector:
                 continue
             self._reconciler.wishes.pop(key, None)  # or the loop would make it again
             try:
-                freed = await node.call("collect", key=key)
+                freed = await node.call("collect", key=key, planned=use.model_dump(mode="json"))
             except RayEnvsError as exc:
                 stayed.append(_kept(verdict, exc.message))
                 continue

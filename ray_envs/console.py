@@ -98,11 +98,12 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]], *, right: s
 def put_fields(fields: Mapping[str, Any]) -> None:
     """One field a line: its name and its value."""
     for name, value in fields.items():
+        text = str(value)
         if isinstance(value, Mapping):
-            value = " ".join(f"{key}={value[key]}" for key in sorted(value))
+            text = " ".join(f"{key}={value[key]}" for key in sorted(value))
         elif isinstance(value, list | tuple):
-            value = " ".join(map(str, value))
-        put(f"{name:16} {'-' if value is None or value == '' else value}")
+            text = " ".join(map(str, value))
+        put(f"{name:16} {'-' if value is None else text or '-'}")
 
 
 def put_diff(diff: Mapping[str, Any]) -> None:
@@ -134,13 +135,16 @@ def mib(size_bytes: float) -> str:
 # -- options -------------------------------------------------------------------------------------
 
 
-class Variant(click.ParamType):
+class Variant(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
     """A variant's address; the shell completes it to those that are defined."""
 
     name = "variant"
 
     def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
     ) -> list[CompletionItem]:
         with contextlib.suppress(RayEnvsError):
             from ray_envs.registry import Registry
@@ -150,7 +154,7 @@ class Variant(click.ParamType):
         return []
 
 
-class Hours(click.ParamType):
+class Hours(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
     """A number of hours that is not negative."""
 
     name = "hours"

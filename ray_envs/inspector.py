@@ -92,7 +92,7 @@ class Inspector:
         for node_id, state in self._reconciler.states(record.current).items():
             because = self._reconciler.becauses.get((node_id, key), "")
             nodes[node_id] = {**state.model_dump(mode="json"), "because": because}
-        verdicts = await self._collector.plan()
+        verdicts = [verdict for verdict, _ in await self._collector.plan()]
         status = self._reconciler.status(name)
         return {
             "variant_id": name,

@@ -305,6 +305,10 @@ class EnvManager:
             status=None if status is None else _word(OperationStatus, status),
             before=None if before is None else _moment(before),
         )
+        if self._operations.history.problem:
+            raise StorageFailed(
+                "the history cannot be changed now", detail=self._operations.history.problem
+            )
         return {"deleted": count}
 
     # -- changing ---------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class EnvironmentProvider(ABC):
 
     @abstractmethod
     def list_variants(self) -> list[dict[str, Any]]:
-        """The status of every defined variant."""
+        """Every defined variant in a row: its ids, key, generation and status."""
 
     @abstractmethod
     def close(self) -> None:

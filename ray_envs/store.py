@@ -8,23 +8,18 @@ exclusive hold, which no living process of that environment leaves him.
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import py_compile
-import re
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
-from fractions import Fraction
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Any
 
 from pydantic import ValidationError
 
-from ray_envs import inside
+from ray_envs import inside, usage
 from ray_envs.errors import EnvironmentInUse, StorageFailed
 from ray_envs.files import locked, storage_errors, write_atomically
 from ray_envs.models import EnvRecord
@@ -33,10 +28,6 @@ from ray_envs.settings import Settings
 
 #: Changes with the layout below; an older layout is left alone, never migrated in place.
 _STORE = "store"
-#: Where the kernel tells what other processes have open; elsewhere there is no such place.
-_PROC = Path("/proc")
-#: Ray's job id of a worker that was started before any job asked for it.
-_NO_JOB = "ffffffff"
 
 
 class Store:
@@ -166,10 +157,10 @@ class Store:
                 self._trash.mkdir(exist_ok=True)
                 doomed = self._trash / f"{key}-{uuid.uuid4().hex}"
                 os.rename(place, doomed)
-            _, _, there = _measured(doomed)
+            _, _, there = usage.measured(doomed)
             _delete(doomed)
             # What stays is rubbish in the trash; the next sweep, of any process, removes it.
-            _, _, left = _measured(doomed)
+            _, _, left = usage.measured(doomed)
         return there - left
 
     def install_hold(self, key: str, python_minor: str) -> None:
@@ -251,11 +242,12 @@ class Store:
 
         Looks at every file: for many environments that is seconds.
         """
-        return [use for key in self._keys() if (use := self._use(key)) is not None]
+        return [use for key in self._keys() if (use := self.use(key)) is not None]
 
-    def _use(self, key: str) -> EnvUse | None:
+    def use(self, key: str) -> EnvUse | None:
+        """What is in the place of `key`, and when it was used last; None where nothing is."""
         place, record = self.folder / key, self.record(key)
-        size, inodes, _ = _measured(place)
+        size, inodes, _ = usage.measured(place)
         try:
             last_used_at = place.stat().st_mtime  # its creation: the record was written here
         except OSError:  # removed meanwhile
@@ -278,7 +270,7 @@ class Store:
 
     def users(self, key: str) -> list[dict[str, Any]]:
         """The processes that hold `key`, as far as the kernel tells: pid, command and job_id."""
-        return [_told_of(pid) for pid in _holders(self._hold_file(key))]
+        return [usage.told_of(pid) for pid in usage.holders(self._hold_file(key))]
 
     @contextmanager
     def scratch(self, files: dict[str, str]) -> Iterator[Path]:
@@ -347,71 +339,3 @@ def _delete(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
-
-
-def _measured(folder: Path) -> tuple[int, int, int]:
-    """The share of bytes and of inodes that `folder` takes, and the bytes that no other has."""
-    #: By inode: links found here, links in all, bytes.
-    found: dict[tuple[int, int], list[int]] = {}
-    todo = [os.fspath(folder)]
-    while todo:
-        path = todo.pop()
-        with suppress(OSError):  # it goes meanwhile
-            stat = os.lstat(path)
-            is_folder = S_ISDIR(stat.st_mode)
-            links = 1 if is_folder else max(1, stat.st_nlink)
-            file = found.setdefault((stat.st_dev, stat.st_ino), [0, links, stat.st_blocks * 512])
-            file[0] += 1
-            if is_folder:
-                todo += [os.path.join(path, name) for name in os.listdir(path)]
-    size, inodes, own = Counter[int](), Counter[int](), 0
-    for here, links, taken in found.values():
-        size[links] += taken * here
-        inodes[links] += here
-        own += taken if here >= links else 0
-    shares = [sum(Fraction(n, links) for links, n in each.items()) for each in (size, inodes)]
-    return int(shares[0]), math.ceil(shares[1]), own
-
-
-def _holders(hold: Path) -> list[int]:
-    """The processes that have `hold` open, as far as the kernel tells.
-
-    /proc/locks names who took a lock, and not the child that still has it from a dead parent: so
-    the descriptors count. Those of other users are hidden, and there /proc/locks must do.
-    """
-    takers: list[str] = []
-    with suppress(OSError):
-        file = hold.stat()
-        place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
-        takers = re.findall(rf"FLOCK .* (\d+) {place} ", (_PROC / "locks").read_text())
-    found = []
-    for pid in os.listdir(_PROC) if _PROC.is_dir() else []:
-        try:
-            if pid.isdigit() and any(_leads_to(hold, fd) for fd in (_PROC / pid / "fd").iterdir()):
-                found.append(int(pid))
-        except PermissionError:
-            found += [int(pid)] * (pid in takers)
-        except OSError:  # it has ended
-            continue
-    return sorted(found)
-
-
-def _leads_to(file: Path, fd: Path) -> bool:
-    """By name first: to ask what is behind any descriptor may hang on a network that is gone."""
-    with suppress(OSError):
-        return os.path.basename(os.readlink(fd)) == file.name and fd.samefile(file)
-    return False
-
-
-def _told_of(pid: int) -> dict[str, Any]:
-    """What a process says of itself: pid, command (200 characters at most) and Ray's job_id."""
-    command, job_id, left = [], None, 200
-    with suppress(OSError):
-        for word in (_PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0"):
-            if word[:left]:
-                command.append(word[:left])
-                left -= len(word)
-    with suppress(OSError):
-        environ = (_PROC / str(pid) / "environ").read_text(errors="replace")
-        job_id = dict(v.partition("=")[::2] for v in environ.split("\0")).get("RAY_JOB_ID")
-    return {"pid": pid, "command": command, "job_id": None if job_id == _NO_JOB else job_id}

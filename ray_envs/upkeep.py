@@ -15,6 +15,7 @@ from ray_envs import wheels
 from ray_envs.builder import Builder, uv_version
 from ray_envs.errors import EnvironmentInUse, RayEnvsError
 from ray_envs.models import BuildRequest, EnvRecord, Target
+from ray_envs.planning import EnvUse
 from ray_envs.probing import probe
 from ray_envs.settings import Settings
 from ray_envs.store import Store
@@ -51,19 +52,28 @@ class Upkeep:
             self._renewed_at = time.monotonic()
             await asyncio.to_thread(self._store.renew_held)
 
-    async def inventory(self) -> list[dict[str, Any]]:
-        """Every directory of the store, what it takes, and when it was used last."""
+    async def inventory(self) -> dict[str, Any]:
+        """Every directory of the store as `uses`, and `now`, by the same clock."""
         uses = await asyncio.to_thread(self._store.inventory)
-        return [use.model_dump(mode="json") for use in uses]
+        return {"now": time.time(), "uses": [use.model_dump(mode="json") for use in uses]}
 
-    async def collect(self, key: str) -> int:
+    async def collect(self, key: str, *, planned: EnvUse) -> int:
         """Remove an environment; returns the bytes that were freed.
 
+        Args:
+            key: the environment.
+            planned: what the plan to remove it was made from.
+
         Raises:
-            EnvironmentInUse: a living process holds it.
+            EnvironmentInUse: a living process holds it, or somebody has used or built it since.
             LockTimeout: somebody is building it.
         """
         async with self._store.lock(key):
+            there = await asyncio.to_thread(self._store.use, key)
+            if there is None:
+                return 0
+            if there.last_used_at > planned.last_used_at or there.is_ready > planned.is_ready:
+                raise EnvironmentInUse(f"the environment {key} was used meanwhile", key=key)
             return await asyncio.to_thread(self._store.discard, key) or 0
 
     async def prune_cache(self, needed: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -546,7 +546,7 @@ def test_nobody_is_named_where_the_system_does_not_tell(
 ) -> None:
     store = environment("k")
     child(store.python("k"))
-    monkeypatch.setattr("ray_envs.store._PROC", store.root / "no-proc")
+    monkeypatch.setattr("ray_envs.usage._PROC", store.root / "no-proc")
     assert (store.users("k"), store.users("unknown")) == ([], [])
 
 
