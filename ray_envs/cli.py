@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
@@ -31,11 +32,21 @@ _INSTALL = {
 }
 
 
-class _InOrder(click.Group):
-    """A group whose help lists commands as they were added: in the order of a variant's life."""
+class _Interrupted(Exception):
+    """Ctrl-C, past click, which would print an empty line for it and forget what was said."""
+
+
+class _Commands(click.Group):
+    """Our commands; the help lists them as they were added: in the order of a variant's life."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as exc:
+            raise _Interrupted(str(exc)) from None
 
 
 def main() -> None:
@@ -44,8 +55,10 @@ def main() -> None:
     warnings.showwarning = lambda message, *_args, **_kwargs: complain(f"warning: {message}")
     try:
         code = cli.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt) as exc:
-        complain(str(exc.__cause__ or exc) or "interrupted")  # click wraps it
+    except (_Interrupted, click.exceptions.Abort, KeyboardInterrupt) as exc:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the terminal shows ^C where the cursor is
+        complain(str(exc) or "interrupted")
         code = _INTERRUPTED
     except click.ClickException as exc:
         exc.show()
@@ -63,7 +76,7 @@ def _interrupted_once(_signal: int, _frame: object) -> None:
 
 
 @click.group(
-    cls=_InOrder,
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="ray-envs")

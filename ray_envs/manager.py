@@ -137,7 +137,7 @@ class EnvManager:
         self._announced: int | None = None
         self._has_awoken = False
         self._is_settled = False
-        self._prune_history_at = 0.0
+        self._prune_history_at = self._reload_at = 0.0
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -591,7 +591,9 @@ class EnvManager:
         if not self._is_settled:
             self._is_settled = True
             await self._operations.settle_all()
-        self._reconciler.reload()
+        if time.monotonic() >= self._reload_at:  # every turn would be too often for thousands
+            self._reload_at = time.monotonic() + self._settings.tick_s
+            self._reconciler.reload()
         if self._announced is not None:  # a guest on this root leaves that to its manager
             await self._collector.turn()
             if time.monotonic() >= self._prune_history_at:

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from ray_envs import database as database_module
 from ray_envs import history as history_module
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
@@ -729,7 +730,7 @@ def database_locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_locked(path: Path) -> Iterator[None]:
-    with History(path, keep_s=DAY_S)._alone(is_needed=True):
+    with History(path, keep_s=DAY_S)._database._alone(is_needed=True):
         yield
 
 
@@ -741,7 +742,7 @@ def test_a_lock_that_another_process_keeps_is_waited_for_once(
     locked: Callable[[Path], Any],
 ) -> None:
     first = opened().record(event())
-    monkeypatch.setattr(history_module, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(database_module, "_PATIENCE_S", 0.2)
     history = opened()
     began = time.monotonic()
     with locked(path):
@@ -843,14 +844,14 @@ def test_of_two_that_find_the_same_damage_one_puts_it_aside(
     path.parent.mkdir()
     path.write_bytes(b"no database" * 1000)
     slow, fast = opened(), opened()
-    put_damage_aside = slow._put_aside
+    put_damage_aside = slow._database._put_aside
     overtaken: list[EnvEvent | None] = []
 
     def after_the_other() -> bool:
         overtaken.append(fast.record(event(1)))
         return put_damage_aside()
 
-    monkeypatch.setattr(slow, "_put_aside", after_the_other)
+    monkeypatch.setattr(slow._database, "_put_aside", after_the_other)
     stored = slow.record(event(2))
     assert slow.events()[0] == fast.events()[0] == [*overtaken, stored]
     assert put_aside(path) == ["history.db.damaged-1"]
@@ -867,8 +868,8 @@ def test_whoever_has_a_damaged_database_open_does_no_harm_to_the_new_one(
     scribble(path, start=0)
     subprocess.run(["rm", "-f", f"{path}-shm"], check=True)
     finder = opened()
-    finder._identity = (path.stat().st_dev, path.stat().st_ino)
-    assert finder._put_aside()
+    finder._database._identity = (path.stat().st_dev, path.stat().st_ino)
+    assert finder._database._put_aside()
     stored = [finder.record(event(1))]
 
     if how == "record":
@@ -887,18 +888,18 @@ def test_an_event_that_is_written_while_the_file_is_put_aside_is_in_the_new_one(
 ) -> None:
     history, other = opened(), opened()
     history.record(event())
-    connected = history._connected
+    connected = history._database._connected
     calls: list[bool] = []
 
     def then_it_is_moved(*, creates: bool) -> sqlite3.Connection | None:
         connection = connected(creates=creates)
         if not calls:
             calls.append(True)
-            other._identity = (path.stat().st_dev, path.stat().st_ino)
-            assert other._put_aside()
+            other._database._identity = (path.stat().st_dev, path.stat().st_ino)
+            assert other._database._put_aside()
         return connection
 
-    monkeypatch.setattr(history, "_connected", then_it_is_moved)
+    monkeypatch.setattr(history._database, "_connected", then_it_is_moved)
     stored = history.record(event(7))
     assert opened().events()[0] == [stored]
 
