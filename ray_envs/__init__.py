@@ -2,11 +2,15 @@
 
 A module imports only from the floors below its own:
 
-    faces       cli · display · testing · batch · flight · in_memory · provider · doors
-    actors      manager · fleet · agent
-    hands       store · registry · builder · cluster · inputs · code · files
-    decisions   planning · placement · resolving · locks
-    words       settings · models · errors · inside
+    faces       cli (cli_*, console) · display · testing · batch · flight · in_memory · provider ·
+                lifecycle · doors
+    manager     manager · inspector · exports · changes · collector · resolver · reconciler ·
+                operations · fleet
+    agent       agent · upkeep
+    hands       wheels · probing · store · registry · history · leases · builder · cluster · inputs ·
+                code; below them bytecode · processes · uv_cache · database · files · usage
+    decisions   changing · planning · placement · resolving · locks · policy
+    words       settings · events · models · errors · inside
 """
 
 from __future__ import annotations
