@@ -7,8 +7,8 @@ A module imports only from the floors below its own:
     manager     manager · inspector · exports · changes · collector · resolver · reconciler ·
                 operations · fleet
     agent       agent · upkeep
-    hands       wheels · probing · store · registry · history · leases · builder · cluster · inputs ·
-                code; below them bytecode · processes · uv_cache · database · files · usage
+    hands       wheels · probing · store · registry · history · leases · builder · cluster ·
+                inputs · code; below them bytecode · processes · uv_cache · database · files · usage
     decisions   changing · planning · placement · resolving · locks · policy
     words       settings · events · models · errors · inside
 """

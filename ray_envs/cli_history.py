@@ -175,7 +175,7 @@ def _clock(moment: datetime) -> str:
 @click.option(
     "--kind",
     "kinds",
-    type=click.Choice([kind.value for kind in EventKind], case_sensitive=False),
+    type=click.Choice([kind.value for kind in EventKind]),
     metavar="KIND",
     multiple=True,
     help="Only these; repeatable.",

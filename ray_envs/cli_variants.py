@@ -38,7 +38,7 @@ from ray_envs.console import (
 )
 from ray_envs.errors import EnvironmentNotReady, InvalidInput, RayEnvsError, StorageFailed
 from ray_envs.models import Definition, EnvId, EnvSpec, validated
-from ray_envs.settings import Settings
+from ray_envs.settings import Settings, cut_off
 
 #: How many variants `sync` works on at once; their builds are bounded elsewhere.
 _AT_ONCE = 8
@@ -92,6 +92,11 @@ def create(
 
     given = {name: value for name, value in options.items() if value}
     given |= {"packages": packages, "env_vars": _pairs(variables)}
+    if options["exclude_newer"] is not None:
+        try:
+            cut_off(options["exclude_newer"])
+        except ValueError as exc:
+            raise InvalidInput(str(exc), where="--exclude-newer") from None
     spec = validated(EnvSpec, given, where="ray-envs create")
     name = str(EnvId.parse(variant))
     definition = read_definition(spec, Path.cwd())
@@ -392,7 +397,7 @@ def delete(variant: str, force: bool, dry_run: bool, as_json: bool) -> None:
         else:
             patiently(lambda: provider.delete(name, force=force))
     if as_json:
-        put_json({"variant_id": name, "deleted": not dry_run, "dry_run": dry_run})
+        put_json({"variant_id": name, "deleted": not dry_run})
     else:
         say(f"variant {name} {'could be' if dry_run else 'is'} forgotten")
 

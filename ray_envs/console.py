@@ -246,11 +246,24 @@ def address(variant: str) -> str:
 
 @contextlib.contextmanager
 def opened() -> Iterator[RayEnvironmentProvider]:
-    """A provider of this machine's root: through its manager where one lives, else without Ray."""
-    from ray_envs.provider import RayEnvironmentProvider
+    """A provider of this machine's root: through its manager where one lives, else without Ray.
 
-    with RayEnvironmentProvider.without_cluster(Settings.from_environment()) as provider:
-        yield provider
+    Ctrl-C undoes what is done in this process. A manager's actor goes on: that is said.
+    """
+    from ray_envs.provider import RayEnvironmentProvider
+    from ray_envs.registry import Registry
+
+    settings = Settings.from_environment()
+    has_manager = Registry(settings).manager_address() is not None
+    with RayEnvironmentProvider.without_cluster(settings) as provider:
+        try:
+            yield provider
+        except KeyboardInterrupt:
+            if has_manager:
+                raise KeyboardInterrupt(
+                    "interrupted; the manager of this root may go on: see `ray-envs operations`"
+                ) from None
+            raise
 
 
 def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:

@@ -25,11 +25,24 @@ from typing import Any
 END = "the answer"
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_KEY = re.compile(r"\b[0-9a-f]{32}\b")
-#: What is written or deleted in great numbers: one name for all of it.
-_MANY = re.compile(r"^(trash/\*|uv-cache/\.ray_envs-forgotten-\*|uv-cache/(wheels|sdists)-v\d+)/.*")
-#: Not the state of anything: locks, who has them, and what SQLite does below its statements.
-_NO_STATE = re.compile(r"(\.lock|\.holder|history\.db.*)$")
+#: What differs each time, and what stands for it in the name of a step.
+_NAMES = tuple(
+    (re.compile(pattern), shown)
+    for pattern, shown in (
+        (r"^(scratch|trash)/[^/]+", r"\1/*"),
+        (r"(\.ray_envs-(?:forgotten|mend)-)[0-9a-f]{32}", r"\1*"),
+        (r"\b[0-9a-f]{32}\b", "KEY"),
+        (r"^envs/default_", "envs/"),
+        (r"/lib/python[^/]+/site-packages/", "/lib/"),
+        (r"\.cpython-\d+\.pyc", ".pyc"),
+        (r"\.pyc\.\d+$", ".pyc.*"),
+        # Many changes that are one step, of which the first counts.
+        (r"^(trash/\*|uv-cache/(?:wheels|sdists)-v\d+|envs/[^/]+/\.venv)/.*", r"\1/…"),
+    )
+)
+#: Not the state of anything: locks, who has them, and what SQLite does below its statements; and
+#: the new files of write_atomically, which are seen when they are renamed.
+_NO_STATE = re.compile(r"(^|/)(?!uv\.lock$)([^/]*\.(lock|holder)|history\.db[^/]*|\..+\.\w{8})$")
 
 
 class Steps:
@@ -38,17 +51,21 @@ class Steps:
     def __init__(self, root: str, last: str, log: int) -> None:
         self._root, self._last, self._log = root + "/", last, log
         self._count: Counter[str] = Counter()
+        self.has_begun = False
 
     def at(self, name: str) -> None:
+        if not self.has_begun:
+            return
         self._count[name] += 1
-        if self._count[name] > 1:
-            name = f"{name} #{self._count[name]}"
-        os.write(self._log, f"{name}\n".encode())
-        if name == self._last:
+        count = self._count[name]
+        numbered = name if count == 1 else f"{name} #{count}"
+        if count == 1 or "…" not in name:
+            os.write(self._log, f"{numbered}\n".encode())
+        if numbered == self._last:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self) -> None:
-        """Name the steps of this process from now on; there is no way back."""
+        """Hear of the changes that this process makes; there is no way back."""
         sys.addaudithook(self._hear)
         steps, connect = self, sqlite3.connect
 
@@ -63,35 +80,26 @@ class Steps:
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[0], str | bytes) and args[2] & _WRITES:
-            if not os.path.exists(args[0]):
-                self._step("make", args[0], -1)
+            self._step("make", args[0], -1, is_new=True)
         elif event in ("os.rename", "os.link", "os.symlink"):
             self._step(event[3:], args[1], args[-1])
-        elif event in ("os.mkdir", "os.rmdir", "os.remove"):
-            self._step(event[3:], args[0], args[-1])
+        elif event == "os.mkdir":
+            self._step("mkdir", args[0], args[-1], is_new=True)
+        elif event in ("os.rmdir", "os.remove"):
+            self._step(event[3:], args[0], args[-1], is_new=False)
 
-    def _step(self, what: str, path: Any, folder: Any) -> None:
+    def _step(self, what: str, path: Any, folder: Any, *, is_new: bool | None = None) -> None:
+        """A step, unless it will fail: what `is_new` is not there yet, what is not is."""
         text = os.fsdecode(path)
         if isinstance(folder, int) and folder >= 0:
             text = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), text)
-        if text.startswith(self._root):
-            name = _shown(text.removeprefix(self._root))
-            if name:
-                self.at(f"{what} {name}")
-
-
-def _shown(path: str) -> str:
-    """`path` without what differs each time; empty where it says nothing about the state."""
-    folder, _, name = path.rpartition("/")
-    if re.fullmatch(r"\..+\.[a-z0-9_]{8}", name):  # of write_atomically: seen when it is renamed
-        return ""
-    path = re.sub(r"\d+-[0-9a-f]{32}|-[0-9a-f]{32}$|-[0-9a-f]{32}(?=/)", "*", path)
-    path = re.sub(r"(forgotten-|mend-)[0-9a-f]{32}", r"\1*", path)
-    path = re.sub(r"^trash/[0-9a-f]{32}\*", "trash/*", path)
-    path = _MANY.sub(r"\1/…", path)
-    path = _KEY.sub("KEY", path).replace("/default_", "/")
-    path = re.sub(r"/lib/python[^/]+/site-packages/", "/…/", path)
-    return "" if _NO_STATE.search(path) else path
+        if not text.startswith(self._root) or is_new == os.path.lexists(text):
+            return
+        name = text.removeprefix(self._root)
+        if os.path.isdir(os.path.dirname(text)) and not _NO_STATE.search(name):
+            for pattern, shown in _NAMES:
+                name = pattern.sub(shown, name)
+            self.at(f"{what} {name}")
 
 
 def _statement(sql: str, values: Any) -> str:
@@ -114,11 +122,12 @@ def perform(job: dict[str, Any]) -> None:
         builder.uv.find_uv_bin = lambda: job["uv"]
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     steps = Steps(job["settings"]["RAY_ENVS_ROOT"], job["last"], log)
+    steps.watch()
 
     async def main() -> None:
         manager = EnvManager(settings=job["settings"], nodes=LocalNodes(NodeAgent))
-        await manager.describe()  # from here on there are only the steps of the verb
-        steps.watch()
+        await manager.describe()
+        steps.has_begun = True  # from here on there are only the steps of the verb
         await getattr(manager, job["verb"])(**job["arguments"])
         steps.at(END)
         await manager.stop()

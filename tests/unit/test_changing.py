@@ -1,4 +1,4 @@
-"""From one definition to the next: packages come and go, whatever their spelling, and text stays."""
+"""From one definition to the next: packages come and go in any spelling, and text stays."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_last_requirement_of_a_name_is_the_only_one(
 
 def test_a_bare_name_leaves_the_requirement_that_is_there() -> None:
     definition = defined("six>=1.16", pyproject=PROJECT)
-    assert added(definition, "SIX", "I.d.n.a".replace(".", "")) == definition
+    assert added(definition, "SIX", "iDNA") == definition
 
 
 def test_a_requirements_text_is_taken_like_a_list() -> None:
@@ -139,7 +139,7 @@ def test_a_requirements_text_is_taken_like_a_list() -> None:
 def test_a_requirement_takes_the_place_of_the_project_s_own_and_the_comments_of_others_stay() -> (
     None
 ):
-    changed = added(defined(pyproject=PROJECT), "s_i_x".replace("_", "") + "==1.17.0")
+    changed = added(defined(pyproject=PROJECT), "sIX==1.17.0")
     assert changed == Definition(
         packages=("six==1.17.0",), pyproject=PROJECT.replace('    "Six>=1.16",  # old\n', "")
     )
@@ -251,7 +251,7 @@ def test_an_upgrade_names_what_may_move_and_keeps_what_is_declared() -> None:
 def test_an_upgrade_with_a_version_takes_the_place_of_what_is_declared() -> None:
     definition, names = changing.upgraded(
         defined("attrs", pyproject=PROJECT),
-        "Six>=1.17, # no requirement\n".replace(", ", " ") + "attrs",
+        "Six>=1.17  # the new one\nattrs",
         {"six": "1.16", "attrs": "1"},
         where="update",
     )
