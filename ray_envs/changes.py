@@ -212,7 +212,11 @@ class Changes:
             if record is not None and not force:
                 await self._refuse_used(record, job_id)
             if dry_run:
-                return {**answer, "would_delete": True}
+                return {
+                    **answer,
+                    "would_delete": True,
+                    "status": self._reconciler.status(name)["status"],
+                }
             change.begin(generation=None)
             self._reconciler.changing[name] = "delete"
             try:
@@ -334,7 +338,7 @@ class Changes:
         try:
             await self._reconciler.until_final(generation, wait_s, variant_id=name)
             self._reconciler.raise_failure(generation, variant_id=name)
-        except RayEnvsError:
+        except BaseException:  # also where the caller has gone
             if before is None:
                 self._registry.delete(env_id)
                 self._reconciler.forget(env_id)

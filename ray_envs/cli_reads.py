@@ -7,7 +7,6 @@ to write goes through a manager; what changes variants is `cli_variants`, next d
 from __future__ import annotations
 
 import gc
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.models import Status
 
 if TYPE_CHECKING:
-    from ray_envs.models import Generation, VariantRecord
+    from ray_envs.models import VariantRecord
     from ray_envs.registry import Registry
     from ray_envs.store import Store
 
@@ -138,23 +137,15 @@ def deps(variant: str, as_json: bool) -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    from ray_envs import resolving
+    from ray_envs import exports
 
     registry, _ = disk()
     record = found(registry, variant)
-    pyproject, _lock = registry.lock_text(record.env_id, record.current.number)
-    declared = list(resolving.declared(pyproject))
-    locked = dict(sorted(record.current.packages.items()))
+    told = exports.deps(registry, record)
     if as_json:
-        put_json(
-            {
-                "variant_id": str(record.env_id),
-                "generation": record.current.number,
-                "dependencies": declared,
-                "locked_versions": locked,
-            }
-        )
+        put_json(told)
         return
+    declared, locked = told["dependencies"], told["locked_versions"]
     asked: dict[str, list[str]] = {}
     for line in declared:
         asked.setdefault(str(canonicalize_name(Requirement(line).name)), []).append(line)
@@ -177,35 +168,15 @@ def generations(variant: str, as_json: bool) -> None:
     \b
     Example: ray-envs generations old
     """
-    from ray_envs import changing
+    from ray_envs import exports
 
     registry, store = disk()
     record = found(registry, variant)
-    rows: list[dict[str, Any]] = []
-    before: dict[str, str] = {}
-    for number in record.numbers:
-        row: dict[str, Any] = {
-            "generation": number,
-            "is_current": number == record.current.number,
-            "error": None,
-        }
-        rows.append(row)
-        try:
-            made = registry.generation(record.env_id, number)
-        except StorageFailed as exc:  # the others are not concerned
-            row["error"] = exc.to_dict()
-            continue
-        row |= {
-            "made_by": made.made_by,
-            "key": made.key,
-            "lock_sha256": made.lock_sha256,
-            "created_at": made.created_at.isoformat(),
-            "python_version": made.target.python,
-            "ray_version": made.target.ray,
-            "is_ready": store.record(made.key) is not None,
-            "diff": changing.diff(before, made.packages),
-        }
-        before = made.packages
+    rows = exports.generations(
+        registry,
+        record,
+        facts=lambda made: {"is_ready": store.record(made.key) is not None},
+    )
     if as_json:
         put_rows(rows)
         return
@@ -242,38 +213,17 @@ def diff(variant: str, from_: int, to: int | None, as_json: bool) -> None:
     \b
     Example: ray-envs diff old 1 3
     """
-    from ray_envs import changing
+    from ray_envs import exports
 
     registry, _ = disk()
     record = found(registry, variant)
-    one = _generation(registry, record, from_)
-    other = _generation(registry, record, to)
-    differs = changing.diff(one.packages, other.packages)
+    told = exports.difference(registry, record, from_, to)
     if as_json:
-        name = str(record.env_id)
-        put_json({"variant_id": name, "from": one.number, "to": other.number, "diff": differs})
+        put_json(told)
         return
-    put_diff(differs)
-    if not any(differs.values()):
-        say(f"generations {one.number} and {other.number} have the same packages")
-
-
-def _generation(registry: Registry, record: VariantRecord, number: int | None) -> Generation:
-    """One generation of a variant; without a number, the current one.
-
-    Raises:
-        InvalidInput: there is none of that number.
-        StorageFailed: it cannot be read.
-    """
-    if number is None:
-        return record.current
-    if number not in record.numbers:
-        known = ", ".join(map(str, record.numbers))
-        raise InvalidInput(
-            f"variant {record.env_id} has no generation {number}",
-            hint=f"its generations: {known}",
-        )
-    return registry.generation(record.env_id, number)
+    put_diff(told["diff"])
+    if not any(told["diff"].values()):
+        say(f"generations {told['from']} and {told['to']} have the same packages")
 
 
 # -- export --------------------------------------------------------------------------------------
@@ -308,11 +258,13 @@ def export(
     \b
     Example: ray-envs export old --to exported && ray-envs import copy exported
     """
+    from ray_envs import exports
+
     registry, _ = disk()
     record = found(registry, variant)
-    made = _generation(registry, record, generation)
+    made = exports.generation(registry, record, generation)
     if form == "project":
-        files = _project(registry, record, made)
+        files = exports.project_files(registry, record, made)
         folder = folder or Path(record.env_id.node_id)
     else:
         name = str(record.env_id)
@@ -337,17 +289,6 @@ def export(
     else:
         for name in files:
             put(str(folder / name))
-
-
-def _project(registry: Registry, record: VariantRecord, made: Generation) -> dict[str, str]:
-    """The texts that `ray-envs import` reads back to the same generation."""
-    pyproject, uv_lock = registry.lock_text(record.env_id, made.number)
-    options = made.definition.model_dump(mode="json", exclude=_IN_PROJECT, exclude_defaults=True)
-    return {
-        "pyproject.toml": pyproject,
-        "uv.lock": uv_lock,
-        "options.json": json.dumps(options, indent=1, sort_keys=True) + "\n",
-    }
 
 
 def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:

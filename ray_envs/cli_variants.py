@@ -88,7 +88,6 @@ def create(
     \b
     Example: ray-envs create old 'scikit-learn==1.7.*'
     """
-    from ray_envs.inputs import read_definition
 
     given = {name: value for name, value in options.items() if value}
     given |= {"packages": packages, "env_vars": _pairs(variables)}
@@ -99,13 +98,12 @@ def create(
             raise InvalidInput(str(exc), where="--exclude-newer") from None
     spec = validated(EnvSpec, given, where="ray-envs create")
     name = str(EnvId.parse(variant))
-    definition = read_definition(spec, Path.cwd())
     wait_s = Settings.from_environment().prepare_timeout_s
     with opened() as provider:
         if dry_run:
-            verb = {"replace": replace, "dry_run": True}
-            given = definition.model_dump(mode="json", exclude_defaults=True)
-            answer = patiently(lambda: provider._change("create_env", name, spec=given, **verb))
+            answer = patiently(
+                lambda: provider.create(name, spec, replace=replace, base=Path.cwd(), dry_run=True)
+            )
         else:
             answer = watched(
                 provider,
@@ -392,10 +390,7 @@ def delete(variant: str, force: bool, dry_run: bool, as_json: bool) -> None:
     except StorageFailed:  # damaged: forgetting it is what helps
         name = str(EnvId.parse(variant))
     with opened() as provider:
-        if dry_run:
-            patiently(lambda: provider._change("delete_env", name, force=force, dry_run=True))
-        else:
-            patiently(lambda: provider.delete(name, force=force))
+        patiently(lambda: provider.delete(name, force=force, dry_run=dry_run))
     if as_json:
         put_json({"variant_id": name, "deleted": not dry_run})
     else:

@@ -164,7 +164,7 @@ class Collector:
             except RayEnvsError as exc:
                 stayed.append(_kept(verdict, exc.message))
                 continue
-            node.states.pop(key, None)
+            self._reconciler.fleet.forget_state(node, key)
             gone.append({**verdict.model_dump(mode="json"), "freed_bytes": int(freed)})
             change.say(
                 EventKind.COLLECTED,

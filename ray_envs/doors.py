@@ -10,6 +10,7 @@ import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from ray_envs import cluster
@@ -43,19 +44,25 @@ class RayDoor:
     def __init__(self, handle: Any, *, on_close: Callable[[], None] | None = None) -> None:
         self._handle = handle
         self._on_close = on_close
+        #: What was asked and not answered yet.
+        self._asked: set[Any] = set()
 
     def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
         import ray
 
         deadline = time.monotonic() + min(within_s, _RESTART_S)
         while True:
+            asked = getattr(self._handle, verb).remote(**arguments)
+            self._asked.add(asked)
             try:
-                return ray.get(getattr(self._handle, verb).remote(**arguments), timeout=within_s)
+                return ray.get(asked, timeout=within_s)
             except Exception as exc:
                 error = cluster.unwrapped(exc)
                 # A killed manager restarts by itself, and every verb may be said twice.
                 if not isinstance(error, ManagerUnavailable) or time.monotonic() >= deadline:
                     raise error from exc
+            finally:
+                self._asked.discard(asked)
             time.sleep(_AGAIN_S)
 
     def job_id(self) -> str | None:
@@ -64,6 +71,11 @@ class RayDoor:
         return str(ray.get_runtime_context().get_job_id())
 
     def close(self) -> None:
+        import ray
+
+        for asked in list(self._asked):  # by threads that nobody waits for: the change is undone
+            with suppress(Exception):
+                ray.cancel(asked)
         if self._on_close is not None:
             self._on_close()
             self._on_close = None

@@ -140,6 +140,7 @@ class Fleet:
     def lose(self, node: Node) -> None:
         """Forget what an agent told that does not answer; the next look meets it again."""
         watcher, node.watcher, node.states = node.watcher, None, {}
+        self.version += 1
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
         self.wake_up.set()
@@ -160,12 +161,20 @@ class Fleet:
             self.lose(node)
             await self.announce()
 
+    def forget_state(self, node: Node, key: str) -> None:
+        """Stop believing what a node's agent told of `key`: its disk has changed."""
+        node.states.pop(key, None)
+        self.version += 1
+
     async def look_at_disks(self) -> None:
         """Ask every agent what its disk has now: whoever asks may start a worker there at once."""
 
         async def look(node: Node) -> None:
             with suppress(Exception):  # a dead agent is the watcher's business
-                node.states = _states((await node.call("watch", seen=-1, timeout_s=0))["states"])
+                states = _states((await node.call("watch", seen=-1, timeout_s=0))["states"])
+                if states != node.states:
+                    node.states = states
+                    self.version += 1
 
         await asyncio.gather(*(look(node) for node in self.nodes.values() if node.error is None))
 

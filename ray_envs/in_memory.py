@@ -50,6 +50,7 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
         *,
         replace: bool,
         wait_s: float,  # noqa: ARG002 - nothing takes time here
+        dry_run: bool,
     ) -> Any:
         name = str(env_id)
         packages = resolving.requirement_lines(definition.packages, where=f"variant {name}")
@@ -67,8 +68,9 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
                     variant_id=name,
                     hint="give replace=True for a new generation, or another id",
                 )
-            self._defined_envs[name] = (env_id, definition, before[2] + 1 if before else 1)
-        return self._status(name)
+            if not dry_run:
+                self._defined_envs[name] = (env_id, definition, before[2] + 1 if before else 1)
+        return {**self._status(name), "dry_run": dry_run}
 
     def _status(self, name: str) -> dict[str, Any]:
         if name not in self._defined_envs:
@@ -118,6 +120,16 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
             "ready_nodes": ["local"],
         }
 
-    def _delete(self, env_id: EnvId, *, force: bool) -> None:  # noqa: ARG002 - nobody holds any
+    def _delete(
+        self,
+        env_id: EnvId,
+        *,
+        force: bool,  # noqa: ARG002 - nobody holds anything here
+        dry_run: bool,
+    ) -> dict[str, Any]:
+        name = str(env_id)
         with self._guard:
-            self._defined_envs.pop(str(env_id), None)
+            is_there = name in self._defined_envs
+            if not dry_run:
+                self._defined_envs.pop(name, None)
+        return {"variant_id": name, "deleted": is_there and not dry_run, "dry_run": dry_run}

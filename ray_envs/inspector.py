@@ -14,7 +14,7 @@ from ray_envs.collector import Collector
 from ray_envs.errors import ManagerUnavailable, RayEnvsError, StorageFailed, from_dict
 from ray_envs.events import EventKind
 from ray_envs.leases import Leases
-from ray_envs.models import Definition, EnvId, Target, VariantRecord
+from ray_envs.models import Definition, EnvId, Phase, Target, VariantRecord
 from ray_envs.operations import Operations
 from ray_envs.reconciler import Reconciler
 from ray_envs.registry import Registry
@@ -161,8 +161,8 @@ class Inspector:
             except RayEnvsError as exc:  # its lock cannot be read: the others can
                 rows = [{**_row(""), "error": exc.to_dict()}]
             environments += [{"variant_id": name, "key": key, **row} for row in rows]
-            if any(row["is_discarded"] for row in rows):
-                self._reconciler.want([key])
+            if repair and any(row["is_discarded"] or not row["is_ready"] for row in rows):
+                await self._rebuilt(name, record, rows)
         history = self._operations.history.problem
         probes = [probe for each in nodes.values() for probe in each["probes"]]
         return {
@@ -170,12 +170,25 @@ class Inspector:
             and not history
             and all(probe["ok"] for probe in probes)
             and not any(each["error"] for each in nodes.values())
+            and all(row["is_ready"] for row in environments)
             and not any(row["left"] or row["error"] for row in environments),
             "nodes": nodes,
             "environments": environments,
             "definitions": [error.to_dict() for error in damaged],
             "history": history or "ok",
         }
+
+    async def _rebuilt(self, name: str, record: VariantRecord, rows: Rows) -> None:
+        """Build what is missing or was given up, and say in `rows` how that went."""
+        self._reconciler.want([record.current.key])
+        await self._reconciler.fleet.look_at_disks()
+        limit_s = self._settings.prepare_timeout_s
+        await self._reconciler.until_final(record.current, limit_s, variant_id=name)
+        states = self._reconciler.states(record.current)
+        for row in rows:
+            state = states.get(row["node_id"])
+            row["is_ready"] = state is not None and state.phase is Phase.READY
+            row["error"] = row["error"] or (state.error if state else None)
 
     async def _probes(self) -> dict[str, Any]:
         bare = resolving.project_text(Definition(), self._target)
@@ -206,7 +219,7 @@ class Inspector:
             except RayEnvsError as exc:
                 row["error"] = exc.to_dict()
             if row["is_discarded"]:
-                node.states.pop(key, None)
+                self._reconciler.fleet.forget_state(node, key)
             self._tell(record, row, repair=repair)
             rows.append(row)
         return rows

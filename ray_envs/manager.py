@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from ray_envs import placement
+from ray_envs import exports, placement
 from ray_envs.agent import NodeAgent
 from ray_envs.builder import this_platform, this_target
 from ray_envs.changes import Changes
@@ -27,11 +27,11 @@ from ray_envs.cluster import NAMESPACE, NodeInfo, Nodes, RayNodes, create_manage
 from ray_envs.collector import Collector
 from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed
 from ray_envs.events import EventKind, OperationStatus
-from ray_envs.exports import Exports
 from ray_envs.inspector import Inspector
 from ray_envs.leases import Leases
 from ray_envs.models import (
     EnvId,
+    Generation,
     NodeEnvState,
     Phase,
     VariantRecord,
@@ -48,9 +48,13 @@ _FOR_PROGRAMS = (
     "variant_id", "workflow_id", "node_id", "version_id", "status", "key", "generation",
     "lock_sha256", "env_path", "venv_path", "python_path", "python_version", "ray_version", "error",
 )  # fmt: skip
+#: What uv makes of a lock, and the file that holds it.
+_CONVERTED = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
 #: How long one long-poll for events lasts at most.
 _MAX_POLL_S = 60.0
 _HISTORY_S = 3600.0
+#: Up to how many variants of one environment are told each that it is ready.
+_TOLD_EACH = 20
 
 Rows = list[dict[str, Any]]
 Answer = dict[str, Any]
@@ -126,7 +130,6 @@ class EnvManager:
             self._operations,
             users=self._inspector.users,
         )
-        self._exports = Exports(self._registry, self._reconciler)
         #: The keys and variables with which an interpreter has been seen to start.
         self._started: set[tuple[str, str]] = set()
         #: Verbs that run, by what was asked.
@@ -207,15 +210,23 @@ class EnvManager:
 
     async def list_deps(self, *, variant_id: str) -> Answer:
         """What a variant declares, and the versions that are locked."""
-        return self._exports.deps(await self._defined(variant_id))
+        return exports.deps(self._registry, await self._defined(variant_id))
 
     async def list_generations(self, *, variant_id: str) -> Rows:
         """Every generation of a variant, oldest first, with what it changed."""
-        return self._exports.generations(await self._defined(variant_id))
+
+        def facts(made: Generation) -> Answer:
+            return {
+                "fits_cluster": not self._reconciler.is_stale(made),
+                "is_ready": self._reconciler.is_ready(made),
+            }
+
+        record = await self._defined(variant_id)
+        return exports.generations(self._registry, record, facts=facts)
 
     async def diff_env(self, *, variant_id: str, from_: int, to: int | None = None) -> Answer:
         """The packages that differ between two generations; `to` is the current one by default."""
-        return self._exports.diff(await self._defined(variant_id), from_, to)
+        return exports.difference(self._registry, await self._defined(variant_id), from_, to)
 
     async def export_env(
         self, *, variant_id: str, format: str = "project", generation: int | None = None
@@ -230,7 +241,31 @@ class EnvManager:
             NotFound: the variant is not defined.
             InvalidInput: it has no such generation, or the format is unknown.
         """
-        return await self._exports.export(await self._defined(variant_id), format, generation)
+        record = await self._defined(variant_id)
+        made = exports.generation(self._registry, record, generation)
+        if format == "project":
+            files = exports.project_files(self._registry, record, made)
+        elif format in _CONVERTED:
+            pyproject, uv_lock = self._registry.lock_text(record.env_id, made.number)
+            text = await self._reconciler.fleet.head().call(
+                "export",
+                pyproject=pyproject,
+                uv_lock=uv_lock,
+                extras=list(made.definition.extras),
+                groups=list(made.definition.groups),
+                format=format,
+            )
+            files = {_CONVERTED[format]: text}
+        else:
+            hint = nearest_hint(format, ["project", *_CONVERTED])
+            raise InvalidInput(f"unknown format {format!r}", hint=hint)
+        return {
+            "variant_id": str(record.env_id),
+            "generation": made.number,
+            "key": made.key,
+            "lock_sha256": made.lock_sha256,
+            "files": files,
+        }
 
     async def explain(self, *, variant_id: str) -> Answer:
         """Why a variant is as it is: each node and its reason, who uses it, what gc would do."""
@@ -678,15 +713,19 @@ class EnvManager:
 
     def _say_final(self, info: NodeInfo, state: NodeEnvState) -> None:
         is_ready = state.phase is Phase.READY
-        self._operations.say(
-            EventKind.PREPARED if is_ready else EventKind.PREPARATION_FAILED,
-            key=state.key,
-            node_id=info.node_id,
-            how=state.how,
-            duration_s=state.duration_s,
-            error=state.error,
-            variants=self._reconciler.sharing(state.key)[:20],
-        )
+        names = self._reconciler.sharing(state.key)
+        # One for each variant that has it, so that whoever follows a variant hears of it; of
+        # hundreds that share an environment, one event tells enough.
+        for name in names if len(names) <= _TOLD_EACH else [None]:
+            self._operations.say(
+                EventKind.PREPARED if is_ready else EventKind.PREPARATION_FAILED,
+                variant_id=name,
+                key=state.key,
+                node_id=info.node_id,
+                how=state.how,
+                duration_s=state.duration_s,
+                error=state.error,
+            )
 
 
 def _name(variant_id: str) -> str:

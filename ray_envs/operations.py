@@ -209,10 +209,12 @@ class Operations:
             yield
         except BaseException as exc:
             if change.has_begun and change.row.status is OperationStatus.RUNNING:
-                if not isinstance(exc, RayEnvsError):
-                    change.fail(RayEnvsError(f"{type(exc).__name__}: {exc}"))
-                else:
+                if isinstance(exc, RayEnvsError):
                     change.fail(exc)
+                elif isinstance(exc, asyncio.CancelledError):
+                    change.fail(RayEnvsError("interrupted: nobody waits for it any more"))
+                else:
+                    change.fail(RayEnvsError(f"{type(exc).__name__}: {exc}"))
             raise
         finally:
             await lock.__aexit__(None, None, None)

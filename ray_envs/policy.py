@@ -151,6 +151,15 @@ def check_definition(definition: Definition, settings: Settings, *, where: str) 
     project = _toml(definition.pyproject or "", where=_place(where, "pyproject.toml"))
     _check_project(project, settings, where=_place(where, "pyproject.toml"))
     changed: dict[str, Any] = {"only_binary": definition.only_binary or settings.only_binary}
+    if definition.exclude_newer is not None:
+        try:
+            cut_off(definition.exclude_newer)
+        except ValueError as exc:
+            raise InvalidInput(
+                str(exc),
+                where=_place(where, "exclude_newer"),
+                hint="write it like 2026-01-31 or 2026-01-31T12:00:00Z",
+            ) from None
     if settings.exclude_newer is not None:
         limit = settings.exclude_newer
         if definition.exclude_newer is not None:

@@ -76,7 +76,7 @@ class EnvironmentProvider(ABC):
 
     @abstractmethod
     def _create(
-        self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float
+        self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float, dry_run: bool
     ) -> Any:
         """Define a variant; returns its status."""
 
@@ -93,7 +93,7 @@ class EnvironmentProvider(ABC):
         """See `EnvManager.get_environment`."""
 
     @abstractmethod
-    def _delete(self, env_id: EnvId, *, force: bool) -> None:
+    def _delete(self, env_id: EnvId, *, force: bool, dry_run: bool) -> dict[str, Any]:
         """Forget a variant; without `force`, only where nobody uses it."""
 
     @abstractmethod
@@ -114,6 +114,7 @@ class EnvironmentProvider(ABC):
         replace: bool = True,
         base: Path | None = None,
         wait_s: float = 0,
+        dry_run: bool = False,
     ) -> dict[str, Any]:
         """Define a variant: validate it, lock it, and want it on every node. Returns its status.
 
@@ -127,6 +128,7 @@ class EnvironmentProvider(ABC):
             base: the folder that paths in the spec are relative to; by default the cwd.
             wait_s: how long to wait until it is ready, in seconds. If the build fails within that
                 time, this raises, and the definition is again what it was before.
+            dry_run: only say what would be done.
 
         Raises:
             InvalidId, InvalidInput, InvalidPackages: the input cannot be accepted.
@@ -136,7 +138,9 @@ class EnvironmentProvider(ABC):
         """
         env_id = EnvId.parse(variant_id)
         definition = self._defined(spec, base=base, where=f"variant {variant_id}")
-        status: dict[str, Any] = self._create(env_id, definition, replace=replace, wait_s=wait_s)
+        status: dict[str, Any] = self._create(
+            env_id, definition, replace=replace, wait_s=wait_s, dry_run=dry_run
+        )
         return status
 
     def prepare(
@@ -231,17 +235,23 @@ class EnvironmentProvider(ABC):
         env_id = self._id(variant_id)
         return self._statuses([env_id], want=False)[str(env_id)]
 
-    def delete(self, variant_id: str, *, force: bool = False) -> None:
+    def delete(
+        self, variant_id: str, *, force: bool = False, dry_run: bool = False
+    ) -> dict[str, Any]:
         """Forget a variant. Its environment goes when nobody wants or holds it any more.
 
         Args:
             variant_id: the variant; nothing happens where it is not defined.
             force: also while somebody uses it: what he runs in stays until he has ended.
+            dry_run: only say whether it would be deleted.
+
+        Returns:
+            `variant_id` and `deleted`; with `dry_run`, `would_delete`.
 
         Raises:
             EnvironmentInUse: somebody uses it; `detail` lists who.
         """
-        self._delete(self._id(variant_id), force=force)
+        return self._delete(self._id(variant_id), force=force, dry_run=dry_run)
 
     def _prepare_timeout_s(self) -> float:
         return Settings().prepare_timeout_s
@@ -280,7 +290,11 @@ class EnvironmentProvider(ABC):
             self._refused.discard(variant_id)
             try:
                 status = self._create(
-                    env_id, definition, replace=True, wait_s=self._prepare_timeout_s()
+                    env_id,
+                    definition,
+                    replace=True,
+                    wait_s=self._prepare_timeout_s(),
+                    dry_run=False,
                 )
             except RayEnvsError as exc:
                 if not exc.retryable:  # surely not created
@@ -385,7 +399,7 @@ class EnvironmentProvider(ABC):
     def _release(self, env_id: EnvId, *, but: str = "") -> None:
         """Delete a definition, unless another id of our callers (than `but`) stands for it."""
         if not any(other == env_id for name, other in self._ids.items() if name != but):
-            self._delete(env_id, force=True)
+            self._delete(env_id, force=True, dry_run=False)
 
     def _config_id(self, variant_id: str, ids: Mapping[str, str | None]) -> EnvId:
         if ids["node_id"] is None:
@@ -520,7 +534,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         return list(self._door.call("list_envs"))
 
     def _create(
-        self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float
+        self, env_id: EnvId, definition: Definition, *, replace: bool, wait_s: float, dry_run: bool
     ) -> Any:
         return self._door.call(
             "create_env",
@@ -529,6 +543,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
             spec=definition.model_dump(mode="json", exclude_defaults=True),
             replace=replace,
             wait_s=wait_s,
+            dry_run=dry_run,
         )
 
     def _statuses(self, ids: Iterable[EnvId], *, want: bool) -> Statuses:
@@ -553,14 +568,16 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         job_id = self._door.job_id()
         return dict(self._door.call("get_environment", variant_id=str(env_id), job_id=job_id))
 
-    def _delete(self, env_id: EnvId, *, force: bool) -> None:
-        self._door.call(
+    def _delete(self, env_id: EnvId, *, force: bool, dry_run: bool) -> dict[str, Any]:
+        answer: dict[str, Any] = self._door.call(
             "delete_env",
             within_s=self._settings.lock_timeout_s + VERB_TIMEOUT_S,
             variant_id=str(env_id),
             force=force,
             job_id=self._door.job_id(),
+            dry_run=dry_run,
         )
+        return answer
 
     def _call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
         return self._door.call(verb, within_s=within_s, **arguments)

@@ -386,31 +386,36 @@ class Reconciler:
         await self.fleet.look_at_nodes()
         if not self.wishes:
             return
-        wanted: dict[str, tuple[EnvId, Generation]] = {}
-        names: dict[str, list[str]] = {}
+        #: The generations with each wanted key; any of them has the texts to build it from.
+        wanted: dict[str, list[tuple[EnvId, Generation]]] = {}
         for name, record in self.variants.items():
             for generation in filter(None, (record.current, self.staged.get(name))):
                 if generation.key in self.wishes:
-                    wanted[generation.key] = (record.env_id, generation)
-                    names.setdefault(generation.key, []).append(name)
+                    wanted.setdefault(generation.key, []).append((record.env_id, generation))
         actions = planning.plan(
-            [planning.Wish(key, self.wishes[key], tuple(names[key])) for key in wanted],
+            [
+                planning.Wish(key, self.wishes[key], tuple(str(env_id) for env_id, _ in found))
+                for key, found in wanted.items()
+            ],
             [
                 planning.NodeView(node.info.node_id, node.site, dict(node.states))
                 for node in self.fleet.healthy()
             ],
-            {key: site_name(gen.platform, gen.target) for key, (_, gen) in wanted.items()},
+            {
+                key: site_name(found[0][1].platform, found[0][1].target)
+                for key, found in wanted.items()
+            },
         )
         for action in actions:
-            await self._act(action, *wanted[action.key])
+            await self._act(action, wanted[action.key])
 
-    async def _act(self, action: planning.Build, env_id: EnvId, generation: Generation) -> None:
+    async def _act(self, action: planning.Build, sources: list[tuple[EnvId, Generation]]) -> None:
         node = self.fleet.nodes.get(action.node_id)
         if node is None:  # lost while another one was told
             return
         self.becauses[action.node_id, action.key] = action.because
         try:
-            request = self.request(env_id, generation)
+            request = self._request_of_any(sources)
             state = await node.call("ensure", request=request, attempt=action.attempt)
             node.states[action.key] = NodeEnvState.model_validate(state)
         except ManagerUnavailable:  # the agent is restarting: it is met again, and told again
@@ -420,6 +425,13 @@ class Reconciler:
                 key=action.key, phase=Phase.FAILED, error=exc.to_dict(), attempt=action.attempt
             )
         await self.fleet.announce()
+
+    def _request_of_any(self, sources: list[tuple[EnvId, Generation]]) -> dict[str, Any]:
+        """The request from the first variant whose texts can be read."""
+        for env_id, generation in sources[:-1]:
+            with suppress(StorageFailed):  # the damage of one must not fail the others
+                return self.request(env_id, generation)
+        return self.request(*sources[-1])
 
     def request(self, env_id: EnvId, generation: Generation) -> dict[str, Any]:
         """What a node needs to build a generation, as plain data.

@@ -96,7 +96,7 @@ class Registry:
         except (ValidationError, InvalidId) as exc:
             raise StorageFailed(
                 f"{path} is damaged",
-                detail=str(exc).splitlines()[-1],
+                detail=_reason(exc),
                 hint="restore it, or remove the folder "
                 f"{os.path.dirname(path)} to forget the variant",
             ) from exc
@@ -150,7 +150,7 @@ class Registry:
         except ValidationError as exc:
             raise StorageFailed(
                 f"{path} is damaged",
-                detail=str(exc).splitlines()[-1],
+                detail=_reason(exc),
                 hint="restore it; the other generations are not concerned",
             ) from exc
 
@@ -373,6 +373,15 @@ class Registry:
             with suppress(FileNotFoundError):
                 shutil.rmtree(folder)
         return is_there
+
+
+def _reason(exc: ValidationError | InvalidId) -> str:
+    """What is wrong with a file, in one line."""
+    if isinstance(exc, InvalidId):
+        return exc.message
+    first = exc.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
 def _stamp(folder: str) -> int:

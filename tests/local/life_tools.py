@@ -126,19 +126,24 @@ def definition_files(settings: Settings, variant_id: str) -> dict[str, str]:
     }
 
 
-def tree(settings: Settings) -> dict[str, tuple[int, int, int]]:
-    """Every file of the definitions and environments: its inode, size and time of change.
+def tree(settings: Settings, *keys: str) -> dict[str, tuple[int, int, int]]:
+    """Every file of the definitions, the records, and all files of the environments `keys`.
 
-    Without locks and holds, which are taken and not changed.
+    Each with its inode, size and time of change. Without locks and holds, which are taken and not
+    changed.
     """
     found = {}
-    for name in ("envs", "store", "trash"):
-        for path in (settings.root / name).rglob("*"):
+    store = settings.root / "store"
+    todo = [settings.root / "envs", settings.root / "trash", *(store / key for key in keys)]
+    records = [path / "record.json" for path in store.glob("*") if path.is_dir()]
+    walked = (
+        Path(place, name) for top in todo for place, _, names in os.walk(top) for name in names
+    )
+    for path in (*walked, *(path for path in records if path.exists())):
+        if path.suffix not in (".hold", ".holder", ".lock") or path.name == "uv.lock":
             status = path.lstat()
-            is_lock = path.suffix in (".hold", ".holder", ".lock") and path.name != "uv.lock"
-            if not path.is_dir() and not is_lock:
-                told = (status.st_ino, status.st_size, status.st_mtime_ns)
-                found[str(path.relative_to(settings.root))] = told
+            told = (status.st_ino, status.st_size, status.st_mtime_ns)
+            found[str(path.relative_to(settings.root))] = told
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
 import pytest
 
-from ray_envs import cli, locks
+from ray_envs import cli, cli_run, locks
 from ray_envs import registry as registry_module
 from ray_envs.code import source_sha256
 from ray_envs.display import rendered, results_table
@@ -121,7 +121,7 @@ def results(tmp_path: Path) -> Path:
 def test_results_with_windows_line_ends_are_kept_whole(results: Path) -> None:
     content = line("one") + b"\r\n" + line("two") + b"\r\n"
     results.write_bytes(content)
-    with cli._results_file(results, resume=True) as (_, done):
+    with cli_run._results_file(results, resume=True) as (_, done):
         assert [result.case_id for result in done] == ["one", "two"]
     assert results.read_bytes() == content
 
@@ -130,7 +130,7 @@ def test_a_line_that_was_torn_inside_a_letter_is_cut(results: Path) -> None:
     whole = line("one") + b"\n"
     torn = line("two").partition("é".encode())[0] + "é".encode()[:1]
     results.write_bytes(whole + torn)
-    with cli._results_file(results, resume=True) as (log, done):
+    with cli_run._results_file(results, resume=True) as (log, done):
         assert [result.case_id for result in done] == ["one"]
         log.write(line("three") + b"\n")
     assert results.read_bytes() == whole + line("three") + b"\n"
@@ -141,9 +141,9 @@ def test_a_last_result_without_its_newline_counts_only_if_the_file_keeps_it(
 ) -> None:
     """An editor may leave it so; what is skipped now must be known to the next `--resume` too."""
     results.write_bytes(line("one") + b"\n" + line("two"))
-    with cli._results_file(results, resume=True) as (_, done):
+    with cli_run._results_file(results, resume=True) as (_, done):
         counted = [result.case_id for result in done]
-    with cli._results_file(results, resume=True) as (_, done):
+    with cli_run._results_file(results, resume=True) as (_, done):
         assert [result.case_id for result in done] == counted
 
 
@@ -151,7 +151,7 @@ def test_an_os_error_of_the_run_is_not_renamed_to_one_of_the_results_file(result
     mine = OSError(errno.EIO, "something else")
     with (
         pytest.raises(OSError, match="something else") as caught,
-        cli._results_file(results, resume=False),
+        cli_run._results_file(results, resume=False),
     ):
         raise mine
     assert caught.value is mine
@@ -161,14 +161,14 @@ def test_an_os_error_of_the_run_is_not_renamed_to_one_of_the_results_file(result
 def test_an_interrupted_run_without_results_leaves_no_empty_file(
     results: Path, resume: bool
 ) -> None:
-    with pytest.raises(KeyboardInterrupt), cli._results_file(results, resume=resume):
+    with pytest.raises(KeyboardInterrupt), cli_run._results_file(results, resume=resume):
         raise KeyboardInterrupt
     assert list(results.parent.iterdir()) == []
 
 
 def test_a_device_is_refused_as_results_file_and_stays() -> None:
     null = Path(os.devnull)
-    with pytest.raises(InvalidInput, match="not a file"), cli._results_file(null, resume=False):
+    with pytest.raises(InvalidInput, match="not a file"), cli_run._results_file(null, resume=False):
         pytest.fail("it was accepted")
     assert stat.S_ISCHR(null.stat().st_mode)
 
