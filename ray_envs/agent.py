@@ -229,14 +229,15 @@ class NodeAgent:
                 how=record.how,
                 duration_s=time.monotonic() - started,
             )
-        except RayEnvsError as exc:
-            await self._fail(request.key, attempt, exc)
-        except OSError as exc:
-            await self._fail(request.key, attempt, StorageFailed(f"{exc}"))
         except Exception as exc:
-            await self._fail(request.key, attempt, RayEnvsError(f"{type(exc).__name__}: {exc}"))
+            error: RayEnvsError = RayEnvsError(f"{type(exc).__name__}: {exc}")
+            if isinstance(exc, RayEnvsError):
+                error = exc
+            elif isinstance(exc, OSError):
+                error = StorageFailed(f"{exc}")
+            await self._fail(request.key, attempt, error, started)
         except asyncio.CancelledError:
-            await self._fail(request.key, attempt, UvFailed("the build was stopped"))
+            await self._fail(request.key, attempt, UvFailed("the build was stopped"), started)
             raise
 
     async def _build(self, request: BuildRequest, attempt: int) -> EnvRecord:
@@ -338,9 +339,10 @@ class NodeAgent:
             )
         return exc
 
-    async def _fail(self, key: str, attempt: int, exc: RayEnvsError) -> None:
+    async def _fail(self, key: str, attempt: int, exc: RayEnvsError, started: float) -> None:
         error = exc.about(key=key, node_id=self._node_id).to_dict()
-        await self._tell(key, Phase.FAILED, attempt=attempt, error=error)
+        duration_s = time.monotonic() - started
+        await self._tell(key, Phase.FAILED, attempt=attempt, error=error, duration_s=duration_s)
 
     async def _tell(self, key: str, phase: Phase, **fields: Any) -> None:
         self._states[key] = NodeEnvState(key=key, phase=phase, **fields)

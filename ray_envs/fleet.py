@@ -30,6 +30,8 @@ class Node:
     site: str = ""
     error: dict[str, str] | None = None
     states: dict[str, NodeEnvState] = field(default_factory=dict)
+    #: The last end of each build that was told to whoever listens.
+    told: dict[str, NodeEnvState] = field(default_factory=dict)
     watcher: asyncio.Task[None] | None = None
 
 
@@ -126,6 +128,9 @@ class Fleet:
             node.site = site_name(told["platform"]["name"], target)
             node.error = told["error"]
             node.states = _states(told["states"])
+            known = self.nodes.get(info.node_id)
+            node.told = known.told if known else dict(node.states)  # what ended before us is old
+            self._tell_ends(node)
             if node.error is None:
                 node.watcher = asyncio.create_task(self._watch(node, int(told["version"])))
             self._misses.pop(info.node_id, None)
@@ -152,14 +157,19 @@ class Fleet:
                 told = await node.call("watch", seen=seen, timeout_s=_WATCH_S)
                 if told["version"] != seen:
                     seen = told["version"]
-                    before, node.states = node.states, _states(told["states"])
-                    for key, state in node.states.items():
-                        if state.phase.is_final and state.duration_s and before.get(key) != state:
-                            self._on_final(node.info, state)
+                    node.states = _states(told["states"])
+                    self._tell_ends(node)
                     await self.announce()
         except Exception:  # it has died, and restarts; what its node has is not known till then
             self.lose(node)
             await self.announce()
+
+    def _tell_ends(self, node: Node) -> None:
+        """Tell of each build that has ended since the last time."""
+        for key, state in node.states.items():
+            if state.phase.is_final and state.duration_s and node.told.get(key) != state:
+                node.told[key] = state
+                self._on_final(node.info, state)
 
     def forget_state(self, node: Node, key: str) -> None:
         """Stop believing what a node's agent told of `key`: its disk has changed."""
@@ -175,6 +185,7 @@ class Fleet:
                 if states != node.states:
                     node.states = states
                     self.version += 1
+                    self._tell_ends(node)
 
         await asyncio.gather(*(look(node) for node in self.nodes.values() if node.error is None))
 

@@ -1,4 +1,4 @@
-"""What goes and what stays, on a real disk: nothing that is wanted, used, promised or being made."""
+"""What goes and what stays on a real disk: nothing wanted, used, promised or being made goes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from ray_envs.agent import NodeAgent
 from ray_envs.cluster import LocalNodes
+from ray_envs.errors import UvFailed
 from ray_envs.manager import EnvManager
 from ray_envs.settings import Settings
 from ray_envs.store import Store
@@ -46,7 +47,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterato
     folder = tmp_path_factory.mktemp("collection") / "root"
     with warm_root(folder, warm_cache, keep_generations=2) as settings:
         # Ray stays in uv's cache, whatever else goes.
-        managed(settings, lambda manager: anchored(manager))
+        managed(settings, anchored)
         yield settings
 
 
@@ -120,7 +121,7 @@ def test_what_stays_says_why_what_goes_too_and_a_dry_run_says_the_same(
     expected = {
         keys["anchor"]: "pinned generation 1 of anchor",
         keys["second"]: "kept generation 2 of steps",
-        keys["third"]: "pinned generation 2 of pinned",
+        keys["third"]: "current generation 3 of steps",
         keys["pinned"]: "kept generation 1 of pinned",
         keys["held"]: "a process runs in it",
         keys["leased"]: "leased to job job1",
@@ -310,7 +311,9 @@ def test_what_is_being_built_is_never_collected(shared: Settings, fake_uv: FakeU
 
 
 @pytest.mark.xfail(
-    strict=True, reason="collector._needed leaves out the generations that are staged"
+    strict=True,
+    raises=UvFailed,
+    reason="collector._needed leaves out the generations that are staged",
 )
 def test_a_collection_takes_nothing_from_the_cache_that_a_change_has_just_downloaded(
     shared: Settings, fake_uv: FakeUv
@@ -332,6 +335,10 @@ def test_a_collection_takes_nothing_from_the_cache_that_a_change_has_just_downlo
     assert (told["status"], told["generation"]) == ("ACTIVE", 2)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="collector._discard looks at what is busy and leased again, and not at what is wanted",
+)
 @pytest.mark.parametrize("verb", ["create_env", "rollback_env"])
 def test_what_is_asked_for_between_plan_and_act_stays(shared: Settings, verb: str) -> None:
     store = Store(shared)
@@ -343,8 +350,7 @@ def test_what_is_asked_for_between_plan_and_act_stays(shared: Settings, verb: st
         if verb == "create_env":
             await manager.delete_env(variant_id="asked")
         else:  # beyond the generations that are kept
-            for version in ("1.12.0", "1.13.0"):
-                await manager.update_deps(variant_id="asked", packages=[f"six=={version}"])
+            await manager.remove_deps(variant_id="asked", packages=["six"])
         for path in (store.folder / f"{slow}.hold", store.folder / slow):
             os.utime(path, (1, 1))  # it is the first to go
         position = (await manager.events(since=-1))["next"]
@@ -359,7 +365,8 @@ def test_what_is_asked_for_between_plan_and_act_stays(shared: Settings, verb: st
         collected = by_key(await collecting)
         return slow, asked, told, collected, await until(manager, "asked", "ACTIVE", "CREATING")
 
-    slow, asked, told, collected, status = managed(shared, act)
+    alone = shared.model_copy(update={"keep_generations": 1})
+    slow, asked, told, collected, status = managed(alone, act)
     assert (told["status"], told["key"]) == ("ACTIVE", asked)
     assert collected[slow][0] is True
     assert collected[asked] == (False, "it was asked for meanwhile")

@@ -34,7 +34,7 @@ _ROOM = 64 * 2**20
 WAIT_S = 60
 
 BARE = Definition().model_dump(mode="json")
-SIX = Definition(packages=("six",)).model_dump(mode="json")
+SIX = Definition(packages=("iniconfig", "six")).model_dump(mode="json")
 OLD_SIX = Definition(packages=("six==1.16.0",)).model_dump(mode="json")
 
 Act = Callable[[EnvManager], Awaitable[Any]]
@@ -117,9 +117,12 @@ class Disk:
                 except OSError:
                     size //= 2
         assert shutil.disk_usage(self.folder).free == 0
+        told = os.statvfs(self.folder)  # a file system in memory has inodes of a fixed number, too
+        run("mount", "-o", f"remount,nr_inodes={told.f_files - told.f_ffree}", self.folder)
 
     def empty(self) -> None:
         self._filler.unlink(missing_ok=True)
+        run("mount", "-o", "remount,nr_inodes=1m", self.folder)
 
     def limit(self) -> None:
         """Make the disk as small as what is on it, and a little."""
