@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from ray_envs import changing
-from ray_envs.builder import base_python
 from ray_envs.errors import (
     AlreadyExists,
     EnvironmentInUse,
@@ -24,7 +22,7 @@ from ray_envs.errors import (
 )
 from ray_envs.events import EventKind
 from ray_envs.models import Definition, EnvId, Generation, VariantRecord
-from ray_envs.operations import Change, Operations
+from ray_envs.operations import Change, Operations, write_view
 from ray_envs.reconciler import Reconciler
 from ray_envs.registry import Registry
 from ray_envs.resolver import Resolved, Resolver
@@ -116,6 +114,9 @@ class Changes:
             current = self._reconciler.get(name).current
             await self._reconciler.until_final(current, wait_s, variant_id=name)
             self._reconciler.raise_failure(current, variant_id=name)
+        if not dry_run:
+            current = self._reconciler.get(name).current
+            answer["pyproject_toml"] = self._registry.lock_text(env_id, current.number)[0]
         return {**self._reconciler.status(name), **answer}
 
     async def add(self, env_id: EnvId, packages: Any, *, dry_run: bool) -> Answer:
@@ -235,7 +236,7 @@ class Changes:
         ) as change:
             before = self._existing(env_id)
             if before.is_pinned != is_pinned:
-                change.begin()
+                change.begin(is_pinned=is_pinned)
                 self._reconciler.remember(self._registry.pin(before, is_pinned=is_pinned))
                 change.succeed()
         return self._reconciler.status(str(env_id))
@@ -257,6 +258,8 @@ class Changes:
             before = self._existing(env_id)
             definition, upgrade = edit(before)
             if upgrade is None and definition == before.definition and self._fits(before):
+                self._reconciler.want([before.current.key])
+                await self._reconciler.fleet.look_at_disks()
                 return {
                     **self._reconciler.status(name),
                     **self._unchanged(before, dry_run=dry_run),
@@ -368,6 +371,7 @@ class Changes:
     ) -> None:
         """Return when a generation that is on disk is ready on every node that shall have it."""
         name = str(env_id)
+        await self._reconciler.fleet.look_at_disks()  # what was told a while ago may be gone
         if self._reconciler.is_ready(generation):
             return
         self._reconciler.staged[name] = generation
@@ -398,13 +402,7 @@ class Changes:
         self._reconciler.want([generation.key])
         if before is not None:
             self._reconciler.unwant(before.current.key)
-        with suppress(StorageFailed):  # it is for people; the definition is committed
-            self._registry.write_view(
-                env_id,
-                base_python=Path(base_python()),
-                python=generation.target.python,
-                site=self._paths.site_packages(generation.key, generation.target.python_minor),
-            )
+        write_view(self._registry, self._paths, record)
 
     # -- small questions ----------------------------------------------------------------------
 

@@ -125,7 +125,9 @@ class Collector:
                 change.say(EventKind.CLEANUP_STARTED, environments=len(doomed))
                 for node in self._reconciler.fleet.healthy():
                     mine = [each for each in doomed if each[0].node_id == node.info.node_id]
-                    gone, stayed = await self._discard(change, node, mine)
+                    gone, stayed = await self._discard(
+                        change, node, mine, include_current=include_current
+                    )
                     deleted += gone
                     kept += stayed
                     if prune_cache:
@@ -147,7 +149,7 @@ class Collector:
         }
 
     async def _discard(
-        self, change: Change, node: Node, doomed: list[Planned]
+        self, change: Change, node: Node, doomed: list[Planned], *, include_current: bool
     ) -> tuple[list[dict[str, Any]], list[Verdict]]:
         """Collect on one node; returns what went, and what had to stay after all."""
         gone: list[dict[str, Any]] = []
@@ -155,7 +157,8 @@ class Collector:
         for verdict, use in doomed:
             key = verdict.key
             # Somebody may have asked for it since the plan was made.
-            if key in self._busy() or key in self._leases.all():
+            wanted = self.wanted(include_current=include_current)
+            if key in self._busy() or key in self._leases.all() or key in wanted:
                 stayed.append(_kept(verdict, "it was asked for meanwhile"))
                 continue
             self._reconciler.wishes.pop(key, None)  # or the loop would make it again
@@ -218,6 +221,9 @@ class Collector:
     def _needed(self) -> dict[str, list[str]]:
         """The versions of each package that some kept generation has."""
         needed: dict[str, set[str]] = {}
+        for generation in self._reconciler.staged.values():
+            for name, version in generation.packages.items():
+                needed.setdefault(name, set()).add(version)
         for record in self._reconciler.variants.values():
             generations = [record.current]
             for number, _ in self._kept_keys(record):

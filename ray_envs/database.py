@@ -155,7 +155,7 @@ class Database:
         # and that read, the damaged file would be joined to the log of the new one.
         with self._alone(is_needed=creates) as lock:
             self._connection = connection = sqlite3.connect(
-                f"{self._path.absolute().as_uri()}?mode={'rwc' if creates else 'rw'}",
+                f"{self._path.absolute().as_uri()}?{self._mode(creates=creates)}",
                 uri=True,
                 timeout=self._patience_s,
                 isolation_level=None,
@@ -183,6 +183,17 @@ class Database:
                 raise sqlite3.DatabaseError(finding)
             self._checked = self._identity
         return connection
+
+    def _mode(self, *, creates: bool) -> str:
+        """How SQLite opens the file."""
+        if creates:
+            return "mode=rwc"
+        # SQLite reads a write-ahead log only where it can make its -shm. Where nobody can write,
+        # nobody does: what the last one has closed can be read as it is.
+        can_write = os.access(self._path.parent, os.W_OK)
+        if not can_write and not os.path.exists(f"{self._path}-shm"):
+            return "mode=ro&immutable=1"
+        return "mode=rw"
 
     def _begin(self, connection: sqlite3.Connection, lock: int) -> None:
         """Make the tables in an empty file, in one step; its numbers follow all earlier ones."""

@@ -131,6 +131,7 @@ class Inspector:
                 limit_s = self._settings.prepare_timeout_s
                 await self._reconciler.until_final(record.current, limit_s, variant_id=name)
                 self._reconciler.raise_failure(record.current, variant_id=name)
+                self._tell_repaired(record, rows)
                 change.told("\n".join(map(in_words, rows)))
                 change.succeed(EventKind.SYNCED, key=record.current.key)
         return {
@@ -163,6 +164,8 @@ class Inspector:
             environments += [{"variant_id": name, "key": key, **row} for row in rows]
             if repair and any(row["is_discarded"] or not row["is_ready"] for row in rows):
                 await self._rebuilt(name, record, rows)
+            if repair:
+                self._tell_repaired(record, rows)
         history = self._operations.history.problem
         probes = [probe for each in nodes.values() for probe in each["probes"]]
         return {
@@ -220,28 +223,35 @@ class Inspector:
                 row["error"] = exc.to_dict()
             if row["is_discarded"]:
                 self._reconciler.fleet.forget_state(node, key)
-            self._tell(record, row, repair=repair)
+            if row["damaged_files"]:
+                self._operations.say(
+                    EventKind.DAMAGED,
+                    **_about(record, row),
+                    damage=row["damage"],
+                    damaged_files=row["damaged_files"],
+                    sharers=row["sharers"],
+                )
             rows.append(row)
         return rows
 
-    def _tell(self, record: VariantRecord, row: Mapping[str, Any], *, repair: bool) -> None:
-        about = {
-            "variant_id": str(record.env_id),
-            "key": record.current.key,
-            "node_id": row["node_id"],
-        }
-        if row["damaged_files"]:
-            self._operations.say(
-                EventKind.DAMAGED,
-                **about,
-                damage=row["damage"],
-                damaged_files=row["damaged_files"],
-                sharers=row["sharers"],
-            )
-            if repair and not row["error"]:
+    def _tell_repaired(self, record: VariantRecord, rows: Rows) -> None:
+        for row in rows:
+            if row["damaged_files"] and not row["error"]:
                 self._operations.say(
-                    EventKind.REPAIRED, **about, left=row["left"], is_rebuilt=row["is_discarded"]
+                    EventKind.REPAIRED,
+                    **_about(record, row),
+                    left=row["left"],
+                    is_rebuilt=row["is_discarded"],
                 )
+
+
+def _about(record: VariantRecord, row: Mapping[str, Any]) -> dict[str, str]:
+    """What an event about an environment on a node is about."""
+    return {
+        "variant_id": str(record.env_id),
+        "key": record.current.key,
+        "node_id": row["node_id"],
+    }
 
 
 def _row(node_id: str) -> dict[str, Any]:

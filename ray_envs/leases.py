@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ray_envs.errors import StorageFailed
@@ -74,7 +75,8 @@ class Leases:
                 del leases[key]
                 freed.append(key)
         if is_changed:
-            self._write()
+            with suppress(StorageFailed):  # a file that still has them only keeps more
+                self._write()
         return freed
 
     def _all(self) -> dict[str, Holders]:

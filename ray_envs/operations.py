@@ -13,8 +13,10 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
+from ray_envs.builder import base_python
 from ray_envs.errors import LockTimeout, RayEnvsError, StorageFailed
 from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
 from ray_envs.files import locked
@@ -22,6 +24,7 @@ from ray_envs.history import History
 from ray_envs.models import EnvId, VariantRecord
 from ray_envs.registry import Registry
 from ray_envs.settings import Settings
+from ray_envs.store import Store
 
 #: How often somebody who waits for events looks for those of other processes.
 _LOOK_S = 1.0
@@ -120,6 +123,7 @@ class Operations:
         self._settings = settings
         self._registry = registry
         self.history = History(settings.root / "history.db", keep_s=settings.history_days * _DAY_S)
+        self._paths = Store(settings)
         #: What is being changed right now by this process, by variant.
         self.running: dict[str, Change] = {}
         self._news = asyncio.Event()
@@ -284,22 +288,39 @@ class Operations:
 
     def _finish_or_undo(self, env_id: EnvId, row: Operation) -> bool:
         """Whether an interrupted change was done; what is half-done is finished or removed."""
+        self._registry.clear_halves(env_id)
         record = self._registry.get(env_id)
         if row.operation == "delete":
             if record is None:
                 self._registry.delete(env_id)  # the folder may be left
             return record is None
+        if "is_pinned" in row.metadata:
+            return record is not None and record.is_pinned is row.metadata["is_pinned"]
         number = row.metadata.get("generation")
         if number is None:
             return False
-        if _is_used(record, number):
-            return record is not None and record.current.number == number
+        if record is not None and number in record.numbers:
+            with suppress(StorageFailed):  # its process died before it had written them
+                self._registry.write_copies(record)
+            write_view(self._registry, self._paths, record)
+            return bool(record.current.number == number)
         self._registry.unstage(env_id, number)
         return False
 
 
-def _is_used(record: VariantRecord | None, number: int) -> bool:
-    return record is not None and number in record.numbers
+def write_view(registry: Registry, paths: Store, record: VariantRecord) -> None:
+    """Make the `.venv` beside a definition show its current generation, if that can be written.
+
+    It is for people: programs use the store.
+    """
+    current = record.current
+    with suppress(StorageFailed):
+        registry.write_view(
+            record.env_id,
+            base_python=Path(base_python()),
+            python=current.target.python,
+            site=paths.site_packages(current.key, current.target.python_minor),
+        )
 
 
 def _now() -> datetime:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import datetime, timezone
@@ -22,6 +23,11 @@ from ray_envs.models import BuildRequest, EnvId, Generation, VariantRecord
 from ray_envs.settings import Settings
 
 _METADATA = "metadata.json"
+#: The names of files that `write_atomically` has not renamed yet.
+_HALF = re.compile(
+    r"\.(metadata\.json|pyproject\.toml|uv\.lock|generation\.json|pyvenv\.cfg|ray_envs_store\.pth)"
+    r"\.[^.]+"
+)
 
 
 class Registry:
@@ -280,7 +286,27 @@ class Registry:
         folder = self.folder(record.env_id)
         with storage_errors(f"write the definition of {record.env_id}"):
             write_atomically(folder / _METADATA, record.model_dump_json(indent=1) + "\n")
-        with suppress(OSError):  # copies for people; `generations/` is what programs read
+        with suppress(StorageFailed):  # copies for people; `generations/` is what programs read
+            self._copy(record.env_id, pyproject, uv_lock)
+
+    def write_copies(self, record: VariantRecord) -> None:
+        """Make the copies beside the definition those of its current generation.
+
+        Raises:
+            StorageFailed: they cannot be written; the definition holds all the same.
+        """
+        self._copy(record.env_id, *self.lock_text(record.env_id, record.current.number))
+
+    def clear_halves(self, env_id: EnvId) -> None:
+        """Remove the files that a process which died had not renamed yet; the caller locks."""
+        for path in self.folder(env_id).rglob(".*"):
+            if _HALF.fullmatch(path.name):
+                with suppress(OSError):
+                    path.unlink()
+
+    def _copy(self, env_id: EnvId, pyproject: str, uv_lock: str) -> None:
+        folder = self.folder(env_id)
+        with storage_errors(f"write the copies of {env_id}"):
             write_atomically(folder / "pyproject.toml", pyproject, is_durable=False)
             write_atomically(folder / "uv.lock", uv_lock, is_durable=False)
 

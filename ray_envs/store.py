@@ -153,10 +153,14 @@ class Store:
         with storage_errors(f"remove the environment {key}"):
             if not os.path.lexists(place):
                 return None
-            with self._exclusive_hold(key):
-                self._trash.mkdir(exist_ok=True)
-                doomed = self._trash / f"{key}-{uuid.uuid4().hex}"
-                os.rename(place, doomed)
+            try:
+                with self._exclusive_hold(key):
+                    self._trash.mkdir(exist_ok=True)
+                    doomed = self._trash / f"{key}-{uuid.uuid4().hex}"
+                    os.rename(place, doomed)
+            except EnvironmentInUse as exc:
+                users = (f"process {u['pid']} ({' '.join(u['command'])})" for u in self.users(key))
+                raise exc.about(detail="\n".join(users)) from None
             _, _, there = usage.measured(doomed)
             _delete(doomed)
             # What stays is rubbish in the trash; the next sweep, of any process, removes it.

@@ -26,6 +26,8 @@ from ray_envs.wheels import Damage
 _RENEW_S = 60.0
 #: How long uv may take to answer whether it reaches the package index.
 _INDEX_TIMEOUT_S = 60.0
+#: What is damaged where nothing of an environment counts any more.
+_GONE = Damage(package="", path=".", kind="missing")
 #: How many damaged files are told; a wiped disk has all of them.
 _TOLD = 50
 
@@ -96,23 +98,27 @@ class Upkeep:
         Returns:
             `is_ready`: whether it has a record. `damage`: what was found. `left`: what is still
             damaged. `sharers`: the keys of environments with the same damaged files.
-            `is_discarded`: whether it was given up, and has to be built again.
-
-        Raises:
-            EnvironmentInUse: it can only be built again, and a living process holds it.
+            `is_discarded`: whether it was given up, and has to be built again. `error`: it can
+            only be built again, and a living process holds it.
         """
         key, store = request.key, self._store
         began = time.monotonic()
         async with store.lock(key):
             record = store.record(key)
             has_rubbish = record is None and store.venv(key).parent.exists()
-            damage, left, shared, is_discarded = [], [], [], False
-            if record is not None:
+            damage, left, shared, is_discarded = [_GONE], [_GONE], [], False
+            error = None
+            if record is None and repair:  # `agent` clears what is left of it, and builds
+                left, is_discarded = [], True
+            elif record is not None:
                 damage = await self._damage(record, request)
                 left = damage
                 shared = await self._sharers(key, request, damage)
                 if damage and repair:
-                    left, is_discarded = await self._mend(request, damage)
+                    try:
+                        left, is_discarded = await self._mend(request, damage)
+                    except EnvironmentInUse as exc:
+                        error = exc.to_dict()
         return {
             "is_ready": record is not None,
             "has_rubbish": has_rubbish,
@@ -121,6 +127,7 @@ class Upkeep:
             "left": [each.model_dump() for each in left[:_TOLD]],
             "sharers": shared,
             "is_discarded": is_discarded,
+            "error": error,
             "duration_s": time.monotonic() - began,
         }
 
@@ -131,7 +138,7 @@ class Upkeep:
         try:
             found = await asyncio.to_thread(wheels.inspect, site, packages=record.packages)
         except RayEnvsError:  # the folder itself is gone
-            found = [Damage(package="", path=".", kind="missing")]
+            found = [_GONE]
         try:
             await self._builder.verify(self._store.python(record.key), request, site)
         except (RayEnvsError, OSError):
@@ -177,7 +184,12 @@ class Upkeep:
             raise EnvironmentInUse(
                 f"the environment {key} is damaged and in use: it cannot be built again now",
                 key=key,
-                detail="\n".join(f"{each.kind} {each.package} {each.path}" for each in beyond[:9]),
+                detail="\n".join(
+                    [
+                        *(f"{each.kind} {each.package} {each.path}" for each in beyond[:9]),
+                        exc.detail,
+                    ]
+                ),
                 hint="end the processes that `ray-envs explain` names, then sync again",
             ) from exc
         return [], True

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,10 @@ class Steps:
                     steps.at(name)
                 return super().execute(sql, values)
 
-        sqlite3.connect = lambda *args, **given: connect(*args, **given, factory=Connection)
+        def traced(*args: Any, **given: Any) -> sqlite3.Connection:
+            return connect(*args, **given, factory=Connection)
+
+        setattr(sqlite3, "connect", traced)  # noqa: B010  # it is no plain assignment for mypy
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[0], str | bytes) and args[2] & _WRITES:
@@ -112,14 +116,15 @@ def _statement(sql: str, values: Any) -> str:
 
 def perform(job: dict[str, Any]) -> None:
     """Perform the verb of `job`, in this very process; its answer is written to a file."""
-    from ray_envs import builder
+    import uv
+
     from ray_envs.agent import NodeAgent
     from ray_envs.cluster import LocalNodes
     from ray_envs.manager import EnvManager
 
     os.environ.update(job["environ"])
     if job["uv"]:
-        builder.uv.find_uv_bin = lambda: job["uv"]
+        uv.find_uv_bin = lambda: job["uv"]
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     steps = Steps(job["settings"]["RAY_ENVS_ROOT"], job["last"], log)
     steps.watch()
@@ -202,7 +207,8 @@ class Killer:
         try:
             meanwhile(pid)
         except BaseException:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
             raise
         finally:
             code = int(self._server.stdout.readline())

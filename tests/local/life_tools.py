@@ -34,7 +34,15 @@ _STOP_S = 60
 
 #: What all packages of an environment without any are: ray, and what it needs.
 BARE: dict[str, Any] = {}
-NOTHING = {"added": {}, "removed": {}, "changed": {}}
+NOTHING: dict[str, Any] = {"added": {}, "removed": {}, "changed": {}}
+
+
+#: Small packages without dependencies: any choice of them is an environment of its own, which needs
+#: no download after `stocked`.
+SIX, INI, ZIPP, TABULATE, TOML, PLUGGY, SORTED = PANTRY = (
+    "six==1.16.0", "iniconfig==2.0.0", "zipp==3.7.0", "tabulate==0.9.0", "toml==0.10.2",
+    "pluggy==1.5.0", "sortedcontainers==2.4.0",
+)  # fmt: skip
 
 
 def spec(*packages: str, **options: Any) -> dict[str, Any]:
@@ -52,7 +60,8 @@ def warm_root(folder: Path, warm_cache: Path, **options: Any) -> Iterator[Settin
     yield settings
     with suppress(TimeoutError):  # what is left then is told by the next line
         wait_until(lambda: not processes_of(folder), "every process is gone")
-    assert broken_promises(settings) == []
+    broken = broken_promises(settings)
+    assert broken == [], broken
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -78,6 +87,12 @@ async def created(manager: EnvManager, variant_id: str, *packages: str, **option
     )
     assert told["status"] == "ACTIVE", told
     return told
+
+
+async def stocked(manager: EnvManager) -> None:
+    """Have the wheels of PANTRY, and ray's, in uv's cache, whatever is collected."""
+    await created(manager, "pantry", *PANTRY)
+    await manager.pin_env(variant_id="pantry")
 
 
 async def until(manager: EnvManager, variant_id: str, *statuses: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ ONE, TWO = ("six==1.16.0",), ("six==1.16.0", "iniconfig==2.0.0")
 Damage = Callable[[Store, str, str], None]
 
 
+#: Of what has no record that counts, `inspector._tell` says nothing.
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[Settings]:
     with warm_root(tmp_path_factory.mktemp("repair") / "root", warm_cache) as settings:
@@ -80,6 +81,10 @@ def row_of(told: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(row)
 
 
+def by_variant(events: list[dict[str, Any]], what: str) -> dict[str, dict[str, Any]]:
+    return {e["variant_id"]: e for e in events if e["kind"] == f"Environment{what}"}
+
+
 def file_missing(store: Store, key: str, minor: str) -> None:
     (store.site_packages(key, minor) / "six.py").unlink()
 
@@ -110,67 +115,70 @@ def store_wiped(store: Store, key: str, minor: str) -> None:
     shutil.rmtree(store.folder)
 
 
-LOST = pytest.mark.xfail(
-    strict=True, reason="inspector.doctor calls it healthy where the record does not count"
+async def synced(manager: EnvManager) -> Any:
+    """What a sync of `one` answers, and the events that it told, by their kind."""
+    position = (await manager.events(since=-1))["next"]
+    told = await manager.sync_env(variant_id="one")
+    events = await events_of(manager, "one", position)
+    return told, {event["kind"]: event for event in events}, (await rows_of(manager, "one"))[-1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        file_missing,
+        edited_through_a_link,
+        packages_wiped,
+        interpreter_gone,
+        interpreter_link_leads_nowhere,
+        venv_wiped,
+        store_wiped,
+    ],
+    ids=lambda value: value.__name__,
 )
+def test_damage_is_found_and_mended(shared: Settings, damage: Damage) -> None:
+    key = key_of(shared, "one")
+    damage(Store(shared), key, minor(shared, key))
+    found = doctored(shared, variant_id="one")
+    told, _, row = managed(shared, synced)
+    after = managed(shared, lambda manager: manager.sync_env(variant_id="one", dry_run=True))
+    assert found["is_healthy"] is False
+    (bad,) = found["environments"]
+    assert (bad["variant_id"], bad["key"], bad["node_id"]) == ("one", key, "local")
+    assert bad["damaged_files"] or not bad["is_ready"]
+    assert (told["status"], told["exit_code"], told["error"]) == ("ACTIVE", 0, None)
+    assert (row["operation"], row["status"]) == ("sync", "succeeded")
+    assert works(shared, key)
+    (good,) = after["checks"]
+    assert (good["is_ready"], good["damage"], good["left"]) == (True, [], [])
+    managed(shared, lambda manager: manager.sync_env(variant_id="two"))  # it may share the damage
 
 
 @pytest.mark.parametrize(
     ("damage", "is_rebuilt"),
     [
         (file_missing, False),
-        (edited_through_a_link, False),
         (packages_wiped, True),
-        pytest.param(interpreter_gone, True, marks=LOST),
-        pytest.param(interpreter_link_leads_nowhere, True, marks=LOST),
-        pytest.param(venv_wiped, True, marks=LOST),
-        pytest.param(store_wiped, True, marks=LOST),
+        (interpreter_gone, True),
+        (venv_wiped, True),
+        (store_wiped, True),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_damage_is_found_told_and_mended(
+def test_damage_is_told_before_its_repair(
     shared: Settings, damage: Damage, is_rebuilt: bool
 ) -> None:
-    key, other = key_of(shared, "one"), key_of(shared, "two")
+    key = key_of(shared, "one")
     damage(Store(shared), key, minor(shared, key))
-    try:
-        found = doctored(shared, variant_id="one")
-
-        async def sync(manager: EnvManager) -> Any:
-            position = (await manager.events(since=-1))["next"]
-            told = await manager.sync_env(variant_id="one")
-            events = await events_of(manager, "one", position)
-            return told, events, (await rows_of(manager, "one"))[-1]
-
-        synced, events, row = managed(shared, sync)
-        assert works(shared, key)
-        after = doctored(shared, variant_id="one")
-    finally:
-        managed(shared, lambda manager: manager.doctor(repair=True))
-    assert (found["is_healthy"], row_of(found, "one")["key"]) == (False, key)
-    assert row_of(found, "one")["damaged_files"] > 0
-    assert (after["is_healthy"], row_of(after, "one")["damaged_files"]) == (True, 0)
-    assert (synced["status"], synced["exit_code"]) == ("ACTIVE", 0)
-    assert (row["operation"], row["status"]) == ("sync", "succeeded")
-    told = {event["kind"]: event for event in events}
+    _, told, _ = managed(shared, synced)
     beside = ("EnvironmentLockAcquired", "EnvironmentPrepared", "EnvironmentLockReleased")
     kinds = [kind for kind in told if kind not in beside]
     assert kinds == ["EnvironmentDamaged", "EnvironmentRepaired", "EnvironmentSynced"]
     damaged, repaired = told["EnvironmentDamaged"], told["EnvironmentRepaired"]
     for event in (damaged, repaired):
         assert (event["variant_id"], event["key"], event["node_id"]) == ("one", key, "local")
-    assert damaged["data"]["damaged_files"] == len(damaged["data"]["damage"]) > 0
-    assert damaged["data"]["sharers"] == ([other] if damage is edited_through_a_link else [])
+    assert damaged["data"]["sharers"] == []
     assert (repaired["data"]["left"], repaired["data"]["is_rebuilt"]) == ([], is_rebuilt)
-
-
-def test_after_any_loss_a_sync_makes_an_environment_that_works(shared: Settings) -> None:
-    """Also where a doctor would not have said a word."""
-    key = key_of(shared, "one")
-    for damage in (interpreter_gone, venv_wiped, store_wiped):
-        damage(Store(shared), key, minor(shared, key))
-        told = managed(shared, lambda manager: manager.sync_env(variant_id="one"))
-        assert (told["status"], works(shared, key)) == ("ACTIVE", True), damage.__name__
 
 
 def test_an_edit_reaches_all_who_share_the_file_and_all_of_them_are_named_and_mended(
@@ -183,10 +191,19 @@ def test_an_edit_reaches_all_who_share_the_file_and_all_of_them_are_named_and_me
     edited_through_a_link(store, one, minor(shared, one))
     assert not works(shared, two)
     found = doctored(shared)
-    told = doctored(shared, repair=True)
+
+    async def repair(manager: EnvManager) -> Any:
+        position = (await manager.events(since=-1))["next"]
+        told = await manager.doctor(repair=True)
+        return told, await events_of(manager, since=position)
+
+    told, events = managed(shared, repair)
     again = doctored(shared)
     assert (found["is_healthy"], told["is_healthy"], again["is_healthy"]) == (False, True, True)
+    damaged, repaired = (by_variant(events, kind) for kind in ("Damaged", "Repaired"))
     for name, other in (("one", two), ("two", one)):
+        assert damaged[name]["data"]["sharers"] == ([other] if name == "one" else [])
+        assert repaired[name]["data"]["left"] == []
         row = row_of(found, name)
         assert row["sharers"] == [other]
         assert row["damage"] == [{"package": "six", "path": "six.py", "kind": "changed"}]
@@ -276,28 +293,37 @@ def test_what_is_held_and_can_only_be_built_again_stays_until_its_process_has_en
     assert (told["status"], works(shared, key)) == ("ACTIVE", True)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="upkeep._mend and store.discard do not name the processes that hold it"
+@pytest.mark.parametrize(
+    ("damage", "is_told"),
+    [
+        (packages_wiped, False),
+        (interpreter_gone, False),
+        (packages_wiped, True),
+    ],
+    ids=["given up", "lost", "told"],
 )
 def test_who_keeps_an_environment_from_being_built_again_is_named(
-    shared: Settings, child: Any
+    shared: Settings, child: Any, damage: Damage, is_told: bool
 ) -> None:
     key = key_of(shared, "one")
     worker: Child = child(Store(shared).python(key))
-    packages_wiped(Store(shared), key, minor(shared, key))
+    damage(Store(shared), key, minor(shared, key))
 
     async def sync(manager: EnvManager) -> Any:
+        position = (await manager.events(since=-1))["next"]
         with pytest.raises(EnvironmentInUse) as caught:
             await manager.sync_env(variant_id="one")
-        return caught.value, await events_of(manager, "one")
+        return caught.value, await events_of(manager, "one", position)
 
     try:
         error, events = managed(shared, sync)
     finally:
         worker.end()
         managed(shared, lambda manager: manager.sync_env(variant_id="one"))
-    assert str(worker.process.pid) in str(error)
-    assert "EnvironmentDamaged" in [event["kind"] for event in events]
+    if is_told:
+        assert "EnvironmentDamaged" in [event["kind"] for event in events]
+    else:
+        assert str(worker.process.pid) in str(error)
 
 
 def test_a_lost_environment_that_is_wanted_is_built_again_without_being_asked(

@@ -244,6 +244,7 @@ def test_what_no_variant_may_have_cannot_be_added(bad: str) -> None:
 
 def test_an_upgrade_of_nothing_named_is_one_of_everything() -> None:
     definition = defined("six")
+    nothing: Any
     for nothing in ((), [], ""):
         assert changing.upgraded(definition, nothing, {"six": "1"}, where="update") == (
             definition,
