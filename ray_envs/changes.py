@@ -119,27 +119,43 @@ class Changes:
             answer["pyproject_toml"] = self._registry.lock_text(env_id, current.number)[0]
         return {**self._reconciler.status(name), **answer}
 
-    async def add(self, env_id: EnvId, packages: Any, *, dry_run: bool) -> Answer:
+    async def add(
+        self, env_id: EnvId, packages: Any, *, dry_run: bool, operation_id: str | None = None
+    ) -> Answer:
         """See `EnvManager.add_deps`."""
 
         def edit(before: VariantRecord) -> tuple[Definition, None]:
             return changing.added(before.definition, packages, where="add"), None
 
         return await self._edited(
-            env_id, "add", edit, EventKind.DEPENDENCIES_ADDED, dry_run=dry_run
+            env_id,
+            "add",
+            edit,
+            EventKind.DEPENDENCIES_ADDED,
+            dry_run=dry_run,
+            operation_id=operation_id,
         )
 
-    async def remove(self, env_id: EnvId, packages: Any, *, dry_run: bool) -> Answer:
+    async def remove(
+        self, env_id: EnvId, packages: Any, *, dry_run: bool, operation_id: str | None = None
+    ) -> Answer:
         """See `EnvManager.remove_deps`."""
 
         def edit(before: VariantRecord) -> tuple[Definition, None]:
             return changing.removed(before.definition, packages, where="remove"), None
 
         return await self._edited(
-            env_id, "remove", edit, EventKind.DEPENDENCIES_REMOVED, dry_run=dry_run
+            env_id,
+            "remove",
+            edit,
+            EventKind.DEPENDENCIES_REMOVED,
+            dry_run=dry_run,
+            operation_id=operation_id,
         )
 
-    async def update(self, env_id: EnvId, packages: Any, *, dry_run: bool) -> Answer:
+    async def update(
+        self, env_id: EnvId, packages: Any, *, dry_run: bool, operation_id: str | None = None
+    ) -> Answer:
         """See `EnvManager.update_deps`."""
 
         def edit(before: VariantRecord) -> tuple[Definition, tuple[str, ...]]:
@@ -147,7 +163,12 @@ class Changes:
             return changing.upgraded(before.definition, packages, locked, where="update")
 
         return await self._edited(
-            env_id, "update", edit, EventKind.DEPENDENCIES_UPDATED, dry_run=dry_run
+            env_id,
+            "update",
+            edit,
+            EventKind.DEPENDENCIES_UPDATED,
+            dry_run=dry_run,
+            operation_id=operation_id,
         )
 
     async def relock(self, env_id: EnvId, *, dry_run: bool = False) -> Answer:
@@ -169,12 +190,17 @@ class Changes:
                 success=EventKind.DEPENDENCIES_UPDATED,
             )
 
-    async def rollback(self, env_id: EnvId, to: int | None, *, dry_run: bool) -> Answer:
+    async def rollback(
+        self, env_id: EnvId, to: int | None, *, dry_run: bool, operation_id: str | None = None
+    ) -> Answer:
         """See `EnvManager.rollback_env`."""
         name = str(env_id)
-        async with self._operations.on_variant(env_id, "rollback", failed=_FAILED) as change:
+        async with self._operations.on_variant(
+            env_id, "rollback", failed=_FAILED, operation_id=operation_id
+        ) as change:
             before = self._existing(env_id)
-            generation = self._registry.generation(env_id, self._earlier(before, to))
+            number = before.current.number if change.was_done else self._earlier(before, to)
+            generation = self._registry.generation(env_id, number)
             if self._reconciler.is_stale(generation):
                 raise InvalidInput(
                     f"generation {generation.number} of {name} was locked for ray "
@@ -184,7 +210,8 @@ class Changes:
                 )
             answer = self._difference(before, generation, dry_run=dry_run)
             if dry_run or generation.number == before.current.number:
-                return {**self._reconciler.status(name), **answer}
+                facts = _facts(change) if change.was_done else {}
+                return {**self._reconciler.status(name), **answer, **facts}
             change.begin(generation=generation.number, before=before.current.number)
             pyproject, uv_lock = self._registry.lock_text(env_id, generation.number)
             await self._prepared(change, env_id, generation, self._settings.prepare_timeout_s)
@@ -207,7 +234,8 @@ class Changes:
                 record = None
             else:
                 if record is None:
-                    self._registry.delete(env_id)
+                    if not dry_run:
+                        self._registry.delete(env_id)  # a folder may be left of it
                     self._reconciler.forget(env_id)
                     return answer
             if record is not None and not force:
@@ -251,11 +279,20 @@ class Changes:
         success: EventKind,
         *,
         dry_run: bool,
+        operation_id: str | None,
     ) -> Answer:
         """Change the packages of a variant: `edit` gives the definition, and what may move."""
         name = str(env_id)
-        async with self._operations.on_variant(env_id, operation, failed=_FAILED) as change:
+        async with self._operations.on_variant(
+            env_id, operation, failed=_FAILED, operation_id=operation_id
+        ) as change:
             before = self._existing(env_id)
+            if change.was_done:
+                return {
+                    **self._reconciler.status(name),
+                    **self._unchanged(before, dry_run=dry_run),
+                    **_facts(change),
+                }
             definition, upgrade = edit(before)
             if upgrade is None and definition == before.definition and self._fits(before):
                 self._reconciler.want([before.current.key])

@@ -161,11 +161,13 @@ class Collector:
             if key in self._busy() or key in self._leases.all() or key in wanted:
                 stayed.append(_kept(verdict, "it was asked for meanwhile"))
                 continue
-            self._reconciler.wishes.pop(key, None)  # or the loop would make it again
+            wish = self._reconciler.wishes.pop(key, None)  # or the loop would make it again
             try:
                 freed = await node.call("collect", key=key, planned=use.model_dump(mode="json"))
             except RayEnvsError as exc:
                 stayed.append(_kept(verdict, exc.message))
+                if wish is not None:
+                    self._reconciler.wishes.setdefault(key, wish)
                 continue
             self._reconciler.fleet.forget_state(node, key)
             gone.append({**verdict.model_dump(mode="json"), "freed_bytes": int(freed)})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import traceback
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -54,15 +55,15 @@ class Lifecycle(ABC):
             InvalidPackages: none are given, or one cannot be accepted.
             ResolutionFailed: nothing satisfies them; the current generation is as it was.
         """
-        return self._change("add_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
+        return self._edit("add_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
 
     def update(self, variant_id: str, packages: Packages = (), *, dry_run: bool = False) -> Answer:
         """Upgrade the named packages within what is declared, or all; see `add`."""
-        return self._change("update_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
+        return self._edit("update_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
 
     def remove(self, variant_id: str, packages: Packages, *, dry_run: bool = False) -> Answer:
         """Remove declared packages, and what only they needed; see `add`."""
-        return self._change("remove_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
+        return self._edit("remove_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
 
     def sync(self, variant_id: str, *, dry_run: bool = False) -> Answer:
         """Make every node match the lock: check, mend, build; see `EnvManager.sync_env`."""
@@ -74,7 +75,7 @@ class Lifecycle(ABC):
         Raises:
             InvalidInput: there is none, or it was locked for another cluster.
         """
-        return self._change("rollback_env", variant_id, to=to, dry_run=dry_run)
+        return self._edit("rollback_env", variant_id, to=to, dry_run=dry_run)
 
     def import_project(
         self,
@@ -231,6 +232,10 @@ class Lifecycle(ABC):
             **arguments,
         )
         return answer
+
+    def _edit(self, verb: str, variant_id: str, **arguments: Any) -> Answer:
+        """A change that must not be done twice, although a lost answer makes the door ask again."""
+        return self._change(verb, variant_id, operation_id=uuid.uuid4().hex, **arguments)
 
     def _read(self, verb: str, variant_id: str, **arguments: Any) -> Answer:
         answer: Answer = self._call(verb, variant_id=self._address(variant_id), **arguments)

@@ -430,9 +430,21 @@ class EnvManager:
         )
 
     async def add_deps(
-        self, *, variant_id: str, packages: Packages, dry_run: bool = False
+        self,
+        *,
+        variant_id: str,
+        packages: Packages,
+        dry_run: bool = False,
+        operation_id: str | None = None,
     ) -> Answer:
         """Add packages (requirements, or a requirements text); pins that fit stay.
+
+        Args:
+            variant_id: the variant.
+            packages: what to add.
+            dry_run: only say what would change.
+            operation_id: any unique text. Whoever heard no answer may ask again with the same one:
+                what was done is not done again.
 
         Returns:
             The status, `diff`, and what every change says: `operation_id`, `stdout`, `stderr`,
@@ -446,31 +458,46 @@ class EnvManager:
         env_id, names = await self._asked(variant_id), _listed(packages)
         return await self._once(
             ["add", str(env_id), names, dry_run],
-            lambda: self._changes.add(env_id, names, dry_run=dry_run),
+            lambda: self._changes.add(env_id, names, dry_run=dry_run, operation_id=operation_id),
         )
 
     async def update_deps(
-        self, *, variant_id: str, packages: Packages = (), dry_run: bool = False
+        self,
+        *,
+        variant_id: str,
+        packages: Packages = (),
+        dry_run: bool = False,
+        operation_id: str | None = None,
     ) -> Answer:
         """Upgrade the named packages within what is declared, or all; see `add_deps`."""
         env_id, names = await self._asked(variant_id), _listed(packages)
         return await self._once(
             ["update", str(env_id), names, dry_run],
-            lambda: self._changes.update(env_id, names, dry_run=dry_run),
+            lambda: self._changes.update(env_id, names, dry_run=dry_run, operation_id=operation_id),
         )
 
     async def remove_deps(
-        self, *, variant_id: str, packages: Packages, dry_run: bool = False
+        self,
+        *,
+        variant_id: str,
+        packages: Packages,
+        dry_run: bool = False,
+        operation_id: str | None = None,
     ) -> Answer:
         """Remove declared packages, and what only they needed; see `add_deps`."""
         env_id, names = await self._asked(variant_id), _listed(packages)
         return await self._once(
             ["remove", str(env_id), names, dry_run],
-            lambda: self._changes.remove(env_id, names, dry_run=dry_run),
+            lambda: self._changes.remove(env_id, names, dry_run=dry_run, operation_id=operation_id),
         )
 
     async def rollback_env(
-        self, *, variant_id: str, to: int | None = None, dry_run: bool = False
+        self,
+        *,
+        variant_id: str,
+        to: int | None = None,
+        dry_run: bool = False,
+        operation_id: str | None = None,
     ) -> Answer:
         """Make the previous generation, or generation `to`, the current one.
 
@@ -480,7 +507,7 @@ class EnvManager:
         env_id = await self._asked(variant_id)
         return await self._once(
             ["rollback", str(env_id), to, dry_run],
-            lambda: self._changes.rollback(env_id, to, dry_run=dry_run),
+            lambda: self._changes.rollback(env_id, to, dry_run=dry_run, operation_id=operation_id),
         )
 
     async def delete_env(

@@ -31,6 +31,9 @@ _LOOK_S = 1.0
 #: The name of the operation that is about no single variant.
 GC = "gc"
 
+#: What consists of many changes, each of them whole.
+_STEP_BY_STEP = (GC, "sync")
+
 _DAY_S = 86400.0
 
 
@@ -46,6 +49,8 @@ class Change:
         self._began = time.monotonic()
         self.row = row
         self.has_begun = False
+        #: Whether this operation was done before, and only its answer was lost.
+        self.was_done = False
 
     def begin(self, **metadata: Any) -> None:
         """Write the row, and say that the variant's lock is ours."""
@@ -160,19 +165,30 @@ class Operations:
 
     @asynccontextmanager
     async def on_variant(
-        self, env_id: EnvId, operation: str, *, failed: EventKind
+        self,
+        env_id: EnvId,
+        operation: str,
+        *,
+        failed: EventKind,
+        operation_id: str | None = None,
     ) -> AsyncIterator[Change]:
         """The only change of `env_id` during the block, in any process.
 
         An error in the block, once the change has begun, is kept in its row and told; if the block
         ended the change itself (`succeed`, `fail`), it is left as that.
 
+        Args:
+            env_id: the variant.
+            operation: its name.
+            failed: the event of its failure.
+            operation_id: as the caller named it, who may ask again when an answer was lost.
+
         Raises:
             LockTimeout: somebody else went on changing it for too long; the message names him.
         """
         name = str(env_id)
         row = Operation(
-            operation_id=uuid.uuid4().hex,
+            operation_id=operation_id or uuid.uuid4().hex,
             operation=operation,
             variant_id=name,
             workflow_id=env_id.workflow_id,
@@ -183,11 +199,27 @@ class Operations:
         change = Change(self, row, failed)
         async with self._kept(change, self._registry.lock(env_id)):
             self._settle(env_id)
+            if operation_id is not None:
+                self._look_up(change)
             self.running[name] = change
             try:
                 yield change
             finally:
                 del self.running[name]
+
+    def _look_up(self, change: Change) -> None:
+        """See whether this very operation was asked for before, by a caller who heard no answer."""
+        try:
+            earlier = self.history.operation(change.row.operation_id)
+        except StorageFailed:
+            return
+        if earlier is None:
+            return
+        change.was_done = (
+            earlier.status is OperationStatus.SUCCEEDED or earlier.metadata.get("outcome") == "done"
+        )
+        if not change.was_done:  # it has a row already: this try is another one
+            change.row = change.row.model_copy(update={"operation_id": uuid.uuid4().hex})
 
     @asynccontextmanager
     async def on_store(self) -> AsyncIterator[Change]:
@@ -226,9 +258,7 @@ class Operations:
                 change.say(EventKind.LOCK_RELEASED)
 
     def _gc_lock(self, timeout_s: float) -> AbstractAsyncContextManager[None]:
-        return locked(
-            self._settings.root / "gc.lock", what="the environments' store", timeout_s=timeout_s
-        )
+        return locked(self._paths.gc_lock, what="the environments' store", timeout_s=timeout_s)
 
     # -- what dead processes left -----------------------------------------------------------
 
@@ -265,8 +295,11 @@ class Operations:
                 except StorageFailed:  # a damaged definition: whoever changes it is told
                     continue
             outcome = "done" if is_done else "undone"
+            how = f"the change was {outcome}"
+            if row.operation in _STEP_BY_STEP:
+                how = "each environment was treated whole or not at all, the rest is undone"
             error = RayEnvsError(
-                f"the process of this {row.operation} died; the change was {outcome}",
+                f"the process of this {row.operation} died; {how}",
                 hint="" if is_done else "ask for it again",
             )
             ended = row.model_copy(

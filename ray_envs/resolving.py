@@ -438,7 +438,7 @@ def _edited(text: str, data: dict[str, Any], edits: Mapping[tuple[str, ...], Any
             if before == value and type(before) is type(value):
                 continue
             is_changed = True
-            if path == ("project", "dependencies") and before:
+            if path == ("project", "dependencies") and before is not None:
                 # One by one: the comments between the others stay.
                 for item in value[len(before) :]:
                     table[path[-1]].append(item)

@@ -43,6 +43,8 @@ class Store:
         self.root = settings.root
         self.cache = self.root / "uv-cache"
         self.folder = self.root / _STORE
+        #: Held by whoever collects; there before the disk may be too full to make it.
+        self.gc_lock = self.root / "gc.lock"
         self._scratch = self.root / "scratch"
         self._trash = self.root / "trash"
 
@@ -55,6 +57,7 @@ class Store:
         with storage_errors(f"use the root {self.root}"):
             for folder in (self.folder, self.cache, self._scratch, self._trash):
                 folder.mkdir(parents=True, exist_ok=True)
+            self.gc_lock.touch()
             probe = self._scratch / f"{os.getpid()}-{uuid.uuid4().hex}"
             with probe.open("wb") as file:
                 file.write(b"x")

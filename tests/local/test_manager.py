@@ -444,3 +444,29 @@ def test_two_processes_that_create_one_variant_at_once_make_one_generation(
         told = [json.loads(process.communicate(timeout=60)[0]) for process in (first, second)]
     assert [(each["status"], each["generation"]) for each in told] == [("ACTIVE", 1)] * 2
     assert [call.command for call in fake_uv.calls()] == ["lock", "sync"]
+
+
+def test_what_was_done_is_not_done_again_where_only_the_answer_was_lost(warm: Settings) -> None:
+    async def act(manager: EnvManager) -> Any:
+        await manager.create_env(variant_id="v", spec=spec("six==1.16.0"), wait_s=60)
+        for packages in ("six==1.17.0", "iniconfig"):
+            await manager.add_deps(variant_id="v", packages=packages)
+        told = []
+        for verb, arguments in (("remove_deps", {"packages": "iniconfig"}), ("rollback_env", {})):
+            for _ in range(2):  # as a door does when the manager died before it could answer
+                answer = await getattr(manager, verb)(
+                    variant_id="v", operation_id=f"my {verb}", **arguments
+                )
+                told.append((verb, answer["generation"], answer["operation_id"]))
+        rows = (await manager.get_operations(variant_id="v"))["rows"]
+        return told, [(row["operation"], row["status"]) for row in reversed(rows)]
+
+    told, rows = in_manager(warm, act)
+    assert told == [
+        ("remove_deps", 4, "my remove_deps"),
+        ("remove_deps", 4, "my remove_deps"),
+        ("rollback_env", 3, "my rollback_env"),
+        ("rollback_env", 3, "my rollback_env"),
+    ]
+    verbs = ["create", "add", "add", "remove", "rollback"]
+    assert rows == [(verb, "succeeded") for verb in verbs]

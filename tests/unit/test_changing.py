@@ -181,9 +181,6 @@ def test_whatever_the_layout_of_a_list_only_what_is_named_goes_from_it(data: st.
     assert left.endswith("[tool.other]\na = 1  # keep\n")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="resolving._edited replaces an array that has become empty as a whole"
-)
 def test_the_comments_of_a_list_that_was_emptied_stay_when_something_is_added() -> None:
     emptied = added(removed(defined(pyproject=PROJECT), "six", "idna"), "attrs")
     text = resolving.project_text(emptied, Target(python="3.11.7", ray="2.60.0"))

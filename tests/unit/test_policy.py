@@ -448,9 +448,7 @@ def test_a_lock_that_is_no_toml_is_one_clear_error() -> None:
 
 @pytest.mark.parametrize("own", ["3 days", "2026-02-30", "", "May"])
 @pytest.mark.parametrize("allow", [settings(), settings(exclude_newer="2026-03-01")])
-def test_a_cut_off_that_is_another_moment_each_day_is_refused(
-    own: str, allow: Settings
-) -> None:
+def test_a_cut_off_that_is_another_moment_each_day_is_refused(own: str, allow: Settings) -> None:
     with pytest.raises(InvalidInput) as caught:
         checked(exclude_newer=own, allow=allow)
     assert caught.value.where == "a.toml: exclude_newer"
