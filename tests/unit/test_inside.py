@@ -124,7 +124,7 @@ def test_a_numpy_number_is_a_number() -> None:
 @pytest.mark.parametrize(
     "value",
     [{1, 2}, b"x", object(), float("nan"), [float("inf")], {(1, 2): 3}, 1j, lambda: None],
-    ids=str,
+    ids=["set", "bytes", "object", "nan", "inf", "tuple key", "complex", "function"],
 )
 def test_a_value_that_is_not_json_is_named(value: Any) -> None:
     with pytest.raises(TypeError, match="not JSON"):
