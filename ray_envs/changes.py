@@ -344,7 +344,7 @@ class Changes:
             if dry_run:
                 return answer
             if before is not None and _is_same(before.current, generation):
-                change.succeed(success, key=generation.key, **_shown(answer))
+                change.succeed()
                 return {**self._unchanged(before, dry_run=False), **_facts(change)}
             if before is None or self._reconciler.is_stale(before.current):
                 await self._commit(change, env_id, before, resolved, wait_s)

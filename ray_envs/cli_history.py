@@ -413,12 +413,12 @@ def _examined(row: Mapping[str, Any]) -> tuple[object, ...]:
     if row["error"]:
         mark, text = "FAIL", row["error"]["message"]
     elif not row["is_ready"]:
-        mark, text = "ok", "not there; it is built on demand"
+        mark, text = "FAIL", "not there; `ray-envs sync` or --repair builds it"
     elif not row["damaged_files"]:
         mark, text = "ok", "matches its lock"
     else:
         mark = "FAIL" if row["left"] else "ok"
-        text = f"{row['damaged_files']} damaged files, {len(row['left'])} left"
+        text = f"{row['damaged_files']} files differ, {len(row['left'])} left as they are"
         text += ", given up, to be built again" if row["is_discarded"] else ""
         text += "".join(f"; {_damage(each)}" for each in (row["left"] or row["damage"])[:3])
         if row["sharers"]:

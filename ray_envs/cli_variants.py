@@ -252,7 +252,7 @@ def _in_words(answer: Answer) -> str:
     state = f"{answer['status']}, generation {answer['generation']}"
     if not found_:
         return f"{state}, matches its lock"
-    return f"{state}, {found_} damaged files, {left} left"
+    return f"{state}, {found_} files differed from the lock, {left} left as they are"
 
 
 # -- generations ---------------------------------------------------------------------------------

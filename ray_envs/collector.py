@@ -17,7 +17,7 @@ from ray_envs.errors import RayEnvsError, StorageFailed
 from ray_envs.events import EventKind
 from ray_envs.fleet import Node
 from ray_envs.leases import Leases
-from ray_envs.models import VariantRecord
+from ray_envs.models import Generation, VariantRecord
 from ray_envs.operations import Change, Operations
 from ray_envs.planning import EnvUse, Limits, Verdict
 from ray_envs.reconciler import Reconciler
@@ -200,18 +200,18 @@ class Collector:
                 found.setdefault(
                     record.current.key, f"{word} generation {record.current.number} of {name}"
                 )
-                for number, key in self._kept_keys(record):
-                    found.setdefault(key, f"kept generation {number} of {name}")
+                for made in self.kept(record):
+                    found.setdefault(made.key, f"kept generation {made.number} of {name}")
         return found
 
-    def _kept_keys(self, record: VariantRecord) -> Iterable[tuple[int, str]]:
-        """The generations that are kept to roll back to; all of them where it is pinned."""
+    def kept(self, record: VariantRecord) -> Iterable[Generation]:
+        """The older generations that are kept to roll back to; all where it is pinned."""
         older = [number for number in record.numbers if number != record.current.number]
         if not record.is_pinned:
             older = older[max(0, len(older) - self._settings.keep_generations + 1) :]
         for number in older:
             with suppress(StorageFailed):  # one that cannot be read cannot be rolled back to
-                yield number, self._registry.generation(record.env_id, number).key
+                yield self._registry.generation(record.env_id, number)
 
     def _busy(self) -> set[str]:
         """The keys that are being made somewhere, or prepared for a change."""
@@ -227,11 +227,7 @@ class Collector:
             for name, version in generation.packages.items():
                 needed.setdefault(name, set()).add(version)
         for record in self._reconciler.variants.values():
-            generations = [record.current]
-            for number, _ in self._kept_keys(record):
-                with suppress(StorageFailed):
-                    generations.append(self._registry.generation(record.env_id, number))
-            for generation in generations:
+            for generation in (record.current, *self.kept(record)):
                 for name, version in generation.packages.items():
                     needed.setdefault(name, set()).add(version)
         return {name: sorted(versions) for name, versions in needed.items()}

@@ -14,7 +14,7 @@ from ray_envs.collector import Collector
 from ray_envs.errors import ManagerUnavailable, RayEnvsError, StorageFailed, from_dict
 from ray_envs.events import EventKind
 from ray_envs.leases import Leases
-from ray_envs.models import Definition, EnvId, Phase, Target, VariantRecord
+from ray_envs.models import Definition, EnvId, Generation, Phase, Target, VariantRecord
 from ray_envs.operations import Operations
 from ray_envs.reconciler import Reconciler
 from ray_envs.registry import Registry
@@ -121,7 +121,7 @@ class Inspector:
             record = self._reconciler.get(name)
             if not dry_run:
                 change.begin()
-            rows = await self.check(record, repair=not dry_run)
+            rows = await self.check(record.env_id, record.current, repair=not dry_run)
             if not dry_run:
                 for row in rows:
                     if row["error"]:
@@ -131,7 +131,7 @@ class Inspector:
                 limit_s = self._settings.prepare_timeout_s
                 await self._reconciler.until_final(record.current, limit_s, variant_id=name)
                 self._reconciler.raise_failure(record.current, variant_id=name)
-                self._tell_repaired(record, rows)
+                self._tell_repaired(record.env_id, record.current, rows)
                 change.told("\n".join(map(in_words, rows)))
                 change.succeed(EventKind.SYNCED, key=record.current.key)
         return {
@@ -149,23 +149,26 @@ class Inspector:
         damaged: list[StorageFailed] = []
         self._registry.all(damaged=damaged)
         nodes = await self._probes()
-        first_of: dict[str, str] = {}
-        for name in names:
-            first_of.setdefault(self._reconciler.get(name).current.key, name)
         environments: Rows = []
-        for key, name in first_of.items():
-            record = self._reconciler.get(name)
-            if self._reconciler.is_stale(record.current):
-                continue
+        for key, (env_id, made) in self._kept_by(names).items():
+            name = str(env_id)
+            is_current = self._reconciler.get(name).current.key == key
             try:
-                rows = await self.check(record, repair=repair)
+                # A kept generation need not be there; a damaged one must not be.
+                rows = await self.check(env_id, made, repair=repair, may_be_gone=not is_current)
             except RayEnvsError as exc:  # its lock cannot be read: the others can
                 rows = [{**_row(""), "error": exc.to_dict()}]
-            environments += [{"variant_id": name, "key": key, **row} for row in rows]
-            if repair and any(row["is_discarded"] or not row["is_ready"] for row in rows):
-                await self._rebuilt(name, record, rows)
+            if (
+                is_current
+                and repair
+                and any(row["is_discarded"] or not row["is_ready"] for row in rows)
+            ):
+                await self._rebuilt(name, made, rows)
+            environments += [
+                {"variant_id": name, "generation": made.number, "key": key, **row} for row in rows
+            ]
             if repair:
-                self._tell_repaired(record, rows)
+                self._tell_repaired(env_id, made, rows)
         history = self._operations.history.problem
         probes = [probe for each in nodes.values() for probe in each["probes"]]
         return {
@@ -173,7 +176,7 @@ class Inspector:
             and not history
             and all(probe["ok"] for probe in probes)
             and not any(each["error"] for each in nodes.values())
-            and all(row["is_ready"] for row in environments)
+            and all(row["is_ready"] or row["is_discarded"] for row in environments)
             and not any(row["left"] or row["error"] for row in environments),
             "nodes": nodes,
             "environments": environments,
@@ -181,13 +184,28 @@ class Inspector:
             "history": history or "ok",
         }
 
-    async def _rebuilt(self, name: str, record: VariantRecord, rows: Rows) -> None:
+    def _kept_by(self, names: list[str]) -> dict[str, tuple[EnvId, Generation]]:
+        """The current and kept generations of variants, once for each key; current ones first."""
+        found: dict[str, tuple[EnvId, Generation]] = {}
+        records = [self._reconciler.get(name) for name in names]
+        for record in records:
+            found.setdefault(record.current.key, (record.env_id, record.current))
+        for record in records:
+            for made in self._collector.kept(record):
+                found.setdefault(made.key, (record.env_id, made))
+        return {
+            key: (env_id, made)
+            for key, (env_id, made) in found.items()
+            if not self._reconciler.is_stale(made)
+        }
+
+    async def _rebuilt(self, name: str, made: Generation, rows: Rows) -> None:
         """Build what is missing or was given up, and say in `rows` how that went."""
-        self._reconciler.want([record.current.key])
+        self._reconciler.want([made.key])
         await self._reconciler.fleet.look_at_disks()
         limit_s = self._settings.prepare_timeout_s
-        await self._reconciler.until_final(record.current, limit_s, variant_id=name)
-        states = self._reconciler.states(record.current)
+        await self._reconciler.until_final(made, limit_s, variant_id=name)
+        states = self._reconciler.states(made)
         for row in rows:
             state = states.get(row["node_id"])
             row["is_ready"] = state is not None and state.phase is Phase.READY
@@ -210,12 +228,17 @@ class Inspector:
             nodes[node.info.node_id] = told
         return nodes
 
-    async def check(self, record: VariantRecord, *, repair: bool) -> Rows:
-        """What each node finds in its environment of a variant, and what it mended."""
-        key = record.current.key
-        request = self._reconciler.request(record.env_id, record.current)
+    async def check(
+        self, env_id: EnvId, made: Generation, *, repair: bool, may_be_gone: bool = False
+    ) -> Rows:
+        """What each node finds in its environment of a generation, and what it mended.
+
+        With `may_be_gone`, nodes that do not have it are left out.
+        """
+        key = made.key
+        request = self._reconciler.request(env_id, made)
         rows: Rows = []
-        for node in self._reconciler.eligible(record.current):
+        for node in self._reconciler.eligible(made):
             row = _row(node.info.node_id)
             try:
                 row |= await node.call("check", request=request, repair=repair)
@@ -223,10 +246,12 @@ class Inspector:
                 row["error"] = exc.to_dict()
             if row["is_discarded"]:
                 self._reconciler.fleet.forget_state(node, key)
+            if may_be_gone and not row["is_ready"] and not row["error"]:
+                continue
             if row["damaged_files"]:
                 self._operations.say(
                     EventKind.DAMAGED,
-                    **_about(record, row),
+                    **_about(env_id, made, row),
                     damage=row["damage"],
                     damaged_files=row["damaged_files"],
                     sharers=row["sharers"],
@@ -234,22 +259,22 @@ class Inspector:
             rows.append(row)
         return rows
 
-    def _tell_repaired(self, record: VariantRecord, rows: Rows) -> None:
+    def _tell_repaired(self, env_id: EnvId, made: Generation, rows: Rows) -> None:
         for row in rows:
             if row["damaged_files"] and not row["error"]:
                 self._operations.say(
                     EventKind.REPAIRED,
-                    **_about(record, row),
+                    **_about(env_id, made, row),
                     left=row["left"],
                     is_rebuilt=row["is_discarded"],
                 )
 
 
-def _about(record: VariantRecord, row: Mapping[str, Any]) -> dict[str, str]:
+def _about(env_id: EnvId, made: Generation, row: Mapping[str, Any]) -> dict[str, str]:
     """What an event about an environment on a node is about."""
     return {
-        "variant_id": str(record.env_id),
-        "key": record.current.key,
+        "variant_id": str(env_id),
+        "key": made.key,
         "node_id": row["node_id"],
     }
 
@@ -278,5 +303,5 @@ def in_words(row: Mapping[str, Any]) -> str:
         return f"{where}: not there"
     if not row["damaged_files"]:
         return f"{where}: matches its lock"
-    done = "given up, to be built again" if row["is_discarded"] else f"{len(row['left'])} left"
-    return f"{where}: {row['damaged_files']} damaged files, {done}"
+    done = "built again" if row["is_discarded"] else f"{len(row['left'])} left as they are"
+    return f"{where}: {row['damaged_files']} files differ from the lock, {done}"

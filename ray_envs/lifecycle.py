@@ -5,6 +5,7 @@ Thin: each is one verb of the EnvManager, with the time-out that suits it. Answe
 
 from __future__ import annotations
 
+import sys
 import threading
 import traceback
 import uuid
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ray_envs.doors import VERB_TIMEOUT_S
-from ray_envs.errors import ManagerUnavailable
 from ray_envs.settings import Settings
 
 Answer = dict[str, Any]
@@ -27,6 +27,8 @@ class Lifecycle(ABC):
     """What can be done with a variant besides running in it."""
 
     _settings: Settings
+    #: Set by `close`: a subscription then ends without a word.
+    _is_closed: bool = False
 
     @abstractmethod
     def _call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
@@ -203,7 +205,9 @@ class Lifecycle(ABC):
             while not is_over.is_set():
                 try:
                     told = self.events(position, kinds=wanted, timeout_s=_POLL_S)
-                except ManagerUnavailable:  # closed, or gone for good: the door has tried again
+                except Exception as exc:  # closed, or gone for good: the door has tried again
+                    if not self._is_closed:
+                        print(f"ray_envs: no more events: {exc}", file=sys.stderr)
                     return
                 position = told["next"]
                 for event in told["events"]:

@@ -92,15 +92,17 @@ class Change:
         if kind is not None:
             self.say(kind, key=key, duration_s=self.duration_s, **data)
 
-    def fail(self, error: RayEnvsError, *, rollback_performed: bool = True) -> None:
-        """End the operation, and tell the event of its failure."""
-        self._end(OperationStatus.FAILED, error)
+    def fail(
+        self, error: RayEnvsError, *, status: OperationStatus = OperationStatus.FAILED
+    ) -> None:
+        """End the operation, which has left nothing, and tell the event of its failure."""
+        self._end(status, error)
         self.say(
             self._failed,
             duration_s=self.duration_s,
             error=error.to_dict(),
             exit_code=error.exit_code,
-            rollback_performed=rollback_performed,
+            rollback_performed=True,
         )
 
     def _end(self, status: OperationStatus, error: RayEnvsError | None) -> None:
@@ -248,7 +250,9 @@ class Operations:
                 if isinstance(exc, RayEnvsError):
                     change.fail(exc)
                 elif isinstance(exc, asyncio.CancelledError):
-                    change.fail(RayEnvsError("interrupted: nobody waits for it any more"))
+                    change.note(outcome="undone")
+                    error = RayEnvsError("interrupted: nobody waits for it any more")
+                    change.fail(error, status=OperationStatus.INTERRUPTED)
                 else:
                     change.fail(RayEnvsError(f"{type(exc).__name__}: {exc}"))
             raise

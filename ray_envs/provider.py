@@ -528,6 +528,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         return cls(LocalDoor(settings), settings, **options)
 
     def close(self) -> None:
+        self._is_closed = True
         self._door.close()
 
     def list_variants(self) -> list[dict[str, Any]]:

@@ -160,7 +160,7 @@ class Resolver:
         moved = locks.moved_pins(definition.uv_lock, uv_lock, self._platform)
         if moved:
             raise ResolutionFailed(
-                f"adding ray {self._target.ray} to the project moves pins of its uv.lock",
+                f"with ray {self._target.ray} in it, the project moves pins of its uv.lock",
                 detail="\n".join(moved),
                 hint="lock the project with this ray in it, or set allow_moved_pins = true",
             )

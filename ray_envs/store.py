@@ -231,6 +231,18 @@ class Store:
         finally:
             os.close(fd)
 
+    @contextmanager
+    def no_use(self, key: str) -> Iterator[None]:
+        """Start the interpreter of `key` in the block without counting that as a use."""
+        hold = self._hold_file(key)
+        before = hold.stat() if hold.exists() else None
+        try:
+            yield
+        finally:
+            if before is not None and not self.is_held(key):
+                with suppress(OSError):
+                    os.utime(hold, ns=(before.st_atime_ns, before.st_mtime_ns))
+
     def renew_held(self) -> int:
         """Make now the last use of every environment that is held; returns how many those are.
 

@@ -7,6 +7,7 @@ nothing about what may go: that is `planning`, and the exclusive hold.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -140,7 +141,8 @@ class Upkeep:
         except RayEnvsError:  # the folder itself is gone
             found = [_GONE]
         try:
-            await self._builder.verify(self._store.python(record.key), request, site)
+            with self._store.no_use(record.key):
+                await self._builder.verify(self._store.python(record.key), request, site)
         except (RayEnvsError, OSError):
             found.append(Damage(package="", path="../../../bin/python", kind="changed"))
         return found
@@ -175,7 +177,13 @@ class Upkeep:
             pass
         record = store.record(key)
         left = await self._damage(record, request) if record is not None else damage
-        beyond = [each for each in left if each.kind != "extra" and each.package not in odd]
+        # A file that a payload left stays; a package that the lock does not have is another
+        # environment than was promised.
+        beyond = [
+            each
+            for each in left
+            if (each.package if each.kind == "extra" else each.package not in odd)
+        ]
         if not beyond:
             return left, False
         try:
@@ -229,6 +237,8 @@ class Upkeep:
 
     async def _index_probe(self, pyproject: str) -> dict[str, Any]:
         name = "package index"
+        if os.environ.get("UV_OFFLINE", "0") not in ("", "0", "false"):
+            return {"name": name, "ok": True, "value": "not asked: UV_OFFLINE is set", "hint": ""}
         try:
             with self._store.scratch({"pyproject.toml": pyproject}) as project:
                 await self._builder.check_index(project, _INDEX_TIMEOUT_S)

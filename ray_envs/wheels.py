@@ -100,6 +100,12 @@ def inspect(site_packages: Path, *, packages: Mapping[str, str] | None = None) -
             if canonicalize_name(name) not in installed:
                 path = f"{canonicalize_name(name).replace('-', '_')}-{version}.dist-info/RECORD"
                 found.append(Damage(package=canonicalize_name(name), path=path, kind="missing"))
+        if packages is not None:  # installed by somebody, with a RECORD of its own
+            locked = {canonicalize_name(name) for name in packages}
+            for info in infos:
+                if _package_of(info) not in locked:
+                    path = f"{info}/RECORD"
+                    found.append(Damage(package=_package_of(info), path=path, kind="extra"))
         if len(wheels) == len(infos):
             found += _extra(site_packages, (path for _, rows in wheels for path in rows))
         found += _damaged(site_packages, wheels)

@@ -403,7 +403,7 @@ def test_an_interrupted_change_is_undone_and_can_be_made_again(
     gated.check_idle()
     assert on_disk(gated.root) == before
     (last,) = gated("operations", "--limit", "1", "--json").data()["rows"]
-    assert (last["operation"], last["status"]) == (words[0], "failed")
+    assert (last["operation"], last["status"]) == (words[0], "interrupted")
     ok(gated(*words))
 
 

@@ -338,3 +338,37 @@ def test_a_lost_environment_that_is_wanted_is_built_again_without_being_asked(
 
     key, told = managed(shared, act)
     assert (told["status"], works(shared, key)) == ("ACTIVE", True)
+
+
+def test_a_kept_generation_is_examined_and_mended_before_anybody_rolls_back_to_it(
+    shared: Settings,
+) -> None:
+    key = key_of(shared, "one")
+
+    async def change(manager: EnvManager) -> Any:
+        await manager.add_deps(variant_id="one", packages="idna")
+        edited_through_a_link(Store(shared), key, minor(shared, key))
+        found = await manager.doctor()
+        mended = await manager.doctor(repair=True)
+        await manager.rollback_env(variant_id="one")
+        return found, mended
+
+    found, mended = managed(shared, change)
+    assert (found["is_healthy"], mended["is_healthy"]) == (False, True)
+    assert {row["key"]: row["generation"] for row in found["environments"]}[key] == 1
+    assert works(shared, key)
+
+
+def test_a_package_that_somebody_installed_is_found_and_gone_after_a_sync(
+    shared: Settings,
+) -> None:
+    key = key_of(shared, "one")
+    info = site(shared, key) / "foreign-1.0.dist-info"
+    info.mkdir()
+    (info / "RECORD").write_text("foreign-1.0.dist-info/RECORD,,\n")
+    found = doctored(shared, variant_id="one")
+    assert row_of(found, "one")["damage"] == [
+        {"package": "foreign", "path": "foreign-1.0.dist-info/RECORD", "kind": "extra"}
+    ]
+    told = managed(shared, lambda manager: manager.sync_env(variant_id="one"))
+    assert (told["status"], info.exists(), works(shared, key)) == ("ACTIVE", False, True)
