@@ -148,6 +148,7 @@ class NodeAgent:
         if task is None or task.done():
             record = self._store.record(wanted.key)
             if record is not None:
+                self._store.renew(wanted.key)
                 await self._tell(wanted.key, Phase.READY, attempt=attempt, how=record.how)
             else:
                 await self._tell(wanted.key, Phase.WAITING, attempt=attempt)

@@ -134,6 +134,7 @@ class Changes:
             EventKind.DEPENDENCIES_ADDED,
             dry_run=dry_run,
             operation_id=operation_id,
+            asked=packages,
         )
 
     async def remove(
@@ -151,6 +152,7 @@ class Changes:
             EventKind.DEPENDENCIES_REMOVED,
             dry_run=dry_run,
             operation_id=operation_id,
+            asked=packages,
         )
 
     async def update(
@@ -169,6 +171,7 @@ class Changes:
             EventKind.DEPENDENCIES_UPDATED,
             dry_run=dry_run,
             operation_id=operation_id,
+            asked=packages,
         )
 
     async def relock(self, env_id: EnvId, *, dry_run: bool = False) -> Answer:
@@ -196,7 +199,7 @@ class Changes:
         """See `EnvManager.rollback_env`."""
         name = str(env_id)
         async with self._operations.on_variant(
-            env_id, "rollback", failed=_FAILED, operation_id=operation_id
+            env_id, "rollback", failed=_FAILED, operation_id=operation_id, asked=to
         ) as change:
             before = self._existing(env_id)
             number = before.current.number if change.was_done else self._earlier(before, to)
@@ -213,6 +216,7 @@ class Changes:
                 facts = _facts(change) if change.was_done else {}
                 return {**self._reconciler.status(name), **answer, **facts}
             change.begin(generation=generation.number, before=before.current.number)
+            self._reconciler.request(env_id, generation)  # its lock is what it was
             pyproject, uv_lock = self._registry.lock_text(env_id, generation.number)
             await self._prepared(change, env_id, generation, self._settings.prepare_timeout_s)
             self._switch(env_id, generation, pyproject, uv_lock)
@@ -280,11 +284,12 @@ class Changes:
         *,
         dry_run: bool,
         operation_id: str | None,
+        asked: Any,
     ) -> Answer:
         """Change the packages of a variant: `edit` gives the definition, and what may move."""
         name = str(env_id)
         async with self._operations.on_variant(
-            env_id, operation, failed=_FAILED, operation_id=operation_id
+            env_id, operation, failed=_FAILED, operation_id=operation_id, asked=asked
         ) as change:
             before = self._existing(env_id)
             if change.was_done:

@@ -68,13 +68,12 @@ class Collector:
 
     async def end_leases(self) -> None:
         """Forget the promises to jobs that have ended, unless a detached actor has them now."""
-        if not self._leases.jobs():
-            return
-        alive = await self._cluster.living_jobs()
-        if self._leases.jobs() <= alive:
-            return
-        given = "\n".join(await self._cluster.given_to_detached())
-        self._leases.end(alive, [key for key in self._leases.all() if key in given])
+        # Before the cluster is asked: a job that begins meanwhile is not in its answer.
+        holders = self._leases.jobs()
+        dead = holders - await self._cluster.living_jobs() if holders else set()
+        if dead:
+            given = "\n".join(await self._cluster.given_to_detached())
+            self._leases.end(dead, [key for key in self._leases.all() if key in given])
 
     async def plan(
         self, *, idle_hours: float | None = None, include_current: bool = False
@@ -194,6 +193,9 @@ class Collector:
     def wanted(self, *, include_current: bool = False) -> dict[str, str]:
         """Why each key is wanted by a variant; with `include_current`, only the pinned ones are."""
         found: dict[str, str] = {}
+        for folder in self._reconciler.damaged:  # doubt keeps
+            why = f"a generation of the definition in {folder}, which cannot be read"
+            found.update(dict.fromkeys(self._registry.keys_in(folder), why))
         for name, record in self._reconciler.variants.items():
             if record.is_pinned or not include_current:
                 word = "pinned" if record.is_pinned else "current"
@@ -216,6 +218,7 @@ class Collector:
     def _busy(self) -> set[str]:
         """The keys that are being made somewhere, or prepared for a change."""
         busy = {generation.key for generation in self._reconciler.staged.values()}
+        busy |= {key for key, count in self._reconciler.awaited.items() if count > 0}
         for node in self._reconciler.fleet.healthy():
             busy |= {key for key, state in node.states.items() if not state.phase.is_final}
         return busy

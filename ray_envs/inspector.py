@@ -6,12 +6,20 @@ What is damaged is told as an event before it is mended. `upkeep` does the work 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ray_envs import resolving
 from ray_envs.changes import Changes
 from ray_envs.collector import Collector
-from ray_envs.errors import ManagerUnavailable, RayEnvsError, StorageFailed, from_dict
+from ray_envs.errors import (
+    EnvironmentNotReady,
+    ManagerUnavailable,
+    NotFound,
+    RayEnvsError,
+    StorageFailed,
+    from_dict,
+)
 from ray_envs.events import EventKind
 from ray_envs.leases import Leases
 from ray_envs.models import Definition, EnvId, Generation, Phase, Target, VariantRecord
@@ -152,7 +160,10 @@ class Inspector:
         environments: Rows = []
         for key, (env_id, made) in self._kept_by(names).items():
             name = str(env_id)
-            is_current = self._reconciler.get(name).current.key == key
+            known = self._reconciler.variants.get(name)
+            if known is None:  # deleted meanwhile
+                continue
+            is_current = known.current.key == key
             try:
                 # A kept generation need not be there; a damaged one must not be.
                 rows = await self.check(env_id, made, repair=repair, may_be_gone=not is_current)
@@ -187,7 +198,10 @@ class Inspector:
     def _kept_by(self, names: list[str]) -> dict[str, tuple[EnvId, Generation]]:
         """The current and kept generations of variants, once for each key; current ones first."""
         found: dict[str, tuple[EnvId, Generation]] = {}
-        records = [self._reconciler.get(name) for name in names]
+        records = []
+        for name in names:
+            with suppress(NotFound):  # deleted meanwhile
+                records.append(self._reconciler.get(name))
         for record in records:
             found.setdefault(record.current.key, (record.env_id, record.current))
         for record in records:
@@ -204,7 +218,8 @@ class Inspector:
         self._reconciler.want([made.key])
         await self._reconciler.fleet.look_at_disks()
         limit_s = self._settings.prepare_timeout_s
-        await self._reconciler.until_final(made, limit_s, variant_id=name)
+        with suppress(EnvironmentNotReady):  # the rows say so
+            await self._reconciler.until_final(made, limit_s, variant_id=name)
         states = self._reconciler.states(made)
         for row in rows:
             state = states.get(row["node_id"])

@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from ray_envs.errors import StorageFailed
 from ray_envs.files import storage_errors, write_atomically
 
 #: A lease by its holder: the job, and the session of Ray that the job is one of.
 Holders = dict[str, str]
+_SHAPE = TypeAdapter(dict[str, Holders])
 
 
 class Leases:
@@ -56,19 +59,19 @@ class Leases:
         """`session/job` of everybody who holds a lease."""
         return {holder for holders in self._all().values() for holder in holders}
 
-    def end(self, alive: Iterable[str], kept_keys: Iterable[str] = ()) -> list[str]:
-        """End the leases of all but `alive` (`session/job`); returns the keys that nobody has now.
+    def end(self, dead: Iterable[str], kept_keys: Iterable[str] = ()) -> list[str]:
+        """End the leases of `dead` (`session/job`); returns the keys that nobody has now.
 
         Args:
-            alive: the jobs that go on.
+            dead: the jobs that have ended.
             kept_keys: keys that a detached actor was given: its restart needs them.
         """
-        leases, keep, living = self._all(), set(kept_keys), set(alive)
+        leases, keep, gone = self._all(), set(kept_keys), set(dead)
         freed, is_changed = [], False
         for key, holders in list(leases.items()):
             if key in keep:
                 continue
-            rest = {holder: name for holder, name in holders.items() if holder in living}
+            rest = {holder: name for holder, name in holders.items() if holder not in gone}
             is_changed = is_changed or rest != holders
             leases[key] = rest
             if not rest:
@@ -83,11 +86,11 @@ class Leases:
         if self._leases is None:
             with storage_errors("read the leases"):
                 try:
-                    text = self._path.read_text(encoding="utf-8")
+                    text = self._path.read_bytes()
                 except FileNotFoundError:
-                    text = "{}"
+                    text = b"{}"
             try:
-                self._leases = dict(json.loads(text))
+                self._leases = _SHAPE.validate_json(text)
             except ValueError as exc:
                 raise StorageFailed(
                     f"{self._path} is damaged",

@@ -21,6 +21,17 @@ from typing import Any
 
 from ray_envs import exports, placement
 from ray_envs.agent import NodeAgent
+from ray_envs.arguments import (
+    Count,
+    Hours,
+    Name,
+    Options,
+    Packages,
+    Position,
+    Seconds,
+    Texts,
+    checked,
+)
 from ray_envs.builder import this_platform, this_target
 from ray_envs.changes import Changes
 from ray_envs.cluster import NAMESPACE, NodeInfo, Nodes, RayNodes, create_manager
@@ -58,7 +69,6 @@ _TOLD_EACH = 20
 
 Rows = list[dict[str, Any]]
 Answer = dict[str, Any]
-Packages = Iterable[str] | str
 
 
 @dataclass(slots=True)
@@ -69,6 +79,7 @@ class _Flight:
     waiting: int = 0
 
 
+@checked
 class EnvManager:
     """The variants of one cluster. All methods are keyword-only; they take and return plain data.
 
@@ -175,7 +186,7 @@ class EnvManager:
         self._reconciler.reload()
         return self._reconciler.summaries()
 
-    async def get_environment(self, *, variant_id: str, job_id: str | None = None) -> Answer:
+    async def get_environment(self, *, variant_id: str, job_id: Name | None = None) -> Answer:
         """What a program needs to run in a variant: paths, variables, and the nodes that are ready.
 
         Args:
@@ -224,12 +235,12 @@ class EnvManager:
         record = await self._defined(variant_id)
         return exports.generations(self._registry, record, facts=facts)
 
-    async def diff_env(self, *, variant_id: str, from_: int, to: int | None = None) -> Answer:
+    async def diff_env(self, *, variant_id: str, from_: Count, to: Count | None = None) -> Answer:
         """The packages that differ between two generations; `to` is the current one by default."""
         return exports.difference(self._registry, await self._defined(variant_id), from_, to)
 
     async def export_env(
-        self, *, variant_id: str, format: str = "project", generation: int | None = None
+        self, *, variant_id: str, format: str = "project", generation: Count | None = None
     ) -> Answer:
         """A generation for other tools, or for `import_env`.
 
@@ -276,11 +287,11 @@ class EnvManager:
     async def events(
         self,
         *,
-        since: int = 0,
-        kinds: Iterable[str] = (),
+        since: Position = 0,
+        kinds: Texts = (),
         variant_id: str | None = None,
-        limit: int = 1000,
-        timeout_s: float = 0,
+        limit: Count = 1000,
+        timeout_s: Seconds = 0,
     ) -> Answer:
         """Events after number `since`, as soon as there are any, or after `timeout_s` seconds.
 
@@ -304,10 +315,10 @@ class EnvManager:
         self,
         *,
         variant_id: str | None = None,
-        operation: str | None = None,
-        status: str | None = None,
-        limit: int = 100,
-        offset: int = 0,
+        operation: Name | None = None,
+        status: Name | None = None,
+        limit: Count = 100,
+        offset: Count = 0,
     ) -> Answer:
         """The operations that match, newest first, and how many there are: `rows`, `total`."""
         await self._awake()
@@ -324,9 +335,9 @@ class EnvManager:
         self,
         *,
         variant_id: str | None = None,
-        operation: str | None = None,
-        status: str | None = None,
-        before: str | None = None,
+        operation: Name | None = None,
+        status: Name | None = None,
+        before: Name | None = None,
     ) -> Answer:
         """Delete operations that have ended and match; `before` is an RFC 3339 moment.
 
@@ -352,9 +363,9 @@ class EnvManager:
         self,
         *,
         variant_id: str,
-        spec: Mapping[str, Any],
+        spec: Options,
         replace: bool = False,
-        wait_s: float = 0,
+        wait_s: Seconds = 0,
         dry_run: bool = False,
     ) -> Answer:
         """Define a variant and want it on every node; returns its status.
@@ -386,9 +397,9 @@ class EnvManager:
         variant_id: str,
         pyproject: str,
         uv_lock: str,
-        options: Mapping[str, Any] | None = None,
+        options: Options | None = None,
         replace: bool = False,
-        wait_s: float = 0,
+        wait_s: Seconds = 0,
         dry_run: bool = False,
     ) -> Answer:
         """The way back from `export_env`: the same lock, byte for byte, and the same key.
@@ -435,7 +446,7 @@ class EnvManager:
         variant_id: str,
         packages: Packages,
         dry_run: bool = False,
-        operation_id: str | None = None,
+        operation_id: Name | None = None,
     ) -> Answer:
         """Add packages (requirements, or a requirements text); pins that fit stay.
 
@@ -467,7 +478,7 @@ class EnvManager:
         variant_id: str,
         packages: Packages = (),
         dry_run: bool = False,
-        operation_id: str | None = None,
+        operation_id: Name | None = None,
     ) -> Answer:
         """Upgrade the named packages within what is declared, or all; see `add_deps`."""
         env_id, names = await self._asked(variant_id), _listed(packages)
@@ -482,7 +493,7 @@ class EnvManager:
         variant_id: str,
         packages: Packages,
         dry_run: bool = False,
-        operation_id: str | None = None,
+        operation_id: Name | None = None,
     ) -> Answer:
         """Remove declared packages, and what only they needed; see `add_deps`."""
         env_id, names = await self._asked(variant_id), _listed(packages)
@@ -495,9 +506,9 @@ class EnvManager:
         self,
         *,
         variant_id: str,
-        to: int | None = None,
+        to: Count | None = None,
         dry_run: bool = False,
-        operation_id: str | None = None,
+        operation_id: Name | None = None,
     ) -> Answer:
         """Make the previous generation, or generation `to`, the current one.
 
@@ -515,7 +526,7 @@ class EnvManager:
         *,
         variant_id: str,
         force: bool = False,
-        job_id: str | None = None,
+        job_id: Name | None = None,
         dry_run: bool = False,
     ) -> Answer:
         """Forget a variant; its history stays. Nothing happens where it is not defined.
@@ -563,7 +574,7 @@ class EnvManager:
     async def cleanup(
         self,
         *,
-        idle_hours: float | None = None,
+        idle_hours: Hours | None = None,
         dry_run: bool = False,
         include_current: bool = False,
     ) -> Answer:
@@ -586,7 +597,7 @@ class EnvManager:
             ),
         )
 
-    async def prepare(self, *, variant_ids: Iterable[str]) -> Answer:
+    async def prepare(self, *, variant_ids: Texts) -> Answer:
         """Want these variants on every node, failed ones once more; see `watch` for how it goes.
 
         Those that were locked for another Ray or Python are locked again, as new generations.
@@ -605,9 +616,7 @@ class EnvManager:
                 self._reconciler.want([record.current.key])
         return self._told(names)
 
-    async def watch(
-        self, *, variant_ids: Iterable[str], seen: int, timeout_s: float = 10
-    ) -> Answer:
+    async def watch(self, *, variant_ids: Texts, seen: Position, timeout_s: Seconds = 10) -> Answer:
         """The status of variants, once anything is newer than `seen`, or after `timeout_s`."""
         await self._awake()
         names = [_name(text) for text in variant_ids]
@@ -671,16 +680,21 @@ class EnvManager:
         flight = self._flights.get(question)
         if flight is None:
             flight = self._flights[question] = _Flight(asyncio.ensure_future(act()))
-            flight.task.add_done_callback(lambda _: self._flights.pop(question, None))
+            mine = flight
+            flight.task.add_done_callback(lambda _: self._land(question, mine))
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.task)
         finally:
             flight.waiting -= 1
             if not flight.waiting and not flight.task.done():
-                self._flights.pop(question, None)
+                self._land(question, flight)
                 flight.task.cancel()
                 await asyncio.gather(flight.task, return_exceptions=True)
+
+    def _land(self, question: str, flight: _Flight) -> None:
+        if self._flights.get(question) is flight:
+            del self._flights[question]
 
     async def _asked(self, variant_id: str) -> EnvId:
         env_id = EnvId.parse(variant_id)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import Enum
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -33,6 +33,11 @@ RESERVED_VARIABLES = ("PATH", "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH")
 
 #: The workflow of variants that are addressed by one `variant_id`.
 DEFAULT_WORKFLOW = "default"
+
+#: The name of an environment; it names a folder too, and so is no path.
+Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
+#: More generations than any variant has.
+_MAX_NUMBER = 10**6
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -253,7 +258,7 @@ class Generation(Model):
     definition: Definition
     #: The operation that made it: create, add, update, …
     made_by: str = "create"
-    key: str
+    key: Key
     lock_sha256: str
     #: Equal for specs that resolve to the same lock without asking the index again.
     fingerprint: str
@@ -275,6 +280,15 @@ class VariantRecord(Model):
     created_at: datetime
     updated_at: datetime
 
+    @model_validator(mode="after")
+    def _check(self) -> VariantRecord:
+        numbers = self.numbers
+        if len(set(numbers)) != len(numbers) or not all(0 < n <= _MAX_NUMBER for n in numbers):
+            raise ValueError("numbers are not those of generations")
+        if self.current.number not in numbers:
+            raise ValueError(f"generation {self.current.number} is not among its numbers")
+        return self
+
     @property
     def definition(self) -> Definition:
         return self.current.definition
@@ -283,7 +297,7 @@ class VariantRecord(Model):
 class EnvRecord(Model):
     """The file that says an environment is ready on a node; written last."""
 
-    key: str
+    key: Key
     python: str
     ray: str
     platform: str
@@ -301,7 +315,7 @@ class EnvRecord(Model):
 class BuildRequest(Model):
     """Everything a node needs to build one environment."""
 
-    key: str
+    key: Key
     pyproject: str
     uv_lock: str
     extras: tuple[str, ...] = ()

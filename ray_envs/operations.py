@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_envs.builder import base_python
-from ray_envs.errors import LockTimeout, RayEnvsError, StorageFailed
+from ray_envs.errors import InvalidInput, LockTimeout, RayEnvsError, StorageFailed
 from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
 from ray_envs.files import locked
 from ray_envs.history import History
@@ -173,6 +173,7 @@ class Operations:
         *,
         failed: EventKind,
         operation_id: str | None = None,
+        asked: Any = None,
     ) -> AsyncIterator[Change]:
         """The only change of `env_id` during the block, in any process.
 
@@ -184,6 +185,7 @@ class Operations:
             operation: its name.
             failed: the event of its failure.
             operation_id: as the caller named it, who may ask again when an answer was lost.
+            asked: what else the caller said; the same id may stand for the same only.
 
         Raises:
             LockTimeout: somebody else went on changing it for too long; the message names him.
@@ -197,6 +199,7 @@ class Operations:
             node_id=env_id.node_id,
             version_id=env_id.version_id,
             started_at=_now(),
+            metadata={} if asked is None else {"asked": asked},
         )
         change = Change(self, row, failed)
         async with self._kept(change, self._registry.lock(env_id)):
@@ -217,6 +220,16 @@ class Operations:
             return
         if earlier is None:
             return
+        for one, other in (
+            (earlier.variant_id, change.row.variant_id),
+            (earlier.operation, change.row.operation),
+            (earlier.metadata.get("asked"), change.row.metadata.get("asked")),
+        ):
+            if one != other:
+                raise InvalidInput(
+                    f"operation_id {earlier.operation_id!r} was used for another request: {one!r}",
+                    hint="give each request an id of its own",
+                )
         change.was_done = (
             earlier.status is OperationStatus.SUCCEEDED or earlier.metadata.get("outcome") == "done"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -76,6 +77,10 @@ class Reconciler:
         self.site = site_name(platform.name, target)
         self.variants: dict[str, VariantRecord] = {}
         self._stamps: dict[str, int] = {}
+        #: The folders of definitions that cannot be read.
+        self.damaged: set[str] = set()
+        #: Keys that somebody waits for, and how many do.
+        self.awaited: Counter[str] = Counter()
         #: Generations that are prepared next to the current one, by variant.
         self.staged: dict[str, Generation] = {}
         #: Variants whose current generation cannot run here and is being locked again.
@@ -139,11 +144,15 @@ class Reconciler:
                 self.forget(folders[folder].env_id)
         for folder, stamp in now.items():
             if self._stamps.get(folder) != stamp:
-                with suppress(StorageFailed):  # one that is damaged must not hide the others
+                self.damaged.discard(folder)
+                try:
                     record = self._registry.read(folder)
                     if record is not None and record.env_id.folder == folder:
                         self.variants[str(record.env_id)] = record
+                except StorageFailed:  # it must not hide the others
+                    self.damaged.add(folder)
                 self._stamps[folder] = stamp
+        self.damaged &= now.keys()
         self.fleet.version += 1
 
     def known(self, fingerprint: str) -> VariantRecord | None:
@@ -336,18 +345,22 @@ class Reconciler:
             EnvironmentNotReady: that took longer than `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
-        while True:
-            seen = self.fleet.version
-            if self.status_of(generation) is not Status.CREATING:
-                return
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise EnvironmentNotReady(
-                    f"variant {variant_id} was not ready after {timeout_s:g} s",
-                    variant_id=variant_id,
-                    hint="allow more time; what is built so far is used again",
-                )
-            await self.fleet.news(seen, left_s)
+        self.awaited[generation.key] += 1
+        try:
+            while True:
+                seen = self.fleet.version
+                if self.status_of(generation) is not Status.CREATING:
+                    return
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise EnvironmentNotReady(
+                        f"variant {variant_id} was not ready after {timeout_s:g} s",
+                        variant_id=variant_id,
+                        hint="allow more time; what is built so far is used again",
+                    )
+                await self.fleet.news(seen, left_s)
+        finally:
+            self.awaited[generation.key] -= 1
 
     # -- the loop ---------------------------------------------------------------------------
 

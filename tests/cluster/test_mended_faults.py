@@ -53,7 +53,7 @@ def make(cluster: RayEnvironmentProvider) -> Iterator[Any]:
 
     yield create
     for variant_id in made:
-        cluster.delete(variant_id)
+        cluster.delete(variant_id, force=True)
 
 
 # -- variants --------------------------------------------------------------------------------------

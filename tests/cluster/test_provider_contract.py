@@ -81,7 +81,7 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     cleaner = maker()  # a test may have closed its own
     for status in cleaner.list_variants():
         if status["variant_id"] not in KEPT:
-            cleaner.delete(status["variant_id"])
+            cleaner.delete(status["variant_id"], force=True)
     for provider in made:
         provider.close()
 
@@ -369,8 +369,8 @@ def test_two_ids_of_one_address_are_given_up_one_by_one(envs: EnvironmentProvide
 
 def test_deleting_forgets_and_may_be_repeated(envs: EnvironmentProvider) -> None:
     envs.create("w/n/1", OLD_SIX)
-    envs.delete("w/n/1")
-    envs.delete("w/n/1")
+    envs.delete("w/n/1", force=True)
+    envs.delete("w/n/1", force=True)
     assert envs.status("w/n/1")["status"] == "NOT_EXISTS"
 
 
@@ -649,7 +649,7 @@ def test_without_a_cluster_the_manager_of_that_root_is_used_where_one_lives(
     cluster.create("seen-by-both", OLD_SIX)
     with RayEnvironmentProvider.without_cluster(Settings(root=root)) as envs:
         assert envs.status("seen-by-both")["status"] in ("CREATING", "ACTIVE")
-        envs.delete("seen-by-both")
+        envs.delete("seen-by-both", force=True)
     assert cluster.status("seen-by-both")["status"] == "NOT_EXISTS"
 
 
@@ -659,7 +659,7 @@ def test_a_definition_outlives_the_process_that_made_it(local_settings: Settings
     with RayEnvironmentProvider.without_cluster(local_settings) as envs:
         assert envs.get_runtime_env("stays") is not None
         assert envs.status("stays")["key"] == created["key"]
-        envs.delete("stays")
+        envs.delete("stays", force=True)
 
 
 def test_a_wait_that_is_too_short_is_an_error_of_ours_and_undoes_nothing_by_half(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import json
 import os
 import signal
 import stat
@@ -16,9 +18,12 @@ import pytest
 
 from ray_envs import cli, cli_run, locks
 from ray_envs import registry as registry_module
+from ray_envs.agent import NodeAgent
+from ray_envs.cluster import LocalNodes
 from ray_envs.code import source_sha256
 from ray_envs.display import rendered, results_table
 from ray_envs.errors import InvalidInput, StorageFailed
+from ray_envs.manager import EnvManager
 from ray_envs.models import (
     BatchSpec,
     Definition,
@@ -285,3 +290,113 @@ def test_a_second_interrupt_does_not_end_the_end() -> None:
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     signal.raise_signal(signal.SIGINT)
+
+
+# -- the handle ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "named"),
+    [
+        ("pin_env", {"variant_id": "v", "is_pinned": "x"}, "is_pinned"),
+        ("pin_env", {"variant_id": "v", "is_pinned": None}, "is_pinned"),
+        ("get_env_status", {"variant_id": None}, "variant_id"),
+        ("add_deps", {"variant_id": "v", "packages": 5}, "packages"),
+        ("add_deps", {"variant_id": "v", "packages": [b"six"]}, "packages"),
+        ("create_env", {"variant_id": "v", "spec": 5}, "spec"),
+        ("create_env", {"variant_id": "v", "spec": {}, "wait_s": float("nan")}, "wait_s"),
+        ("events", {"timeout_s": float("nan")}, "timeout_s"),
+        ("events", {"since": float("inf")}, "since"),
+        ("events", {"kinds": 5}, "kinds"),
+        ("get_operations", {"limit": -1}, "limit"),
+        ("get_operations", {"offset": 2**70}, "offset"),
+        ("delete_operations", {"operation": float("nan")}, "operation"),
+        ("delete_operations", {"operation": ""}, "operation"),
+        ("cleanup", {"idle_hours": -1}, "idle_hours"),
+        ("prepare", {"variant_ids": [5]}, "variant_ids"),
+        ("get_environment", {"variant_id": "v", "job_id": 5}, "job_id"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_named_before_anything_is_done(
+    settings: Settings, verb: str, arguments: dict[str, object], named: str
+) -> None:
+    async def ask() -> None:
+        manager = EnvManager(settings=settings.to_environment(), nodes=LocalNodes(NodeAgent))
+        try:
+            await getattr(manager, verb)(**arguments)
+        finally:
+            await manager.stop()
+
+    with pytest.raises(InvalidInput, match=f"^{verb}: {named}"):
+        asyncio.run(ask())
+    assert not settings.root.exists()
+
+
+@pytest.mark.parametrize("text", ['{"key": "../victim"}', '{"numbers": []}', '{"numbers": [2]}'])
+def test_a_definition_that_was_edited_into_nonsense_is_damaged(
+    settings: Settings, text: str
+) -> None:
+    registry = Registry(settings)
+    commit(registry, 1)
+    path = registry.folder(V) / "metadata.json"
+    data, change = json.loads(path.read_text()), json.loads(text)
+    data["current"].update({k: v for k, v in change.items() if k == "key"})
+    data.update({k: v for k, v in change.items() if k == "numbers"})
+    path.write_text(json.dumps(data))
+    with pytest.raises(StorageFailed, match="is damaged"):
+        registry.get(V)
+
+
+def test_a_pipe_in_the_place_of_a_definition_is_damaged_and_not_waited_for(
+    settings: Settings,
+) -> None:
+    registry = Registry(settings)
+    commit(registry, 1)
+    path = registry.folder(V) / "metadata.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageFailed, match="is damaged"):
+        registry.get(V)
+
+
+def test_a_collection_keeps_the_environments_of_a_definition_that_cannot_be_read(
+    warm: Settings,
+) -> None:
+    async def act() -> list[str]:
+        manager = EnvManager(settings=warm.to_environment(), nodes=LocalNodes(NodeAgent))
+        try:
+            await manager.create_env(variant_id="v", spec={}, wait_s=120)
+            (Registry(warm).folder(V) / "metadata.json").write_text("{")
+        finally:
+            await manager.stop()
+        manager = EnvManager(settings=warm.to_environment(), nodes=LocalNodes(NodeAgent))
+        try:
+            told = await manager.cleanup(idle_hours=0)
+        finally:
+            await manager.stop()
+        assert told["deleted"] == []
+        return [row["because"] for row in told["kept"]]
+
+    assert asyncio.run(act()) == [
+        "a generation of the definition in default_v, which cannot be read"
+    ]
+
+
+def test_an_operation_id_stands_for_one_request_only(warm: Settings) -> None:
+    async def act() -> None:
+        manager = EnvManager(settings=warm.to_environment(), nodes=LocalNodes(NodeAgent))
+        try:
+            for name in ("a", "b"):
+                await manager.create_env(variant_id=name, spec={}, wait_s=120)
+            asked: Any = {"packages": ["six==1.17.0"], "operation_id": "deploy-42"}
+            await manager.add_deps(variant_id="a", **asked)
+            with pytest.raises(InvalidInput, match="was used for another request"):
+                await manager.add_deps(variant_id="b", **asked)
+            with pytest.raises(InvalidInput, match="was used for another request"):
+                await manager.remove_deps(
+                    variant_id="a", packages=["six"], operation_id="deploy-42"
+                )
+        finally:
+            await manager.stop()
+
+    asyncio.run(act())
