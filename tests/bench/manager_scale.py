@@ -66,6 +66,15 @@ def populate(settings: Settings, count: int) -> None:
         (folder / "metadata.json").write_text(record.model_dump_json(indent=1) + "\n")
 
 
+def answered(ask: Callable[[], Any]) -> Any:
+    """What an actor answers that is just being restarted."""
+    while True:
+        try:
+            return ray.get(ask())
+        except ray.exceptions.RayActorError:
+            time.sleep(0.01)
+
+
 def calls(sides: dict[str, Callable[[], Any]], rounds: int, count: int) -> None:
     """Latency one after the other, and calls a second with `AT_ONCE` on their way."""
     latency: dict[str, list[float]] = {name: [] for name in sides}
@@ -126,14 +135,9 @@ def main() -> None:
         for _ in range(options.rounds):
             ray.kill(manager, no_restart=False)
             began = time.perf_counter()
-            while True:
-                try:
-                    ray.get(manager.get_env_status.remote(variant_id="many/v50"))
-                    break
-                except ray.exceptions.RayActorError:
-                    time.sleep(0.01)
+            answered(lambda: manager.get_env_status.remote(variant_id="many/v50"))
             answers.append(time.perf_counter() - began)
-            rows = ray.get(manager.list_envs.remote())
+            rows = answered(manager.list_envs.remote)
             recoveries.append(time.perf_counter() - began)
             assert len(rows) == options.variants
             began = time.perf_counter()

@@ -560,7 +560,7 @@ def test_whoever_gives_up_during_a_change_leaves_nothing_half_made(
 
     status, row, again = managed(shared, act)
     assert (status["status"], status["change"], status["generation"]) == ("ACTIVE", None, 1)
-    assert (row["operation"], row["status"]) == ("add", "failed")
+    assert (row["operation"], row["status"]) == ("add", "interrupted")
     assert again["generation"] == 2
 
 
