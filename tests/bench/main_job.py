@@ -102,7 +102,7 @@ def repeated_run(settings: Settings, rounds: int) -> None:
     command(*run, env=env, cwd=work)
     with RayEnvironmentProvider.without_cluster(settings) as envs:
         pythons = [
-            row["python_path"]
+            envs.status(row["variant_id"])["python_path"]
             for row in envs.list_variants()
             if row["workflow_id"] == "sklearn-upgrade"
         ]
