@@ -299,7 +299,6 @@ def _row(node_id: str) -> dict[str, Any]:
     return {
         "node_id": node_id,
         "is_ready": False,
-        "has_rubbish": False,
         "damage": [],
         "damaged_files": 0,
         "left": [],

@@ -466,10 +466,8 @@ class EnvManager:
             InvalidPackages: none are given, or one cannot be accepted.
             ResolutionFailed, UvFailed, …: the current generation is as it was.
         """
-        env_id, names = await self._asked(variant_id), _listed(packages)
-        return await self._once(
-            ["add", str(env_id), names, dry_run],
-            lambda: self._changes.add(env_id, names, dry_run=dry_run, operation_id=operation_id),
+        return await self._edit(
+            self._changes.add, variant_id, packages, dry_run=dry_run, operation_id=operation_id
         )
 
     async def update_deps(
@@ -481,10 +479,8 @@ class EnvManager:
         operation_id: Name | None = None,
     ) -> Answer:
         """Upgrade the named packages within what is declared, or all; see `add_deps`."""
-        env_id, names = await self._asked(variant_id), _listed(packages)
-        return await self._once(
-            ["update", str(env_id), names, dry_run],
-            lambda: self._changes.update(env_id, names, dry_run=dry_run, operation_id=operation_id),
+        return await self._edit(
+            self._changes.update, variant_id, packages, dry_run=dry_run, operation_id=operation_id
         )
 
     async def remove_deps(
@@ -496,10 +492,8 @@ class EnvManager:
         operation_id: Name | None = None,
     ) -> Answer:
         """Remove declared packages, and what only they needed; see `add_deps`."""
-        env_id, names = await self._asked(variant_id), _listed(packages)
-        return await self._once(
-            ["remove", str(env_id), names, dry_run],
-            lambda: self._changes.remove(env_id, names, dry_run=dry_run, operation_id=operation_id),
+        return await self._edit(
+            self._changes.remove, variant_id, packages, dry_run=dry_run, operation_id=operation_id
         )
 
     async def rollback_env(
@@ -692,6 +686,23 @@ class EnvManager:
                 flight.task.cancel()
                 await asyncio.gather(flight.task, return_exceptions=True)
 
+    async def _edit(
+        self,
+        change: Callable[..., Awaitable[Answer]],
+        variant_id: str,
+        packages: Packages,
+        *,
+        dry_run: bool,
+        operation_id: str | None,
+    ) -> Answer:
+        """Change the packages of a variant with one of the verbs of `Changes`."""
+        env_id = await self._asked(variant_id)
+        names = [packages] if isinstance(packages, str) else list(packages)
+        return await self._once(
+            [change.__name__, str(env_id), names, dry_run],
+            lambda: change(env_id, names, dry_run=dry_run, operation_id=operation_id),
+        )
+
     def _land(self, question: str, flight: _Flight) -> None:
         if self._flights.get(question) is flight:
             del self._flights[question]
@@ -771,10 +782,6 @@ class EnvManager:
 
 def _name(variant_id: str) -> str:
     return str(EnvId.parse(variant_id))
-
-
-def _listed(packages: Packages) -> list[str]:
-    return [packages] if isinstance(packages, str) else list(packages)
 
 
 def _word(kind: Any, text: str) -> Any:

@@ -106,7 +106,6 @@ class Upkeep:
         began = time.monotonic()
         async with store.lock(key):
             record = store.record(key)
-            has_rubbish = record is None and store.venv(key).parent.exists()
             damage, left, shared, is_discarded = [_GONE], [_GONE], [], False
             error = None
             if record is None and repair:  # `agent` clears what is left of it, and builds
@@ -122,7 +121,6 @@ class Upkeep:
                         error = exc.to_dict()
         return {
             "is_ready": record is not None,
-            "has_rubbish": has_rubbish,
             "damage": [each.model_dump() for each in damage[:_TOLD]],
             "damaged_files": len(damage),
             "left": [each.model_dump() for each in left[:_TOLD]],
