@@ -1,30 +1,34 @@
 """NodeAgent: makes true on one node what the manager wants. `cluster` makes it an actor.
 
-It takes requests, runs them through `store` and `builder`, and tells how far each one is. What
-to build is not decided here (`planning`), nor where anything lies (`store`).
+It takes requests, has them built (`making`), and tells how far each one is, also those who wait
+at this node's gate. What to build is not decided here (`planning`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import os
 import time
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
 from typing import Any, Literal
 
+from ray_envs.bootstrap import own_version
 from ray_envs.builder import Builder, this_platform, this_target, uv_version
-from ray_envs.errors import RayEnvsError, StorageFailed, UvFailed
-from ray_envs.models import BuildRequest, EnvRecord, NodeEnvState, Phase, Target
-from ray_envs.planning import EnvUse
+from ray_envs.cluster import RayPeers
+from ray_envs.collecting import EnvUse
+from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed, UvFailed, from_dict
+from ray_envs.exchange import Exchange
+from ray_envs.gate import PLUGINS_VARIABLE, Gate, has_plugin
+from ray_envs.making import Maker, Progress
+from ray_envs.models import BuildRequest, NodeEnvState, Phase, Target
 from ray_envs.settings import Settings
 from ray_envs.store import Store
 from ray_envs.upkeep import Upkeep
+from ray_envs.uv_cache import UvCache
 
-#: The first pause before a failed download is tried again; it doubles. A guess.
-_RETRY_PAUSE_S = 1.0
-#: How uv reports ENOSPC; uv has no exit code for it, and may have freed the space again.
-_NO_SPACE = f"os error {errno.ENOSPC}"
+#: How often it is looked who waits at the gate.
+_ATTEND_S = 0.3
 
 
 class NodeAgent:
@@ -43,6 +47,13 @@ class NodeAgent:
         self._store = Store(self._settings)
         self._builder = Builder(self._settings, self._store.cache)
         self._upkeep = Upkeep(self._settings, self._store, self._builder)
+        cache = UvCache(self._store.cache, lock_timeout_s=self._settings.lock_timeout_s)
+        self._exchange = Exchange(cache, RayPeers())
+        self._maker = Maker(self._settings, self._store, self._builder, self._exchange)
+        #: Where workers of this node wait, if Ray was started here with our plugin.
+        self._gate = Gate(self._settings.root) if _has_gate() else None
+        self._asked: dict[str, int] = {}
+        self._attending: asyncio.Task[None] | None = None
         self._states: dict[str, NodeEnvState] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(self._settings.max_parallel_builds)
@@ -63,6 +74,9 @@ class NodeAgent:
             if key not in self._states:
                 self._states[key] = NodeEnvState(key=key, phase=Phase.READY, how=record.how)
         self._forget_lost()
+        if self._gate is not None and self._attending is None:
+            self._asked = self._gate.asked()
+            self._attending = asyncio.create_task(self._attend(self._gate))
         return {
             "node_id": self._node_id,
             "platform": this_platform().model_dump(mode="json"),
@@ -70,6 +84,9 @@ class NodeAgent:
             "root": str(self._settings.root),
             "states": [state.model_dump(mode="json") for state in self._states.values()],
             "version": self._version,
+            "asked": dict(self._asked),
+            "has_gate": self._gate is not None,
+            "software": {"ray_envs": own_version(), "uv": uv_version()},
             "error": error,
         }
 
@@ -88,6 +105,7 @@ class NodeAgent:
         return {
             "version": self._version,
             "states": [state.model_dump(mode="json") for state in self._states.values()],
+            "asked": dict(self._asked),
         }
 
     async def lock(
@@ -119,7 +137,7 @@ class NodeAgent:
                         upgrade=upgrade,
                     )
                 except UvFailed as exc:
-                    raise self._blamed(exc) from exc
+                    raise self._maker.blamed(exc) from exc
         return {
             "uv_lock": locked.text,
             "output": locked.output,
@@ -141,19 +159,61 @@ class NodeAgent:
         with self._store.scratch(files) as project:
             return await self._builder.export(project, extras=extras, groups=groups, format=format)
 
-    async def ensure(self, *, request: dict[str, Any], attempt: int) -> dict[str, Any]:
-        """Begin to make an environment ready, unless it is or is being made; returns its state."""
+    async def ensure(
+        self,
+        *,
+        request: dict[str, Any],
+        attempt: int,
+        peers: Sequence[str] = (),
+        is_cache_only: bool = False,
+    ) -> dict[str, Any]:
+        """Begin to make an environment ready, unless it is or is being made; returns its state.
+
+        Args:
+            request: a `BuildRequest`.
+            attempt: of the wish.
+            peers: nodes that have its wheels; what none gives comes from the package index.
+            is_cache_only: only get its wheels, for other nodes.
+        """
         wanted = BuildRequest.model_validate(request)
-        task = self._tasks.get(wanted.key)
+        key = wanted.key
+        task = self._tasks.get(key)
         if task is None or task.done():
-            record = self._store.record(wanted.key)
-            if record is not None:
-                self._store.renew(wanted.key)
-                await self._tell(wanted.key, Phase.READY, attempt=attempt, how=record.how)
+            record = self._store.record(key)
+            if record is not None and not is_cache_only:
+                self._store.renew(key)
+                await self._tell(key, Phase.READY, attempt=attempt, how=record.how)
             else:
-                await self._tell(wanted.key, Phase.WAITING, attempt=attempt)
-                self._tasks[wanted.key] = asyncio.create_task(self._make_ready(wanted, attempt))
-        return self._states[wanted.key].model_dump(mode="json")
+                await self._tell(key, Phase.WAITING, attempt=attempt)
+                making = self._cache if is_cache_only else self._make_ready
+                self._tasks[key] = asyncio.create_task(
+                    self._guarded(making(wanted, attempt, list(peers)), key, attempt)
+                )
+        return self._states[key].model_dump(mode="json")
+
+    async def refuse(self, *, key: str, reason: str) -> None:
+        """Fail the workers that wait here for `key`: nobody will make it."""
+        if self._gate is not None:
+            asked = self._gate.asked()
+            if key in asked:
+                self._gate.refuse(key, asked[key], reason)
+                self._gate.withdraw(key)
+
+    # -- wheels for other nodes --------------------------------------------------------------
+
+    async def offers(self, *, packages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of `packages` that this node can send; see `Exchange`."""
+        return await self._exchange.offers(packages)
+
+    async def manifest(self, *, wheel: dict[str, Any]) -> dict[str, Any]:
+        """What there is to send of one of the `offers`."""
+        return await self._exchange.manifest(wheel)
+
+    async def chunk(self, *, wheel: dict[str, Any], identity: str, number: int) -> list[Any]:
+        """A piece of what the manifest of that identity describes, as a reference."""
+        return await self._exchange.chunk(wheel, identity, number)
+
+    # -- upkeep ------------------------------------------------------------------------------
 
     async def try_start(self, *, key: str, env_vars: dict[str, str]) -> None:
         """Start the interpreter of `key` with these variables.
@@ -197,9 +257,26 @@ class NodeAgent:
 
     async def stop(self) -> None:
         """End every build; what is half-built has no record and is cleared by the next one."""
+        if self._attending is not None:
+            self._attending.cancel()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _attend(self, gate: Gate) -> None:
+        """Look who waits at the gate; those who wait for what has failed are told so."""
+        while True:
+            asked = gate.asked()
+            for key, attempt in asked.items():
+                state = self._states.get(key)
+                if state is not None and state.phase is Phase.FAILED:
+                    with suppress(OSError):  # a full disk: they give up by themselves
+                        gate.refuse(key, attempt, str(from_dict(state.error or {})))
+                        gate.withdraw(key)
+            if asked != self._asked:
+                self._asked = asked
+                self._wake()
+            await asyncio.sleep(_ATTEND_S)
 
     def _forget_lost(self) -> None:
         """Stop calling ready what the disk has lost, so that it is built again."""
@@ -215,130 +292,46 @@ class NodeAgent:
             self._store.sweep()
             self._is_set_up = True
 
-    async def _make_ready(self, request: BuildRequest, attempt: int) -> None:
+    async def _make_ready(self, request: BuildRequest, attempt: int, peers: list[str]) -> None:
+        started, key = time.monotonic(), request.key
+        await self._set_up()
+        async with self._slots, self._store.lock(key):
+            record = self._store.record(key)  # another process may have been first
+            if record is None:
+                record = await self._maker.make(request, peers, self._progress(key, attempt))
+        duration_s = time.monotonic() - started
+        await self._tell(key, Phase.READY, attempt=attempt, how=record.how, duration_s=duration_s)
+
+    async def _cache(self, request: BuildRequest, attempt: int, _peers: list[str]) -> None:
+        started = time.monotonic()
+        await self._set_up()
+        async with self._slots:
+            await self._maker.cache(request, self._progress(request.key, attempt))
+        duration_s = time.monotonic() - started
+        await self._tell(request.key, Phase.CACHED, attempt=attempt, duration_s=duration_s)
+
+    def _progress(self, key: str, attempt: int) -> Progress:
+        def progress(phase: Phase, line: str) -> None:
+            self._states[key] = NodeEnvState(key=key, phase=phase, progress=line, attempt=attempt)
+            self._wake()
+
+        return progress
+
+    async def _guarded(self, making: Coroutine[Any, Any, None], key: str, attempt: int) -> None:
+        """`making`, whose failure becomes the state of `key`."""
         started = time.monotonic()
         try:
-            await self._set_up()
-            async with self._slots, self._store.lock(request.key):
-                record = self._store.record(request.key)  # another process may have been first
-                if record is None:
-                    record = await self._build(request, attempt)
-            await self._tell(
-                request.key,
-                Phase.READY,
-                attempt=attempt,
-                how=record.how,
-                duration_s=time.monotonic() - started,
-            )
+            await making
         except Exception as exc:
             error: RayEnvsError = RayEnvsError(f"{type(exc).__name__}: {exc}")
             if isinstance(exc, RayEnvsError):
                 error = exc
             elif isinstance(exc, OSError):
                 error = StorageFailed(f"{exc}")
-            await self._fail(request.key, attempt, error, started)
+            await self._fail(key, attempt, error, started)
         except asyncio.CancelledError:
-            await self._fail(request.key, attempt, UvFailed("the build was stopped"), started)
+            await self._fail(key, attempt, UvFailed("the build was stopped"), started)
             raise
-
-    async def _build(self, request: BuildRequest, attempt: int) -> EnvRecord:
-        """Build at the final place; the caller holds the key's lock and found no record."""
-        key, store, builder = request.key, self._store, self._builder
-        started = time.monotonic()
-        venv, site = store.venv(key), store.site_packages(key, request.target.python_minor)
-        store.begin(key)
-
-        def progress(phase: Phase, line: str = "") -> None:
-            self._states[key] = NodeEnvState(key=key, phase=phase, progress=line, attempt=attempt)
-            self._wake()
-
-        try:
-            with store.scratch(
-                {"pyproject.toml": request.pyproject, "uv.lock": request.uv_lock}
-            ) as project:
-
-                async def link() -> float:
-                    began_at = time.time()
-                    await builder.sync(project, venv, request, is_offline=True)
-                    return began_at
-
-                progress(Phase.LINKING)
-                how: Any = "linked"
-                linked_at = 0.0
-                if not self._settings.malware_check:  # what is cached was perhaps never checked
-                    with suppress(UvFailed):
-                        linked_at = await link()
-                if not linked_at:
-                    how, linked_at = "built", time.time()
-                    await self._download(project, request, progress)
-                late = builder.without_bytecode(site, before=linked_at)
-                is_compiled = True
-                if late:
-                    progress(Phase.COMPILING, f"{len(late)} package{'s' * (len(late) > 1)}")
-                    async with store.compile_lock():
-                        is_compiled = await builder.compile(site, late)
-                    # Links made before the byte-code was there do not show it: link once more.
-                    progress(Phase.LINKING)
-                    store.begin(key)
-                    await link()
-            progress(Phase.VERIFYING)
-            store.install_hold(key, request.target.python_minor)
-            await builder.verify(store.python(key), request, site)
-        except UvFailed as exc:
-            raise self._blamed(exc) from exc
-        record = EnvRecord(
-            key=key,
-            python=request.target.python,
-            ray=request.target.ray,
-            platform=request.platform,
-            packages=request.packages,
-            lock_sha256=request.lock_sha256,
-            uv=uv_version(),
-            how=how,
-            is_compiled=is_compiled,
-            created_at=datetime.now(timezone.utc),
-            duration_s=time.monotonic() - started,
-        )
-        store.commit(record)
-        return record
-
-    async def _download(self, project: Any, request: BuildRequest, progress: Any) -> None:
-        pause_s = _RETRY_PAUSE_S
-        for left in range(self._settings.uv_retries, -1, -1):
-            # uv would take what a failed try left for complete: it checks names, not files.
-            self._store.begin(request.key)
-            progress(Phase.DOWNLOADING)
-            try:
-                await self._builder.sync(
-                    project,
-                    self._store.venv(request.key),
-                    request,
-                    is_offline=False,
-                    on_line=lambda line: self._tell_download(line, progress),
-                )
-                return
-            except UvFailed as exc:
-                if not left or self._store.is_full() or _NO_SPACE in exc.detail:
-                    raise
-                progress(Phase.DOWNLOADING, f"trying again in {pause_s:g} s: {exc.message}")
-                await asyncio.sleep(pause_s)
-                pause_s *= 2
-
-    @staticmethod
-    def _tell_download(line: str, progress: Any) -> None:
-        kind, _, rest = line.strip().partition(" ")
-        if kind in ("Downloading", "Building"):  # the others are one for each package, or none's
-            progress(Phase.DOWNLOADING, rest)
-
-    def _blamed(self, exc: UvFailed) -> RayEnvsError:
-        """`exc`, or the full disk behind it."""
-        if self._store.is_full() or _NO_SPACE in exc.detail:
-            return StorageFailed(
-                f"the disk of {self._settings.root} is full",
-                detail=exc.detail,
-                hint="free space there, or set RAY_ENVS_ROOT to another file system",
-            )
-        return exc
 
     async def _fail(self, key: str, attempt: int, exc: RayEnvsError, started: float) -> None:
         error = exc.about(key=key, node_id=self._node_id).to_dict()
@@ -360,3 +353,11 @@ class NodeAgent:
                 self._changed.notify_all()
 
         self._waking = asyncio.ensure_future(notify())
+
+
+def _has_gate() -> bool:
+    """Whether the Ray that started this process has our plugin."""
+    try:
+        return has_plugin(os.environ.get(PLUGINS_VARIABLE))
+    except InvalidInput:  # set after Ray was started: it could not have read it
+        return False

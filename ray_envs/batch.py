@@ -209,6 +209,7 @@ class RayBatchRunner:
                     yield self._counted(not_run(item, error))
                     continue
                 item.environment = environments[item.variant_id]
+                item.fetched_at = time.monotonic()
                 earlier = known.get(
                     (item.variant_id, item.case.id, item.environment["key"], item.call_sha256)
                 )
@@ -225,7 +226,8 @@ class RayBatchRunner:
                         break
                     waiting.remove(following)
                     try:
-                        flight.launch(following)
+                        if not flight.launch(following):
+                            waiting.append(following)
                     except RayEnvsError as exc:
                         results.append(not_run(following, exc))
                 # After the launches: whoever reads us may take his time with a result.
@@ -268,7 +270,10 @@ class RayBatchRunner:
         if names:
             try:
                 self._provider.prepare(
-                    *(prefix + name for name in names), strict=False, on_status=on_status
+                    *(prefix + name for name in names),
+                    strict=False,
+                    everywhere=False,  # items begin on the first node; the others join later
+                    on_status=on_status,
                 )
             except RayEnvsError as exc:
                 if exc.variant_id.removeprefix(prefix) not in names:

@@ -1,7 +1,7 @@
 """`ray-envs`: the command line. Data on stdout, people's text on stderr, exit codes from `errors`.
 
-Only the way in and out: what the commands do is in `cli_run`, `cli_variants`, `cli_reads` and
-`cli_history`. Each reads its input completely before it changes anything.
+Only the way in and out: what the commands do is in `cli_run`, `cli_cluster`, `cli_variants`,
+`cli_reads` and `cli_history`. Each reads its input completely before it changes anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from ray_envs import cli_history, cli_reads, cli_run, cli_variants
+from ray_envs import cli_cluster, cli_history, cli_reads, cli_run, cli_variants
 from ray_envs.console import complain, put
 from ray_envs.errors import RayEnvsError
 
@@ -107,6 +107,9 @@ def completion(shell: str) -> None:
 
 for command in (
     cli_run.run,
+    cli_cluster.up,
+    cli_cluster.down,
+    cli_cluster.runtime_env,
     cli_variants.create,
     cli_reads.list_variants,
     cli_reads.status,

@@ -240,6 +240,11 @@ def diff(variant: str, from_: int, to: int | None, as_json: bool) -> None:
 )
 @click.option("--generation", type=click.IntRange(min=1), help="By default the current one.")
 @click.option("--to", "folder", type=click.Path(path_type=Path), help="The folder to write into.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="One file with the project and all its wheels, for a cluster without a package index.",
+)
 @click.option("--force", is_flag=True, help="Overwrite files there that differ.")
 @json_option
 def export(
@@ -247,30 +252,41 @@ def export(
     form: str,
     generation: int | None,
     folder: Path | None,
+    bundle: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Write a generation of VARIANT for other tools or `import`.
 
     A project is written into a folder, by default one of the variant's name here; the other formats
-    are printed, unless there is a --to.
+    are printed, unless there is a --to. A bundle takes the wheels from this machine, where the
+    variant must have been prepared.
 
     \b
     Example: ray-envs export old --to exported && ray-envs import copy exported
     """
     from ray_envs import exports
 
-    registry, _ = disk()
+    registry, store = disk()
     record = found(registry, variant)
     made = exports.generation(registry, record, generation)
-    if form == "project":
+    if bundle is not None:
+        if folder is not None or form != "project":
+            raise InvalidInput(
+                "a bundle is a format of its own", hint="leave --to and --format out"
+            )
+        if os.path.lexists(bundle) and not force:
+            raise InvalidInput(f"{bundle} is there already", hint="name another file, or --force")
+        files = exports.put_bundle(registry, store, record, made, bundle)
+        folder = bundle.parent
+    elif form == "project":
         files = exports.project_files(registry, record, made)
         folder = folder or Path(record.env_id.node_id)
     else:
         name = str(record.env_id)
         with opened() as provider:
             files = patiently(lambda: provider.export(name, form, generation=made.number)["files"])
-    if folder is not None:
+    if folder is not None and bundle is None:
         _write(files, folder, force=force)
     if as_json:
         put_json(
@@ -280,9 +296,12 @@ def export(
                 "key": made.key,
                 "lock_sha256": made.lock_sha256,
                 "folder": None if folder is None else str(folder),
+                **({} if bundle is None else {"bundle": str(bundle)}),
                 "files": files,
             }
         )
+    elif bundle is not None:
+        put(str(bundle))
     elif folder is None:
         for text in files.values():
             put(text.rstrip("\n"))

@@ -68,6 +68,15 @@ _requirements_file = click.option("--requirements", "-r", "file", help="A requir
     multiple=True,
     help="A variable of its workers; no secrets: Ray logs them. Repeatable.",
 )
+@click.option(
+    "--label",
+    "labels",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Only for nodes with this label; VALUE as in Ray's label_selector. Repeatable.",
+)
+@click.option("--num-gpus", type=float, help="GPUs of its tasks: only for nodes with as many.")
+@click.option("--nodes", type=click.IntRange(min=1), help="On so many of them; by default on all.")
 @click.option("--replace", is_flag=True, help="Make a new generation where the variant exists.")
 @dry_run_option
 @json_option
@@ -75,6 +84,7 @@ def create(
     variant: str,
     packages: tuple[str, ...],
     variables: tuple[str, ...],
+    labels: tuple[str, ...],
     replace: bool,
     dry_run: bool,
     as_json: bool,
@@ -90,7 +100,11 @@ def create(
     """
 
     given = {name: value for name, value in options.items() if value}
-    given |= {"packages": packages, "env_vars": _pairs(variables)}
+    given |= {
+        "packages": packages,
+        "env_vars": _pairs(variables, option="--env-var"),
+        "label_selector": _pairs(labels, option="--label"),
+    }
     if options["exclude_newer"] is not None:
         try:
             cut_off(options["exclude_newer"])
@@ -118,14 +132,14 @@ def create(
         put(answer["python_path"])
 
 
-def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
+def _pairs(texts: tuple[str, ...], *, option: str) -> dict[str, str]:
     pairs = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name:
             raise InvalidInput(
-                f"{name!r} has no value" if name else "a variable has no name",
-                where="--env-var",
+                f"{name!r} has no value" if name else "there is no name",
+                where=option,
                 hint="write NAME=VALUE",
             )
         pairs[name] = value
@@ -277,21 +291,34 @@ def rollback(variant: str, to: int | None, dry_run: bool, as_json: bool) -> None
 
 @click.command(name="import")
 @variant_argument
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="A file with the wheels, in place of DIR."
+)
 @click.option("--replace", is_flag=True, help="Make a new generation where the variant exists.")
 @dry_run_option
 @json_option
-def import_project(variant: str, folder: Path, replace: bool, dry_run: bool, as_json: bool) -> None:
-    """Define VARIANT from an export in DIR; prints its key.
+def import_project(
+    variant: str,
+    folder: Path | None,
+    bundle: Path | None,
+    replace: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Define VARIANT from an export in DIR, or in a bundle; prints its key.
 
     DIR has a pyproject.toml, a uv.lock and, where there are any, options.json. From what
-    `ray-envs export` wrote, it is the same lock, byte for byte, and the same environment.
+    `ray-envs export` wrote, it is the same lock, byte for byte, and the same environment. A bundle
+    brings its wheels along: no package index is asked. Read it where the manager runs.
 
     \b
     Example: ray-envs import copy exported
     """
     name = str(EnvId.parse(variant))
-    definition = _exported(folder)
+    if (folder is None) is (bundle is None):
+        raise click.UsageError("give either DIR or --bundle FILE")
+    definition = _exported(folder or Path()) if bundle is None else _unbundled(bundle)
     options = definition.model_dump(
         mode="json", exclude={"pyproject", "uv_lock"}, exclude_defaults=True
     )
@@ -316,6 +343,25 @@ def import_project(variant: str, folder: Path, replace: bool, dry_run: bool, as_
         put(answer["key"])
         if dry_run:
             say("a dry run: nothing was changed")
+
+
+def _unbundled(bundle: Path) -> Definition:
+    """The definition in a bundle, whose wheels are in this machine's uv cache now.
+
+    Raises:
+        InvalidInput: it cannot be read, is damaged, or is for another kind of machine.
+        StorageFailed: there is no room for its wheels.
+    """
+    import tempfile
+
+    from ray_envs import exports
+
+    _, store = disk()
+    store.set_up()
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in exports.take_bundle(bundle, store).items():
+            Path(folder, file).write_bytes(content)
+        return _exported(Path(folder))
 
 
 def _exported(folder: Path) -> Definition:

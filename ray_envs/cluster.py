@@ -11,25 +11,35 @@ import asyncio
 import inspect
 import json
 import os
+import site
 import socket
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution, version
 from types import ModuleType
 from typing import Any, Protocol
 
-from ray_envs import inside
-from ray_envs.errors import InvalidInput, ManagerUnavailable, from_dict
+from ray_envs import bootstrap, inside
+from ray_envs.errors import InvalidInput, ManagerUnavailable, WrongEnvironment, from_dict
+from ray_envs.gate import PLUGINS_VARIABLE, with_plugin
+from ray_envs.settings import Settings
 
 NAMESPACE = "ray_envs"
 MANAGER = "EnvManager"
 
 #: How long the helper that starts the manager may take; a cold Ray import alone takes seconds.
 _START_TIMEOUT_S = 120
+
+#: How long a node that lacks ray_envs is left alone: each look there starts a process.
+_BARE_PAUSE_S = 30
+
+#: How long a manager may take to end in order, and its agents after it.
+_END_TIMEOUT_S = 30
 
 #: How long the port of a given address may take to answer.
 _CONNECT_TIMEOUT_S = 5
@@ -50,6 +60,8 @@ class NodeInfo:
     node_id: str
     is_head: bool
     address: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    num_gpus: float = 0
 
 
 class Nodes(Protocol):
@@ -125,6 +137,11 @@ class RayNodes:
     def __init__(self, agent_class: type) -> None:
         self._agent_class = agent_class
         self._handles: dict[str, Any] = {}
+        #: What bare nodes lack, and until when they are left alone.
+        self._bare: dict[str, tuple[WrongEnvironment, float]] = {}
+        #: What is brought to them; made for the first one.
+        self._pack: dict[str, Any] = {}
+        self._packing = asyncio.Lock()
 
     async def alive(self) -> list[NodeInfo]:
         import ray
@@ -135,43 +152,97 @@ class RayNodes:
                 node["NodeID"],
                 "node:__internal_head__" in node.get("Resources", {}),
                 node["NodeManagerAddress"],
+                node.get("Labels") or {},
+                node.get("Resources", {}).get("GPU", 0),
             )
             for node in nodes
             if node["Alive"]
         ]
-        for node_id in self._handles.keys() - {node.node_id for node in found}:
-            del self._handles[node_id]
+        alive = {node.node_id for node in found}
+        for known in (self._handles, self._bare):
+            for node_id in known.keys() - alive:
+                del known[node_id]
         return found
 
     def agent(self, node_id: str, *, settings: dict[str, str]) -> Call:
-        from ray.exceptions import ActorDiedError
+        """See `Nodes.agent`; of a node that lacks ray_envs, each verb raises `WrongEnvironment`."""
+        error, until = self._bare.get(node_id, (None, 0.0))
+        if error is not None and time.monotonic() < until:
+            told = error  # the name of a caught exception ends with its block
 
+            async def refuse(verb: str, **arguments: Any) -> Any:  # noqa: ARG001 - as `call`
+                raise told
+
+            return refuse
         if node_id not in self._handles:
-            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-            self._handles[node_id] = (
-                actor_class(self._agent_class)
-                .options(
-                    name=f"NodeAgent:{node_id}",
-                    namespace=NAMESPACE,
-                    get_if_exists=True,
-                    num_cpus=0,
-                    max_restarts=-1,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-                )
-                .remote(settings=settings, node_id=node_id, ray_version=self.ray_version())
-            )
+            self._handles[node_id] = self._start_agent(node_id, settings)
         handle = self._handles[node_id]
+        may_equip = Settings.from_environment(settings).bootstrap
 
         async def call(verb: str, **arguments: Any) -> Any:
             try:
-                return await getattr(handle, verb).remote(**arguments)
-            except Exception as exc:
-                if isinstance(exc, ActorDiedError):  # for good: the next call makes a new one
-                    self._handles.pop(node_id, None)
-                raise unwrapped(exc, f"the NodeAgent of node {node_id[:12]}") from exc
+                return await self._say(node_id, handle, verb, arguments)
+            except WrongEnvironment as exc:
+                try:
+                    if not may_equip:
+                        raise
+                    await self._say(node_id, handle, "equip", await self._packed())
+                    return await self._say(node_id, handle, verb, arguments)
+                except WrongEnvironment as last:
+                    self._leave_alone(node_id, last)
+                    raise last from exc
 
         return call
+
+    def _start_agent(self, node_id: str, settings: dict[str, str]) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return (
+            actor_class(self._agent_class, version=bootstrap.own_version())
+            .options(
+                name=f"NodeAgent:{node_id}",
+                namespace=NAMESPACE,
+                get_if_exists=True,
+                num_cpus=0,
+                max_restarts=-1,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+            )
+            .remote(settings=settings, node_id=node_id, ray_version=self.ray_version())
+        )
+
+    async def _say(self, node_id: str, handle: Any, verb: str, arguments: dict[str, Any]) -> Any:
+        from ray.exceptions import ActorDiedError
+
+        try:
+            return await getattr(handle, verb).remote(**arguments)
+        except Exception as exc:
+            if isinstance(exc, ActorDiedError):  # for good: the next call makes a new one
+                self._handles.pop(node_id, None)
+            raise unwrapped(exc, f"the NodeAgent of node {node_id[:12]}") from exc
+
+    async def _packed(self) -> dict[str, Any]:
+        """What `equip` takes. The packages stay in Ray's object store as long as this process."""
+        import ray
+
+        async with self._packing:
+            if not self._pack:
+                pack = await asyncio.to_thread(bootstrap.packed)
+                # Within a list Ray does not fetch it for the actor, which may have it already.
+                self._pack = {
+                    "sha256": pack.sha256,
+                    "site": pack.site,
+                    "data": [ray.put(pack.data)],
+                }
+        return self._pack
+
+    def _leave_alone(self, node_id: str, error: WrongEnvironment) -> None:
+        """Begin again later, with a new process: only that sees what is installed meanwhile."""
+        import ray
+
+        self._bare[node_id] = (error, time.monotonic() + _BARE_PAUSE_S)
+        handle = self._handles.pop(node_id, None)
+        if handle is not None:
+            ray.kill(handle)
 
     def ray_version(self) -> str:
         import ray
@@ -209,6 +280,38 @@ class RayNodes:
         """Nothing: the agents end with the manager that owns them."""
 
 
+class RayPeers:
+    """The agents of other nodes, and Ray's objects between them; see `exchange.Peers`."""
+
+    def peer(self, node_id: str) -> Call:
+        who = f"the NodeAgent of node {node_id[:12]}"
+
+        async def call(verb: str, **arguments: Any) -> Any:
+            import ray
+
+            try:
+                handle = ray.get_actor(f"NodeAgent:{node_id}", namespace=NAMESPACE)
+            except ValueError:
+                raise ManagerUnavailable(f"{who} is not there") from None
+            try:
+                return await getattr(handle, verb).remote(**arguments)
+            except Exception as exc:
+                raise unwrapped(exc, who) from exc
+
+        return call
+
+    async def put(self, data: bytes) -> Any:
+        import ray
+
+        return await asyncio.to_thread(ray.put, data)
+
+    async def take(self, ref: Any) -> bytes:
+        try:
+            return bytes(await ref)
+        except Exception as exc:
+            raise unwrapped(exc, "another node") from exc
+
+
 def _state() -> Any:
     """Ray's own view of its tables; the public one needs the dashboard."""
     from ray._private import state
@@ -216,8 +319,13 @@ def _state() -> Any:
     return state.state
 
 
-def actor_class(cls: type) -> Any:
-    """`cls` as a Ray actor: see `inside.actor_shell`; `unwrapped` turns its errors back."""
+def actor_class(cls: type, *, version: str | None = None) -> Any:
+    """`cls` as a Ray actor: see `inside.actor_shell`; `unwrapped` turns its errors back.
+
+    Args:
+        cls: an importable class.
+        version: given, the actor's node may lack ray_envs of it: see `bootstrap.node_shell`.
+    """
     import ray
 
     verbs = [
@@ -225,8 +333,10 @@ def actor_class(cls: type) -> Any:
         for name, _ in inspect.getmembers(cls, inspect.iscoroutinefunction)
         if not name.startswith("_")
     ]
-    with by_value([inside]):
+    with by_value([inside, bootstrap]):
         shell = inside.actor_shell(cls.__module__, cls.__name__, verbs)
+        if version is not None:
+            shell = bootstrap.node_shell(shell, cls.__module__, cls.__name__, version)
         # A copy that belongs to no module: Ray pickles it later, at its first use.
         return ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(shell)))
 
@@ -260,7 +370,8 @@ def unwrapped(exc: BaseException, who: str = "the EnvManager") -> BaseException:
             and isinstance(cause.args[1], dict)
         ):
             return from_dict(cause.args[1])
-    if isinstance(exc, exceptions.RayActorError | exceptions.GetTimeoutError):
+    lost = (exceptions.RayActorError, exceptions.GetTimeoutError, exceptions.ObjectLostError)
+    if isinstance(exc, lost):
         return ManagerUnavailable(
             f"{who} did not answer: {type(exc).__name__}",
             detail=str(exc)[:500],
@@ -375,14 +486,52 @@ def connect(address: str | None) -> bool:
             warnings.simplefilter("ignore", FutureWarning)
             # Without an address, Ray finds what `ray start` started. "auto" would also find the
             # embedded Ray of another process, which ends with that process.
-            ray.init(
-                address=None if address in ("", "auto") else address,
-                include_dashboard=False,
-                **quiet,
-            )
+            with _plugin_loaded() if embeds(address) else nullcontext():
+                ray.init(
+                    address=None if address in ("", "auto") else address,
+                    include_dashboard=False,
+                    **quiet,
+                )
     except (ConnectionError, RuntimeError, ValueError) as exc:
         raise _no_answer(_address_of(address), str(exc)) from exc
     return bool(ray._private.worker._global_node.head)
+
+
+@contextmanager
+def _plugin_loaded() -> Iterator[None]:
+    """A Ray that is started in the block loads our plugin; what is started later need not.
+
+    Only where ray_envs is installed: a plugin that Ray cannot import keeps it from starting.
+    """
+    before = os.environ.get(PLUGINS_VARIABLE)
+    if _is_installed():
+        os.environ[PLUGINS_VARIABLE] = with_plugin(before)
+    try:
+        yield
+    finally:
+        os.environ.pop(PLUGINS_VARIABLE, None)
+        if before is not None:
+            os.environ[PLUGINS_VARIABLE] = before
+
+
+def _is_installed() -> bool:
+    """Whether every process of this interpreter finds ray_envs, whatever its folder."""
+    try:
+        place = os.path.realpath(str(distribution("ray-envs").locate_file("")))
+    except PackageNotFoundError:
+        return False
+    folders = [*site.getsitepackages()]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return place in map(os.path.realpath, folders)
+
+
+def is_own() -> bool:
+    """Whether this process has started the Ray that it is connected to: it ends with it."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.head)
 
 
 def embeds(address: str | None) -> bool:
@@ -430,3 +579,39 @@ def _no_answer(address: str, reason: str) -> ManagerUnavailable:
         hint="check --address and RAY_ADDRESS (a cluster with tokens needs RAY_AUTH_MODE=token and "
         "the same token); `--address local` uses a local Ray; `ray stop` forgets a crashed one",
     )
+
+
+def end_manager() -> list[str]:
+    """End the cluster's EnvManager and its agents for good; what is on the disks stays.
+
+    Returns the names of the actors that ended: none where no manager lived.
+
+    Raises:
+        ManagerUnavailable: some are still there.
+    """
+    import ray
+
+    handle = find_manager()
+    if handle is None:
+        return []
+    names = _our_actors()
+    with suppress(Exception):  # one that hangs, or dies at this moment, is ended all the same
+        ray.get(handle.stop.remote(), timeout=_END_TIMEOUT_S)
+    ray.kill(handle, no_restart=True)
+    deadline = time.monotonic() + _END_TIMEOUT_S
+    while left := _our_actors() & names:  # the agents end with the manager that owns them
+        if time.monotonic() >= deadline:
+            raise ManagerUnavailable(
+                f"still there after {_END_TIMEOUT_S} s: {', '.join(sorted(left))}",
+                hint="try again; Ray's logs of those actors say more",
+            )
+        time.sleep(0.1)
+    return sorted(names)
+
+
+def _our_actors() -> set[str]:
+    """The names of the manager and the agents that live."""
+    from ray.util import list_named_actors
+
+    rows = list_named_actors(all_namespaces=True)
+    return {row["name"] for row in rows if row["namespace"] == NAMESPACE}

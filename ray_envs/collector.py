@@ -1,6 +1,6 @@
 """Collects environments that nobody wants, holds or was promised, on every node.
 
-Gathers what `planning.plan_collection` needs, tells the agents what may go, and prunes uv's cache.
+Gathers what `collecting` needs, tells the agents what may go, and prunes uv's cache.
 The agents have the last word: what is held when the exclusive lock is asked for stays.
 """
 
@@ -11,15 +11,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from ray_envs import planning
+from ray_envs import collecting
 from ray_envs.cluster import Nodes
+from ray_envs.collecting import EnvUse, Limits, Verdict
 from ray_envs.errors import RayEnvsError, StorageFailed
 from ray_envs.events import EventKind
 from ray_envs.fleet import Node
 from ray_envs.leases import Leases
 from ray_envs.models import Generation, VariantRecord
 from ray_envs.operations import Change, Operations
-from ray_envs.planning import EnvUse, Limits, Verdict
 from ray_envs.reconciler import Reconciler
 from ray_envs.registry import Registry
 from ray_envs.settings import Settings
@@ -93,7 +93,7 @@ class Collector:
             for plain in told["uses"]:
                 use = EnvUse.model_validate({**plain, "node_id": node.info.node_id})
                 uses[use.key] = use
-            verdicts = planning.plan_collection(
+            verdicts = collecting.plan_collection(
                 uses.values(),
                 wanted=self.wanted(include_current=include_current),
                 leases=self._leases.all(),
@@ -160,15 +160,16 @@ class Collector:
             if key in self._busy() or key in self._leases.all() or key in wanted:
                 stayed.append(_kept(verdict, "it was asked for meanwhile"))
                 continue
-            wish = self._reconciler.wishes.pop(key, None)  # or the loop would make it again
+            was_wanted = self._reconciler.wishes.drop(key)  # or the loop would make it again
             try:
                 freed = await node.call("collect", key=key, planned=use.model_dump(mode="json"))
             except RayEnvsError as exc:
                 stayed.append(_kept(verdict, exc.message))
-                if wish is not None:
-                    self._reconciler.wishes.setdefault(key, wish)
+                if was_wanted:
+                    self._reconciler.wishes.want(key)
                 continue
             self._reconciler.fleet.forget_state(node, key)
+            self._reconciler.wishes.outdate(key)
             gone.append({**verdict.model_dump(mode="json"), "freed_bytes": int(freed)})
             change.say(
                 EventKind.COLLECTED,

@@ -76,6 +76,10 @@ class RayEnvsError(Exception):
         }
 
 
+class RayEnvsWarning(UserWarning):
+    """What is not as it should be, and keeps nothing from going on."""
+
+
 class InvalidInput(RayEnvsError):
     """A file, option or value that cannot be accepted."""
 
@@ -154,7 +158,7 @@ class ManagerUnavailable(RayEnvsError):
 
 
 class WrongEnvironment(RayEnvsError):
-    """A worker is in another environment than it was promised; the payload did not run."""
+    """A process is in another environment than it needs: the payload, or the agent, did not run."""
 
     exit_code = 15
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from ray_envs import changing, resolving
-from ray_envs.errors import InvalidInput, StorageFailed
+from ray_envs import bundles, changing, locks, resolving, transfer
+from ray_envs.builder import this_platform
+from ray_envs.errors import EnvironmentNotReady, InvalidInput, StorageFailed
 from ray_envs.models import Generation, VariantRecord
 from ray_envs.registry import Registry
+from ray_envs.store import Store
+from ray_envs.uv_cache import UvCache
 
 #: What stands in the exported texts themselves.
 _IN_TEXTS = {"packages", "pyproject", "uv_lock"}
@@ -104,3 +109,55 @@ def project_files(registry: Registry, record: VariantRecord, made: Generation) -
         "uv.lock": uv_lock,
         "options.json": json.dumps(options, indent=1, sort_keys=True) + "\n",
     }
+
+
+def put_bundle(
+    registry: Registry, store: Store, record: VariantRecord, made: Generation, path: Path
+) -> dict[str, str]:
+    """Write a generation with its wheels, from this machine's uv cache, into one file.
+
+    Returns:
+        The texts in it, by file name.
+
+    Raises:
+        EnvironmentNotReady: wheels of it are not on this machine.
+        StorageFailed: it cannot be written.
+    """
+    files = project_files(registry, record, made)
+    definition = made.definition
+    packages = locks.installed(
+        files["uv.lock"], this_platform(), extras=definition.extras, groups=definition.groups
+    )
+    cache = UvCache(store.cache)
+    wheels = transfer.offers(cache, packages)
+    lacking = {package.name for package in packages} - {wheel.package.name for wheel in wheels}
+    if lacking:
+        raise EnvironmentNotReady(
+            f"this machine lacks wheels of {record.env_id}: {', '.join(sorted(lacking))}",
+            variant_id=str(record.env_id),
+            hint="prepare it here first (`ray-envs sync`), or export where it is prepared",
+        )
+    manifests = [transfer.manifest(cache, wheel) for wheel in wheels]
+    bundles.write_bundle(path, cache, manifests, files, ray=made.target.ray)
+    return files
+
+
+def take_bundle(path: Path, store: Store) -> dict[str, bytes]:
+    """Put the wheels of a bundle into this machine's uv cache; returns its texts by file name.
+
+    Raises:
+        InvalidInput: it cannot be read, is damaged, or is for another kind of machine.
+        StorageFailed: there is no room for its wheels.
+    """
+    cache, here = UvCache(store.cache), version("ray")
+    with bundles.read_bundle(path) as bundle:
+        if bundle.ray != here:
+            raise InvalidInput(
+                f"the bundle is for Ray {bundle.ray}; this machine has {here}",
+                where=str(path),
+                hint="export it where this Ray runs",
+            )
+        for manifest in bundle.manifests:
+            if transfer.missing(cache, [manifest.wheel.package]):
+                transfer.receive(cache, manifest, bundle.chunks(manifest))
+        return dict(bundle.files)

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_envs.cluster import Call, NodeInfo, Nodes
-from ray_envs.errors import ManagerUnavailable, RayEnvsError, from_dict
-from ray_envs.models import NodeEnvState, Target
+from ray_envs.errors import ManagerUnavailable, RayEnvsError, WrongEnvironment, from_dict
+from ray_envs.models import NodeEnvState, Phase, Target
 
 #: How long one long-poll of an agent lasts before it is asked again.
 _WATCH_S = 5.0
 #: How many looks in a row an agent may miss before its node counts as failed. A guess.
 _MAX_MISSES = 6
+#: After how long a worker that waits for an environment may have given up; see `plugin`.
+_PATIENCE_S = 300.0
 
 
 @dataclass(slots=True)
@@ -29,10 +31,38 @@ class Node:
     call: Call
     site: str = ""
     error: dict[str, str] | None = None
+    #: Whether Ray asks us there before it starts a worker in one of our environments.
+    has_gate: bool = False
+    #: What it runs: the versions of ray_envs and uv.
+    software: dict[str, str] = field(default_factory=dict)
     states: dict[str, NodeEnvState] = field(default_factory=dict)
+    #: The keys of `states` that are ready, and the rest of it.
+    ready: frozenset[str] = frozenset()
+    others: dict[str, NodeEnvState] = field(default_factory=dict)
+    #: Keys that workers wait for there, with the attempt that they belong to.
+    asked: dict[str, int] = field(default_factory=dict)
     #: The last end of each build that was told to whoever listens.
     told: dict[str, NodeEnvState] = field(default_factory=dict)
     watcher: asyncio.Task[None] | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it lacks what environments need, ray_envs itself for one: it gets none."""
+        return self.error is not None and self.error["type"] == WrongEnvironment.__name__
+
+    def may_have(self, site: str) -> bool:
+        """Whether environments for `site` belong there, as far as is known yet."""
+        return self.site == site or (not self.site and not self.is_bare)
+
+    def know(self, states: dict[str, NodeEnvState]) -> None:
+        """Believe this of every environment there."""
+        self.states = states
+        self.ready = frozenset(key for key, s in states.items() if s.phase is Phase.READY)
+        self.others = {key: s for key, s in states.items() if s.phase is not Phase.READY}
+
+    def know_one(self, state: NodeEnvState) -> None:
+        """Believe this of one environment there."""
+        self.know({**self.states, state.key: state})
 
 
 class Fleet:
@@ -43,6 +73,8 @@ class Fleet:
         settings: for the agents, as `Settings.to_environment` writes them.
         on_node: told when a node has joined (true) or was lost (false), after the first look.
         on_final: told when an environment that was being made has become ready, or has failed.
+        on_outdated: told the key of an environment that a node has lost, or has after a failure:
+            what Ray remembers of its runtime_env there is not true any more.
     """
 
     def __init__(
@@ -52,11 +84,13 @@ class Fleet:
         *,
         on_node: Callable[[NodeInfo, bool], None],
         on_final: Callable[[NodeInfo, NodeEnvState], None],
+        on_outdated: Callable[[str], None],
     ) -> None:
         self._cluster = cluster
         self._settings = settings
         self._on_node = on_node
         self._on_final = on_final
+        self._on_outdated = on_outdated
         self._has_looked = False
         self.nodes: dict[str, Node] = {}
         #: Rises with every news; `news` waits for it.
@@ -82,6 +116,10 @@ class Fleet:
         raise ManagerUnavailable(
             "the head node of the cluster is not there", hint="try again when it has joined"
         )
+
+    def is_gated(self) -> bool:
+        """Whether every live node asks us before a worker starts: tasks may then go to any."""
+        return bool(self.nodes) and all(node.has_gate for node in self.nodes.values())
 
     def healthy(self) -> list[Node]:
         """The nodes whose agent answers."""
@@ -127,7 +165,9 @@ class Fleet:
             target = Target.model_validate(told["target"])
             node.site = site_name(told["platform"]["name"], target)
             node.error = told["error"]
-            node.states = _states(told["states"])
+            node.has_gate = told["has_gate"]
+            node.software = told["software"]
+            self._hear(node, told)
             known = self.nodes.get(info.node_id)
             node.told = known.told if known else dict(node.states)  # what ended before us is old
             self._tell_ends(node)
@@ -144,7 +184,8 @@ class Fleet:
 
     def lose(self, node: Node) -> None:
         """Forget what an agent told that does not answer; the next look meets it again."""
-        watcher, node.watcher, node.states = node.watcher, None, {}
+        watcher, node.watcher = node.watcher, None
+        node.know({})
         self.version += 1
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
@@ -157,23 +198,38 @@ class Fleet:
                 told = await node.call("watch", seen=seen, timeout_s=_WATCH_S)
                 if told["version"] != seen:
                     seen = told["version"]
-                    node.states = _states(told["states"])
+                    self._hear(node, told)
                     self._tell_ends(node)
                     await self.announce()
         except Exception:  # it has died, and restarts; what its node has is not known till then
             self.lose(node)
             await self.announce()
 
+    def _hear(self, node: Node, told: Mapping[str, Any]) -> None:
+        """Take over what an agent told of its environments, and of who waits for them."""
+        before = node.ready
+        node.know(_states(told["states"]))
+        for key in before - node.ready:
+            self._on_outdated(key)
+        if told["asked"] != node.asked or before - node.ready:
+            node.asked = dict(told["asked"])
+            self.wake_up.set()
+
     def _tell_ends(self, node: Node) -> None:
         """Tell of each build that has ended since the last time."""
         for key, state in node.states.items():
             if state.phase.is_final and state.duration_s and node.told.get(key) != state:
+                before = node.told.get(key)
+                has_failed = before is not None and before.phase is Phase.FAILED
+                if state.phase is Phase.READY and (has_failed or state.duration_s > _PATIENCE_S):
+                    self._on_outdated(key)
                 node.told[key] = state
                 self._on_final(node.info, state)
+                self.wake_up.set()  # others may have waited for what this node has now
 
     def forget_state(self, node: Node, key: str) -> None:
         """Stop believing what a node's agent told of `key`: its disk has changed."""
-        node.states.pop(key, None)
+        node.know({other: state for other, state in node.states.items() if other != key})
         self.version += 1
 
     async def look_at_disks(self) -> None:
@@ -181,9 +237,9 @@ class Fleet:
 
         async def look(node: Node) -> None:
             with suppress(Exception):  # a dead agent is the watcher's business
-                states = _states((await node.call("watch", seen=-1, timeout_s=0))["states"])
-                if states != node.states:
-                    node.states = states
+                told = await node.call("watch", seen=-1, timeout_s=0)
+                if _states(told["states"]) != node.states:
+                    self._hear(node, told)
                     self.version += 1
                     self._tell_ends(node)
 

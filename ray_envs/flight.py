@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -38,6 +38,10 @@ _WAIT_S = 0.5
 _WATCHDOG_S = 5.0
 #: How long an item may wait for its worker before its environment is looked at again.
 _LONG_S = 15.0
+#: How long it is believed where an environment is ready: nodes come, go, and lose their disks.
+_FRESH_S = 5.0
+#: How soon it is looked again whether an environment that no node has now is ready somewhere.
+_UNREADY_S = 1.0
 
 #: How many items of one environment wait for its busy worker, and how long. Guesses: a worker
 #: takes one to three seconds to start and import.
@@ -55,11 +59,14 @@ class Item:
     call_sha256: str | None
     attempts: int = 0
     environment: dict[str, Any] = field(default_factory=dict)
+    fetched_at: float = 0.0
     nodes: tuple[str, ...] = ()
     began: dict[str, Any] | None = None
     outcome: dict[str, Any] | None = None
     deadline: float | None = None
     launched_at: float = 0.0
+    #: Since when it waits for an environment that no node has any more.
+    unready_at: float | None = None
 
 
 class Payload:
@@ -100,6 +107,10 @@ class Flight:
         self.items: dict[Any, Item] = {}
         self._totals = totals()
         self._looked_at = time.monotonic()
+        #: When each variant's environment was asked for last.
+        self._fetched: dict[str, tuple[float, dict[str, Any]]] = {}
+        #: Until when the items of an environment wait that no node has ready.
+        self._unready: dict[str, float] = {}
 
     def next_of(self, waiting: deque[Item], warm: list[str]) -> Item | None:
         """The item to start now, or None where the cluster has no room for another.
@@ -110,8 +121,10 @@ class Flight:
         handed over as can run.
         """
         by_key: dict[str, Item] = {}
+        now = time.monotonic()
         for item in waiting:
-            by_key.setdefault(item.environment["key"], item)
+            if self._unready.get(item.environment["key"], 0.0) <= now:
+                by_key.setdefault(item.environment["key"], item)
         busy = [item.environment["key"] for item in self.items.values()]
         left = Counter(item.environment["key"] for item in waiting)
         order = [key for key in warm if key in by_key]
@@ -145,32 +158,43 @@ class Flight:
         return any(_has_all(node, wanted) for node in self._totals.values())
 
     def _has_room(self, item: Item) -> bool:
-        for name in _RESOURCES:
-            wanted = _wanted(item.limits)[name]
-            used = sum(_wanted(other.limits)[name] for other in self.items.values())
-            total = sum(node.get(name, 0) for node in self._totals.values())
-            if wanted and used + wanted > total:
-                return False
-        return True
+        """Whether the cluster has room for one more, and the nodes with its environment have."""
+        key, ready = item.environment["key"], item.environment["ready_nodes"]
+        everybody = list(self.items.values())
+        alike = [other for other in everybody if other.environment["key"] == key]
+        nodes = [self._totals[node_id] for node_id in ready if node_id in self._totals]
+        return _is_room(item, everybody, self._totals.values()) and _is_room(item, alike, nodes)
 
-    def launch(self, item: Item) -> None:
+    def launch(self, item: Item) -> bool:
         """Hand one item to Ray, in its variant's environment on a node where that is ready.
+
+        Returns:
+            Whether it was handed over: not where it has to wait until a node has the environment.
 
         Raises:
             RayEnvsError: no node can run it.
         """
-        if item.attempts:
-            name = self._prefix + item.variant_id
-            environment = self._provider.environment(name)
-            check_key(name, environment, item.environment["key"])
-            item.environment = environment
-        environment, limits = item.environment, item.limits
-        nodes = _able_nodes(
-            environment["ready_nodes"], self._totals, _wanted(limits), item.variant_id
-        )
+        limits = item.limits
+        try:
+            environment = item.environment = self._current(item)
+            nodes = _able_nodes(
+                environment["ready_nodes"],
+                environment["preparing_nodes"],
+                self._totals,
+                _wanted(limits),
+                item.variant_id,
+            )
+        except EnvironmentNotReady:
+            now = time.monotonic()
+            item.unready_at = item.unready_at or now
+            if now - item.unready_at > self._provider.prepare_timeout_s():
+                raise
+            self._unready[item.environment["key"]] = now + _UNREADY_S
+            return False
+        item.unready_at = None
         options = placement.options(
-            environment["runtime_env"],
-            nodes,
+            # What waits at a node holds its place there: the next item is placed by what is ready.
+            {**environment, "preparing_nodes": [], "may_spread": False},
             {
                 "num_cpus": limits.num_cpus,
                 "num_gpus": limits.num_gpus,
@@ -180,6 +204,7 @@ class Flight:
                 "name": f"{item.variant_id}:{item.case.id}",
             },
             variant_id=item.variant_id,
+            nodes=nodes,
         )
         payload = self._payload
         request = {
@@ -200,12 +225,37 @@ class Flight:
         self.items[
             payload.task.options(**options).remote(request, payload.function, payload.code)
         ] = item
+        return True
+
+    def _current(self, item: Item) -> dict[str, Any]:
+        """The environment of an item, with the nodes that have it now.
+
+        An item that has not begun keeps the generation that it was given; one that is started
+        again must find that this is still the variant's.
+
+        Raises:
+            EnvironmentNotReady: no node has it at this moment.
+            RayEnvsError: no node will have it.
+        """
+        name, now = self._prefix + item.variant_id, time.monotonic()
+        fetched_at, environment = self._fetched.get(name, (item.fetched_at, item.environment))
+        if item.attempts or now - fetched_at > _FRESH_S:
+            environment = self._provider.environment(name, prepare=False)
+            self._fetched[name] = (now, environment)
+            self._totals = totals()
+        if item.attempts:
+            check_key(name, environment, item.environment["key"])
+        elif environment["key"] != item.environment["key"]:
+            return item.environment
+        return environment
 
     def ended(self) -> Iterator[tuple[Item, ItemResult | None]]:
         """Wait a moment; the items that ended, each with its result, or None to start it again."""
         import ray
 
         if not self.items:
+            if self._unready:  # nothing runs: look again in a moment
+                time.sleep(_WAIT_S)
             return
         waiting = list(self.items)
         ready, _ = ray.wait(waiting, num_returns=1, timeout=_WAIT_S, fetch_local=False)
@@ -233,6 +283,9 @@ class Flight:
                 return None
             if item.outcome is None:
                 item.outcome = message
+                if message["kind"] == "environment":  # damaged, lost or another one: not its fault
+                    error = message["error"]
+                    return self._again_or(item, error["type"], error["message"])
                 if message["error"] is not None or self._payload.entrypoint is not None:
                     return (_result(item, message["value"]),)
                 return None
@@ -351,14 +404,37 @@ def _has_all(node: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
     return all(node.get(name, 0) >= amount for name, amount in wanted.items())
 
 
+def _is_room(item: Item, others: Iterable[Item], nodes: Iterable[Mapping[str, float]]) -> bool:
+    """Whether `nodes` have room for `item` besides `others`."""
+    others, nodes = list(others), list(nodes)
+    for name in _RESOURCES:
+        wanted = _wanted(item.limits)[name]
+        used = sum(_wanted(other.limits)[name] for other in others)
+        total = sum(node.get(name, 0) for node in nodes)
+        if wanted and used + wanted > total:
+            return False
+    return True
+
+
 def _able_nodes(
     ready: Sequence[str],
+    preparing: Sequence[str],
     totals: Mapping[str, Mapping[str, float]],
     wanted: Mapping[str, float],
     variant_id: str,
 ) -> list[str]:
     """Those of the ready nodes that have enough of everything, were they idle."""
-    able = [node_id for node_id in ready if node_id in totals and _has_all(totals[node_id], wanted)]
+
+    def able_of(node_ids: Sequence[str]) -> list[str]:
+        return [n for n in node_ids if n in totals and _has_all(totals[n], wanted)]
+
+    able = able_of(ready)
+    if not able and able_of(preparing):
+        raise EnvironmentNotReady(
+            f"the nodes that could run {variant_id!r} are still being prepared",
+            variant_id=variant_id,
+            hint="see `ray-envs explain`",
+        )
     if ready and not able:
         needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
         raise NoEligibleNode(

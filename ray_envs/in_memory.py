@@ -118,6 +118,7 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
                 "py_executable": sys.executable,
             },
             "ready_nodes": ["local"],
+            **placement.EVERYWHERE,
         }
 
     def _delete(

@@ -144,6 +144,10 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
                 outcome["value"] = value
         except (Exception, SystemExit) as exc:
             outcome["error"] = _described(exc)
+            wrong = _what_is_wrong_here(request, outcome)
+            if wrong:  # the disk was lost under it: that is what it failed of
+                outcome["kind"] = "environment"
+                outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
     outcome["duration_s"] = time.monotonic() - clock
     if folder is not None:  # a payload that left its folder, or removed it, must not spoil others
         import contextlib

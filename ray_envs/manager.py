@@ -169,6 +169,9 @@ class EnvManager:
                     "is_head": node.info.is_head,
                     "is_eligible": node.site == self._reconciler.site and node.error is None,
                     "site": node.site,
+                    "has_gate": node.has_gate,
+                    "software": dict(node.software),
+                    "labels": dict(node.info.labels),
                     "error": node.error,
                 }
                 for node in self._reconciler.fleet.nodes.values()
@@ -200,24 +203,43 @@ class EnvManager:
         name = _name(variant_id)
         record = self._reconciler.get(name)
         status = self._reconciler.status(name)
-        ready_nodes = []
-        if not self._reconciler.is_stale(record.current):  # nothing runs on a mismatch
-            if job_id is not None:
-                self._lease(record, job_id)
-            ready_nodes = sorted(
-                node_id
-                for node_id, state in status["nodes"].items()
-                if state["phase"] == Phase.READY.value
-            )
-        if ready_nodes:
-            await self._check_start(record, ready_nodes[0])
-        env_vars = record.definition.env_vars
+        places = self._reconciler.places(record.current)
+        if self._reconciler.is_stale(record.current):  # nothing runs on a mismatch
+            places |= {"ready_nodes": [], "preparing_nodes": [], "may_spread": False}
+        elif job_id is not None:
+            self._lease(record, job_id)
+        if places["ready_nodes"]:
+            await self._check_start(record, places["ready_nodes"][0])
+        env_vars, key = record.definition.env_vars, record.current.key
+        gate = {"key": key, "attempt": self._reconciler.wishes.epoch(key)}
         return {
             **{field: status[field] for field in _FOR_PROGRAMS},
             "env_vars": dict(env_vars),
-            "runtime_env": placement.runtime_env(status["venv_path"], env_vars),
-            "ready_nodes": ready_nodes,
+            "runtime_env": placement.runtime_env(
+                status["venv_path"], env_vars, gate if places["is_gated"] else None
+            ),
+            **places,
         }
+
+    async def get_options(
+        self, *, variant_id: str, job_id: Name | None = None, options: Options | None = None
+    ) -> Answer:
+        """The whole dict for `.options(**…)` of a task or actor that runs in a variant.
+
+        For workers that have no ray_envs; `RayEnvironmentProvider.options` is the same.
+
+        Args:
+            variant_id: the variant; prepare it first.
+            job_id: see `get_environment`.
+            options: other options (`num_cpus`, `runtime_env`, …), to be merged; plain data.
+
+        Raises:
+            NotFound: the variant is not defined.
+            NoEligibleNode: no node has it ready.
+            InvalidInput: `options` contradict the variant.
+        """
+        environment = await self.get_environment(variant_id=variant_id, job_id=job_id)
+        return placement.options(environment, options or {}, variant_id=variant_id)
 
     async def list_deps(self, *, variant_id: str) -> Answer:
         """What a variant declares, and the versions that are locked."""

@@ -31,6 +31,13 @@ RAY_GROUP = "ray-envs"
 #: Variables that decide what a worker imports; an environment sets them itself.
 RESERVED_VARIABLES = ("PATH", "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH")
 
+#: Ray's own label of each node.
+NODE_ID_LABEL = "ray.io/node-id"
+#: What Ray takes for the key of a label, and what a label may be asked to be.
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY = re.compile(rf"([A-Za-z0-9.-]{{1,253}}/)?{_LABEL}")
+_SELECTOR = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
+
 #: The workflow of variants that are addressed by one `variant_id`.
 DEFAULT_WORKFLOW = "default"
 
@@ -175,6 +182,24 @@ class _EnvOptions(Model):
     only_binary: bool = False
     #: A package without a version takes the one that the cluster's own environment has.
     inherit_versions: bool = False
+    #: Labels that a node must have, as in Ray's option of that name.
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    #: The GPUs of a task that says nothing else: only nodes with so many get the environment.
+    num_gpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    #: On how many of the nodes that fit it is prepared.
+    nodes: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+
+    @field_validator("label_selector")
+    @classmethod
+    def _label_selector(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, wanted in value.items():
+            if name == NODE_ID_LABEL:
+                raise ValueError(f"{name} is how ray_envs names the ready nodes")
+            if not _LABEL_KEY.fullmatch(name) or not _SELECTOR.fullmatch(wanted):
+                raise ValueError(
+                    f"{name!r}: {wanted!r} is no selector: write value, !value, in(a,b) or !in(a,b)"
+                )
+        return value
 
     @field_validator("env_vars")
     @classmethod
@@ -304,8 +329,9 @@ class EnvRecord(Model):
     packages: dict[str, str]
     lock_sha256: str
     uv: str
-    #: How it came to be: from uv's cache alone, or with files from the package index.
-    how: Literal["linked", "built"]
+    #: How it came to be: from uv's cache alone, with wheels of another node, or with files from
+    #: the package index.
+    how: Literal["linked", "fetched", "built"]
     #: Whether every module came with byte-code.
     is_compiled: bool
     created_at: datetime
@@ -333,15 +359,19 @@ class Phase(str, Enum):
 
     WAITING = "waiting"
     LINKING = "linking"
+    #: Its wheels come from another node.
+    FETCHING = "fetching"
     DOWNLOADING = "downloading"
     COMPILING = "compiling"
     VERIFYING = "verifying"
     READY = "ready"
     FAILED = "failed"
+    #: Not an environment: its wheels are in uv's cache, for other nodes.
+    CACHED = "cached"
 
     @property
     def is_final(self) -> bool:
-        return self in (Phase.READY, Phase.FAILED)
+        return self in (Phase.READY, Phase.FAILED, Phase.CACHED)
 
 
 class NodeEnvState(Model):
@@ -416,7 +446,6 @@ class VariantSpec(EnvSpec):
 
     id: str
     num_cpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    num_gpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     memory: int | None = Field(default=None, gt=0)
     retries: int | None = Field(default=None, ge=0)
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)

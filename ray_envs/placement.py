@@ -1,7 +1,8 @@
 """Which nodes may run a variant, as Ray options. Pure: neighbours gather, this decides.
 
 Ray waits for ever for a worker whose interpreter does not exist, without an error. So an option
-never leaves here without naming the nodes where the environment is ready now.
+never leaves here without naming the nodes where the environment is ready now; or every node has
+our plugin (`plugin`), which makes the worker wait or fail: then ready nodes are preferred only.
 """
 
 from __future__ import annotations
@@ -11,21 +12,40 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_envs.errors import InvalidInput, NoEligibleNode
-from ray_envs.models import RESERVED_VARIABLES
+from ray_envs.models import NODE_ID_LABEL, RESERVED_VARIABLES
 
 #: More names in a selector cost every task milliseconds (1,000 of them 12 ms, 32 of them 0.6).
 MAX_NAMED_NODES = 32
 
-_NODE_ID_LABEL = "ray.io/node-id"
+#: The key of a runtime_env that our plugin reads.
+GATE_FIELD = "ray_envs"
 
 #: What describes the environment and therefore cannot come from the caller as well.
-_OURS = ("py_executable", "pip", "uv", "conda", "container", "image_uri")
+_OURS = ("py_executable", "pip", "uv", "conda", "container", "image_uri", GATE_FIELD)
+
+#: The placement of an environment that is wherever a task can go.
+EVERYWHERE: dict[str, Any] = {
+    "is_gated": False,
+    "preparing_nodes": [],
+    "unfit_nodes": [],
+    "other_nodes": [],
+    "label_selector": {},
+    "num_gpus": None,
+    "may_spread": True,
+}
 
 
-def runtime_env(venv_path: str, env_vars: Mapping[str, str]) -> dict[str, Any]:
+def runtime_env(
+    venv_path: str, env_vars: Mapping[str, str], gate: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The one canonical dict of an environment: any difference would cost a worker of its own.
 
     `PATH` is expanded by Ray on the node where the worker starts.
+
+    Args:
+        venv_path: of the environment, on every node.
+        env_vars: of the variant.
+        gate: what our plugin is told, where every node has it.
     """
     return {
         "py_executable": f"{venv_path}/bin/python",
@@ -34,37 +54,51 @@ def runtime_env(venv_path: str, env_vars: Mapping[str, str]) -> dict[str, Any]:
             "VIRTUAL_ENV": venv_path,
             "PATH": f"{venv_path}/bin:${{PATH}}",
         },
+        **({GATE_FIELD: dict(gate)} if gate else {}),
     }
 
 
 def options(
     environment: Mapping[str, Any],
-    ready_nodes: Iterable[str],
     given: Mapping[str, Any],
     *,
     variant_id: str,
+    nodes: Iterable[str] | None = None,
 ) -> dict[str, Any]:
     """The full `.options()` dict: the environment, its nodes, and what the caller gave.
 
     Args:
-        environment: what `runtime_env` returned.
-        ready_nodes: ids of the nodes where the environment is ready now.
-        given: the caller's own options; its `runtime_env` and `label_selector` are merged.
+        environment: what `EnvManager.get_environment` returned.
+        given: the caller's own options; `runtime_env`, `label_selector` and `fallback_strategy`
+            are merged, each of the selectors with the nodes where the environment is.
         variant_id: for the message of an error.
+        nodes: those of the ready nodes that are meant; by default all of them.
 
     Raises:
-        NoEligibleNode: no node is ready.
+        NoEligibleNode: no node is ready, and none may be waited for.
         InvalidInput: the caller's options contradict the environment or its placement.
     """
-    nodes = sorted(set(ready_nodes))
-    if len(nodes) > MAX_NAMED_NODES:  # others for each variant, the same ones each time
-        nodes = sorted(random.Random(variant_id).sample(nodes, MAX_NAMED_NODES))  # noqa: S311
-    if not nodes:
-        raise NoEligibleNode(
-            f"no live node has the environment of {variant_id!r} ready",
-            variant_id=variant_id,
-            hint="call prepare() first, or see `ray-envs status`",
-        )
+    selectors = _placed(environment, given, variant_id=variant_id, nodes=nodes)
+    rest = {name: value for name, value in given.items() if name not in _MERGED}
+    if environment["num_gpus"] is not None:
+        rest.setdefault("num_gpus", environment["num_gpus"])
+    placed: dict[str, Any] = {"label_selector": selectors[0]} if selectors[0] else {}
+    if len(selectors) > 1:
+        placed["fallback_strategy"] = [{"label_selector": each} for each in selectors[1:]]
+    return {
+        **rest,
+        "runtime_env": _merged_env(environment["runtime_env"], given, variant_id=variant_id),
+        **placed,
+    }
+
+
+_MERGED = ("runtime_env", "label_selector", "fallback_strategy")
+
+
+def _merged_env(
+    decided: Mapping[str, Any], given: Mapping[str, Any], *, variant_id: str
+) -> dict[str, Any]:
+    """The environment's runtime_env, with what the caller's has besides."""
     theirs = dict(given.get("runtime_env") or {})
     for name in _OURS:
         if name in theirs:
@@ -73,32 +107,102 @@ def options(
                 hint="leave it out, or put the packages into the variant",
                 variant_id=variant_id,
             )
-    if "fallback_strategy" in given:
-        raise InvalidInput(
-            "fallback_strategy would lead around the nodes where the environment is ready",
-            hint="leave it out",
-            variant_id=variant_id,
-        )
     given_vars = dict(theirs.pop("env_vars", None) or {})
-    decided = environment["env_vars"]
+    variables = decided["env_vars"]
     for name, value in given_vars.items():
-        if name in RESERVED_VARIABLES or decided.get(name, value) != value:
+        if name in RESERVED_VARIABLES or variables.get(name, value) != value:
             raise InvalidInput(
                 f"runtime_env['env_vars'][{name!r}] is what the variant {variant_id!r} decides",
                 hint="leave it out, or change the variant's env_vars",
                 variant_id=variant_id,
             )
-    env_vars = {**given_vars, **decided}
-    selector = dict(given.get("label_selector") or {})
-    if _NODE_ID_LABEL in selector:
+    return {**theirs, **decided, "env_vars": {**given_vars, **variables}}
+
+
+def _placed(
+    environment: Mapping[str, Any],
+    given: Mapping[str, Any],
+    *,
+    variant_id: str,
+    nodes: Iterable[str] | None,
+) -> list[dict[str, str]]:
+    """The label selectors that Ray is to try, in this order; an empty one means any node."""
+    bases = _bases(environment, given, variant_id=variant_id)
+    ready = sorted(set(environment["ready_nodes"] if nodes is None else nodes))
+    preparing, unfit = environment["preparing_nodes"], environment["unfit_nodes"]
+    may_spread = environment["is_gated"] and environment["may_spread"]
+    if may_spread and nodes is None and ready and not preparing and not unfit:
+        return bases  # anywhere; on a node that joins meanwhile the plugin makes it wait
+    found = [_on(base, _few(ready, variant_id)) for base in bases if ready]
+    if environment["is_gated"]:  # where those are busy: where it is being prepared
+        found += [_on(base, _few(preparing, variant_id)) for base in bases if preparing]
+    if may_spread and len(unfit) <= MAX_NAMED_NODES:  # then anywhere but where it cannot be
+        found += [_off(base, unfit) for base in bases]
+    if not found:
+        wanted = ", ".join(f"{k}={v}" for k, v in environment["label_selector"].items())
+        raise NoEligibleNode(
+            f"no live node has the environment of {variant_id!r} ready",
+            variant_id=variant_id,
+            detail=f"it is only for nodes with {wanted}" if wanted else "",
+            hint="call prepare() first, or see `ray-envs explain`",
+        )
+    return found
+
+
+def _bases(
+    environment: Mapping[str, Any], given: Mapping[str, Any], *, variant_id: str
+) -> list[dict[str, str]]:
+    """What the caller asks of nodes, each of his choices with what the variant asks."""
+    fallbacks = given.get("fallback_strategy") or []
+    for each in fallbacks:
+        if set(each) != {"label_selector"}:
+            raise InvalidInput(
+                f"fallback_strategy has {', '.join(sorted(each)) or 'an empty choice'}",
+                hint='Ray takes a list of {"label_selector": {…}} there',
+                variant_id=variant_id,
+            )
+    theirs = [given.get("label_selector"), *(each["label_selector"] for each in fallbacks)]
+    return [
+        _both(environment["label_selector"], dict(selector or {}), variant_id=variant_id)
+        for selector in theirs
+    ]
+
+
+def _both(ours: Mapping[str, str], theirs: Mapping[str, str], *, variant_id: str) -> dict[str, str]:
+    """Both selectors in one.
+
+    Raises:
+        InvalidInput: they ask for two things of one label, or theirs names nodes.
+    """
+    if NODE_ID_LABEL in theirs:
         raise InvalidInput(
-            f"label_selector[{_NODE_ID_LABEL!r}] is how ray_envs names the ready nodes",
-            hint="give it to prepare(nodes=…) or use another label",
+            f"label_selector[{NODE_ID_LABEL!r}] is how ray_envs names the ready nodes",
+            hint="use another label, which Ray's nodes can be given at their start",
             variant_id=variant_id,
         )
-    selector[_NODE_ID_LABEL] = f"in({','.join(nodes)})"
-    return {
-        **given,
-        "runtime_env": {**theirs, **environment, "env_vars": env_vars},
-        "label_selector": selector,
-    }
+    for name, wanted in ours.items():
+        if theirs.get(name, wanted) != wanted:
+            raise InvalidInput(
+                f"label_selector[{name!r}] is {theirs[name]!r}, and the variant {variant_id!r} is "
+                f"only for nodes with {wanted!r}",
+                hint="leave it out, or change the variant's label_selector",
+                variant_id=variant_id,
+            )
+    return {**theirs, **ours}
+
+
+def _on(base: Mapping[str, str], nodes: Iterable[str]) -> dict[str, str]:
+    return {**base, NODE_ID_LABEL: f"in({','.join(nodes)})"}
+
+
+def _off(base: Mapping[str, str], nodes: Iterable[str]) -> dict[str, str]:
+    names = ",".join(nodes)
+    return {**base, **({NODE_ID_LABEL: f"!in({names})"} if names else {})}
+
+
+def _few(nodes: Iterable[str], variant_id: str) -> list[str]:
+    """At most as many as are cheap: others for each variant, the same ones each time."""
+    found = sorted(set(nodes))
+    if len(found) > MAX_NAMED_NODES:
+        found = sorted(random.Random(variant_id).sample(found, MAX_NAMED_NODES))  # noqa: S311
+    return found

@@ -1,41 +1,47 @@
-"""What to build and collect, given what is wanted and there. Pure: a snapshot in, actions out.
+"""What each node has to build, given what is wanted and there. Pure: a snapshot in, actions out.
 
 Level-triggered: the planner keeps nothing between two calls, so any snapshot is a legal input and
-the state after a restart is planned like any other. `manager` gathers the snapshot and acts. A
-plan is no permission: whoever removes still needs the exclusive hold (`store`).
+the state after a restart is planned like any other. `reconciler` gathers the snapshot and acts;
+on which nodes an environment shall be is said by `targets`, below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from pydantic import Field
+from ray_envs.errors import StorageFailed, from_dict
+from ray_envs.models import NodeEnvState, Phase, Status
+from ray_envs.targets import Need, NodeView, chosen, fits, spread
 
-from ray_envs.models import Model, NodeEnvState, Phase, Status
+#: How many environments a node is told of at once: the rest when it has finished with some.
+MAX_TOLD = 8
+#: How many nodes try the package index in vain before each one tries for itself.
+_MAX_DOWNLOADERS = 3
+#: Of how many peers a node is told that they have what it lacks.
+_MAX_PEERS = 4
+#: How many nodes get a key from one that has it, at once: soon those give it to others.
+_MAX_RECEIVERS = 4
+#: The first pause after a failure that may pass, in seconds; it doubles up to the second number.
+_FIRST_PAUSE_S = 30.0
+_LAST_PAUSE_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
     """An environment that some variant wants.
 
-    `attempt` rises whenever somebody asks again: a failure is tried once per attempt, not for ever.
+    `attempt` rises whenever somebody asks again: a failure is tried at once for each attempt.
     """
 
     key: str
     attempt: int
     variants: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """One live node as its agent last described it."""
-
-    node_id: str
-    #: Environments of this node's platform may be built here; others may not.
-    platform: str
-    states: Mapping[str, NodeEnvState] = field(default_factory=dict)
+    #: What a node must be to have it.
+    site: str
+    #: What each of the variants asks of nodes; together they get the nodes of all of them.
+    needs: tuple[Need, ...] = (Need(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,38 +52,226 @@ class Build:
     key: str
     attempt: int
     because: str
+    #: Nodes that have its wheels, in the order in which to ask them; none: the package index.
+    peers: tuple[str, ...] = ()
+    #: Only get its wheels, for other nodes.
+    is_cache_only: bool = False
 
 
-def plan(
-    wishes: Iterable[Wish], nodes: Iterable[NodeView], platforms: Mapping[str, str]
-) -> list[Build]:
-    """The builds to start now, so that every wish becomes true on every node that fits it.
+def plan(wishes: Iterable[Wish], nodes: Iterable[NodeView]) -> list[Build]:
+    """What to begin now, so that every wish becomes true on every node that shall have it.
+
+    One node downloads what no node has: the head, where it fits, even for others; then the rest
+    gets it from there, a few at a time from each. A node is told of a few environments at a time.
 
     Args:
         wishes: what is wanted.
         nodes: the live nodes.
-        platforms: the platform of each wanted key.
     """
-    actions = []
-    wanted = sorted(wishes, key=lambda wish: wish.key)
-    for node in sorted(nodes, key=lambda node: node.node_id):
-        for wish in wanted:
-            if platforms.get(wish.key) != node.platform:
-                continue
-            because = _why_build(wish, node.states.get(wish.key))
-            if because:
-                actions.append(Build(node.node_id, wish.key, wish.attempt, because))
-    return actions
+    return _Plan(wishes, nodes).actions()
 
 
-def _why_build(wish: Wish, state: NodeEnvState | None) -> str:
+class _Plan:
+    """One snapshot, and what follows from it.
+
+    Of a thousand nodes and keys most have nothing to do; sets find out which have.
+    """
+
+    def __init__(self, wishes: Iterable[Wish], nodes: Iterable[NodeView]) -> None:
+        #: Where workers wait, and what they wait for, comes first.
+        self._nodes = sorted(nodes, key=lambda node: (not node.asked, node.node_id))
+        asked = {key for node in self._nodes for key in node.asked}
+        order = sorted(wishes, key=lambda wish: (wish.key not in asked, wish.key))
+        self._wishes = {wish.key: wish for wish in order}
+        self._head = next((node for node in self._nodes if node.is_head), None)
+        #: By key: the nodes that are at it, and those that failed and are not to try again now.
+        self._at_it: defaultdict[str, list[NodeView]] = defaultdict(list)
+        self._failed: defaultdict[str, list[NodeView]] = defaultdict(list)
+        #: What some node has for others; without what enough others get already.
+        self._open: set[str] = set()
+        self._look()
+        #: By node: sets of what all such nodes shall have, and what it was chosen for or asked.
+        self._common: defaultdict[str, list[frozenset[str]]] = defaultdict(list)
+        self._own: defaultdict[str, set[str]] = defaultdict(set)
+        self._owners: defaultdict[str, list[NodeView]] = defaultdict(list)
+        self._fits: dict[tuple[str, tuple[Need, ...]], list[NodeView]] = {}
+        self._share_out()
+        #: By node: what it has to ask the package index for.
+        self._downloads: defaultdict[str, set[str]] = defaultdict(set)
+        for key in self._wishes.keys() - self._open:
+            for node in self._downloaders(self._wishes[key]):
+                self._downloads[node.node_id].add(key)
+        #: By key: who has it, how many more may be sent it now, and who sends it next.
+        self._senders: dict[str, list[NodeView]] = {}
+        self._room: dict[str, int] = {}
+        self._turn: dict[str, int] = {}
+
+    def _look(self) -> None:
+        """Sort by key what nodes say."""
+        for node in self._nodes:
+            self._open |= node.ready
+            for key, state in node.others.items():
+                if state.phase is Phase.CACHED:
+                    self._open.add(key)
+                elif state.phase is not Phase.FAILED:
+                    self._at_it[key].append(node)
+                elif key in self._wishes and not _why_build(self._wishes[key], node):
+                    self._failed[key].append(node)
+        self._open &= self._wishes.keys()
+
+    def _share_out(self) -> None:
+        """Find out which nodes shall have what."""
+        common: dict[tuple[str, tuple[Need, ...]], set[str]] = {}
+        for key, wish in self._wishes.items():
+            if everywhere := _everywhere(wish):
+                common.setdefault((wish.site, everywhere), set()).add(key)
+            for need in wish.needs:
+                if need.count is not None:
+                    for node in chosen(need, key, self._fitting(wish.site, (need,))):
+                        self._give(key, node)
+        for (site, needs), found in common.items():
+            keys = frozenset(found)
+            for node in self._fitting(site, needs):
+                self._common[node.node_id].append(keys)
+        for node in self._nodes:
+            for key in node.asked:
+                if key in self._wishes and self._wishes[key].site == node.site:
+                    self._give(key, node)
+
+    def _give(self, key: str, node: NodeView) -> None:
+        if key not in self._own[node.node_id]:
+            self._own[node.node_id].add(key)
+            self._owners[key].append(node)
+
+    def _fitting(self, site: str, needs: tuple[Need, ...]) -> list[NodeView]:
+        if (site, needs) not in self._fits:
+            self._fits[site, needs] = [
+                node
+                for node in self._nodes
+                if node.site == site
+                and any(fits(need, node.labels, node.num_gpus) for need in needs)
+            ]
+        return self._fits[site, needs]
+
+    def _downloaders(self, wish: Wish) -> list[NodeView]:
+        """Who is to ask the package index for what no node has: one, until some have failed.
+
+        The head first, even where it shall not have it; nobody while somebody is at it.
+        """
+        head = self._head if self._head is not None and self._head.site == wish.site else None
+        failed = {node.node_id for node in self._failed[wish.key]}
+        is_vain = len(failed) >= _MAX_DOWNLOADERS
+        if self._at_it[wish.key] and not is_vain:
+            return []
+        everywhere = _everywhere(wish)
+        targets = self._fitting(wish.site, everywhere) if everywhere else []
+        targets = self._owners[wish.key] + targets
+        if targets and head is not None and head.node_id not in failed:
+            return [head]
+        able = [node for node in targets if node.node_id not in failed]
+        start = spread("", wish.key) % max(1, len(able))
+        return able if is_vain else able[start : start + 1]
+
+    def actions(self) -> list[Build]:
+        return [action for node in self._nodes for action in self._begun(node)]
+
+    def _begun(self, node: NodeView) -> list[Build]:
+        """What one node has to begin; what workers wait for there comes first."""
+        room = MAX_TOLD - sum(not state.phase.is_final for state in node.others.values())
+        if room <= 0:
+            return []
+        possible = (self._own[node.node_id] - node.ready) & self._open
+        for keys in self._common[node.node_id]:
+            possible |= (keys - node.ready) & self._open
+        possible |= self._downloads[node.node_id]
+        order = [key for key in self._wishes if key in possible] if possible else []
+        order.sort(key=lambda key: key not in node.asked)
+        found: list[Build] = []
+        for key in order:
+            action = self._build(node, self._wishes[key])
+            if action is not None:
+                found.append(action)
+                if len(found) == room:
+                    break
+        return found
+
+    def _build(self, node: NodeView, wish: Wish) -> Build | None:
+        """What the node has to do for the wish now, if anything."""
+        because = _why_build(wish, node)
+        if not because:
+            return None
+        if wish.key not in self._downloads[node.node_id]:
+            peers = self._peers(node, wish.key)
+            if not peers and not _is_cached(node, wish.key):
+                return None
+            return Build(node.node_id, wish.key, wish.attempt, because, peers)
+        if self._shall_have(node, wish.key):
+            return Build(node.node_id, wish.key, wish.attempt, because)
+        because = f"other nodes want it for {_names(wish)}, and none has its wheels"
+        return Build(node.node_id, wish.key, wish.attempt, because, is_cache_only=True)
+
+    def _peers(self, node: NodeView, key: str) -> tuple[str, ...]:
+        """Who sends the node the wheels of `key`, the next one first; nobody where all are busy."""
+        if key not in self._senders:
+            senders = [
+                other for other in self._nodes if key in other.ready or _is_cached(other, key)
+            ]
+            self._senders[key] = senders
+            self._room[key] = _MAX_RECEIVERS * len(senders) - len(self._at_it[key])
+            self._turn[key] = spread(node.node_id, key) % len(senders)
+        if self._room[key] <= 0:
+            self._open.discard(key)
+            return ()
+        senders, turn = self._senders[key], self._turn[key]
+        self._room[key] -= 1
+        self._turn[key] = (turn + 1) % len(senders)
+        peers = (senders[turn:] + senders[:turn])[: _MAX_PEERS + 1]
+        return tuple(other.node_id for other in peers if other is not node)[:_MAX_PEERS]
+
+    def _shall_have(self, node: NodeView, key: str) -> bool:
+        common = self._common[node.node_id]
+        return key in self._own[node.node_id] or any(key in keys for keys in common)
+
+
+def _everywhere(wish: Wish) -> tuple[Need, ...]:
+    return tuple(need for need in wish.needs if need.count is None)
+
+
+def _is_cached(node: NodeView, key: str) -> bool:
+    state = node.others.get(key)
+    return state is not None and state.phase is Phase.CACHED
+
+
+def _why_build(wish: Wish, node: NodeView) -> str:
     """Why a node must build the wish now, or an empty string where it must not."""
-    names = ", ".join(wish.variants[:3]) + (", …" if len(wish.variants) > 3 else "")
-    if state is None:
-        return f"wanted by {names} and not there"
+    if wish.key in node.ready:
+        return ""
+    state = node.others.get(wish.key)
+    if state is None or state.phase is Phase.CACHED:
+        if wish.key in node.asked:
+            return "a worker waits for it here"
+        return f"wanted by {_names(wish)} and not there"
     if is_to_try_again(state, wish.attempt):
-        return f"wanted again by {names} after a failure"
+        return f"wanted again by {_names(wish)} after a failure"
+    if state.phase is Phase.FAILED and wish.key in node.due:
+        return f"wanted by {_names(wish)}; the failure may have passed"
     return ""
+
+
+def _names(wish: Wish) -> str:
+    names = ", ".join(wish.variants[:3]) + (", …" if len(wish.variants) > 3 else "")
+    return names or "a worker"
+
+
+def may_pass(error: Mapping[str, str]) -> bool:
+    """Whether a failure is one that time may mend: a network that is away, a full disk."""
+    found = from_dict(dict(error))
+    return found.retryable or isinstance(found, StorageFailed)
+
+
+def pause_s(failures: int) -> float:
+    """How long to wait after so many failures in a row before a node tries again, in seconds."""
+    return float(min(_FIRST_PAUSE_S * 2 ** min(failures - 1, 20), _LAST_PAUSE_S))
 
 
 def is_to_try_again(state: NodeEnvState, attempt: int) -> bool:
@@ -107,151 +301,3 @@ def status_of(
     if any(not phase.is_final for phase in phases) or not phases:
         return Status.CREATING
     return Status.ERROR
-
-
-# -- what may go
-
-
-class EnvUse(Model):
-    """One directory of a node's store: what it takes, and when it was used last."""
-
-    key: str
-    #: The node it is on; `store` does not know it, its caller fills it in.
-    node_id: str = ""
-    #: Its share of the disk: a file with n links counts 1/n here, so that sums over environments
-    #: and uv's cache are true. Removing it may free less than its share.
-    bytes: int = Field(ge=0)
-    inodes: int = Field(ge=0)
-    #: Seconds since the epoch, by the clock of the node.
-    last_used_at: float = Field(allow_inf_nan=False)
-    is_held: bool
-    #: Whether it has a record; what has none is rubbish, unless somebody is building it.
-    is_ready: bool
-    created_at: float | None = None
-
-
-class Limits(Model):
-    """How much of what nobody wants a node keeps."""
-
-    idle_s: float = Field(default=72 * 3600, ge=0, allow_inf_nan=False)
-    max_bytes: int | None = Field(default=None, ge=0)
-    max_inodes: int | None = Field(default=None, ge=0)
-
-
-class Verdict(Model):
-    """What becomes of one directory; `because` is for people."""
-
-    key: str
-    node_id: str
-    collect: bool
-    because: str
-    bytes: int
-    #: Seconds since the last use; 0 where that lies in the future.
-    idle_s: float
-
-
-def plan_collection(
-    uses: Iterable[EnvUse],
-    *,
-    wanted: Mapping[str, str],
-    leases: Mapping[str, str],
-    busy: Collection[str],
-    limits: Limits,
-    now: float,
-) -> list[Verdict]:
-    """One verdict for each use, by node, the least recently used first.
-
-    What is held, wanted, leased or busy stays, and so does what a changed clock puts into the
-    future. Of the rest goes what has no record, what was idle for too long, and then the least
-    recently used, for as long as everything on the node together is over a limit.
-
-    Args:
-        uses: what is there, on any number of nodes.
-        wanted: why a key is wanted ("current generation 3 of x"); these stay.
-        leases: to whom a key is promised; these stay.
-        busy: keys that are being built or changed now.
-        limits: for each node.
-        now: seconds since the epoch, by the clock that `last_used_at` was read from.
-    """
-    ordered = sorted(uses, key=lambda use: (use.node_id, use.last_used_at, use.key))
-    verdicts = []
-    for _, group in groupby(ordered, key=lambda use: use.node_id):
-        there = list(group)
-        keep = {use.key: why for use in there if (why := _why_keep(use, wanted, leases, busy, now))}
-        free = [use for use in there if use.key not in keep]
-        gone = {use.key: why for use in free if (why := _why_collect(use, limits, now))}
-        size = sum(use.bytes for use in there if use.key not in gone)
-        inodes = sum(use.inodes for use in there if use.key not in gone)
-        for use in free:
-            if use.key not in gone and (why := _why_over(limits, size, inodes)):
-                gone[use.key] = why
-                size, inodes = size - use.bytes, inodes - use.inodes
-        verdicts += [_verdict(use, keep.get(use.key), gone.get(use.key), now) for use in there]
-    return verdicts
-
-
-def _verdict(use: EnvUse, keep: str | None, collect: str | None, now: float) -> Verdict:
-    idle_s = max(0.0, now - use.last_used_at)
-    return Verdict(
-        key=use.key,
-        node_id=use.node_id,
-        collect=collect is not None,
-        because=keep or collect or f"last used {_span(idle_s)} ago, within the limits",
-        bytes=use.bytes,
-        idle_s=idle_s,
-    )
-
-
-def _why_keep(
-    use: EnvUse,
-    wanted: Mapping[str, str],
-    leases: Mapping[str, str],
-    busy: Collection[str],
-    now: float,
-) -> str:
-    """Why a directory must stay whatever the limits say, or an empty string."""
-    if use.is_held:
-        return "a process runs in it"
-    if use.key in busy:
-        return "it is being built or changed"
-    if use.key in wanted:
-        return wanted[use.key] or "wanted"
-    if use.key in leases:
-        return f"leased to {leases[use.key] or 'somebody'}"
-    if use.last_used_at > now:
-        ahead = _span(use.last_used_at - now)
-        return f"its last use lies {ahead} in the future: a clock was changed"
-    return ""
-
-
-def _why_collect(use: EnvUse, limits: Limits, now: float) -> str:
-    """Why a directory that may go is to go, whatever else is there, or an empty string."""
-    if not use.is_ready:
-        return "it has no record: nobody finished its build"
-    idle_s = now - use.last_used_at
-    if idle_s > limits.idle_s:
-        return f"not used for {_span(idle_s)}, and the limit is {_span(limits.idle_s)}"
-    return ""
-
-
-def _why_over(limits: Limits, size: int, inodes: int) -> str:
-    """Why a node that keeps this much has to give up its least recently used, or nothing."""
-    if limits.max_bytes is not None and size > limits.max_bytes:
-        return (
-            f"least recently used, and {_mib(size)} are over the limit of {_mib(limits.max_bytes)}"
-        )
-    if limits.max_inodes is not None and inodes > limits.max_inodes:
-        return f"least recently used, and {inodes} files are over the limit of {limits.max_inodes}"
-    return ""
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def _span(seconds: float) -> str:
-    """A duration for people, in the unit that suits it."""
-    for unit_s, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit_s:
-            return f"{seconds / unit_s:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -17,19 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ray_envs import cluster, placement, resolving
+from ray_envs import bootstrap, cluster, placement, resolving
 from ray_envs.doors import VERB_TIMEOUT_S, Door, LocalDoor, RayDoor
 from ray_envs.errors import (
     EnvironmentNotReady,
     InvalidId,
+    NoEligibleNode,
     NotFound,
     RayEnvsError,
+    RayEnvsWarning,
     from_dict,
 )
 from ray_envs.inputs import read_definition
 from ray_envs.lifecycle import Lifecycle
 from ray_envs.manager import EnvManager
-from ray_envs.models import Definition, EnvId, EnvSpec, Status, validated
+from ray_envs.models import Definition, EnvId, EnvSpec, Phase, Status, validated
+from ray_envs.planning import may_pass
 from ray_envs.registry import Registry
 from ray_envs.settings import Settings
 
@@ -45,6 +48,8 @@ OnStatus = Callable[[Statuses], None]
 #: A variant that is being updated runs meanwhile as it is.
 _BUSY = (Status.CREATING.value,)
 _RUNS = (Status.ACTIVE.value, Status.UPDATING.value)
+#: How many nodes are told one by one.
+_MAX_TOLD_NODES = 12
 _CONFIG_IDS = ("workflow_id", "node_id", "version_id")
 
 
@@ -148,14 +153,20 @@ class EnvironmentProvider(ABC):
         *variant_ids: str,
         timeout_s: float | None = None,
         strict: bool = True,
+        everywhere: bool = True,
+        patient: bool = False,
         on_status: OnStatus | None = None,
     ) -> Statuses:
-        """Wait until variants are ready on every eligible node, in parallel; returns their status.
+        """Wait until variants are ready on every node that shall have them; returns their status.
 
         Args:
-            variant_ids: the variants.
+            variant_ids: the variants; they are prepared in parallel.
             timeout_s: how long to wait, in seconds; by default `RAY_ENVS_PREPARE_TIMEOUT_S`.
-            strict: raise the first failure; otherwise it is left in the status (`error`).
+            strict: raise the first failure, with the nodes that are ready and those that are not;
+                otherwise it is left in the status (`error`, `nodes`).
+            everywhere: wait for all nodes; otherwise, for each variant, for the first one.
+            patient: wait also for nodes that failed: they try again by themselves where the
+                failure may pass (a network that is away, a full disk), after a growing pause.
             on_status: called with every news, for a progress display.
 
         Raises:
@@ -166,25 +177,31 @@ class EnvironmentProvider(ABC):
         if not variant_ids:
             return {}
         ids = [self._id(text) for text in variant_ids]
-        limit_s = self._prepare_timeout_s() if timeout_s is None else timeout_s
+        limit_s = self.prepare_timeout_s() if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit_s
         statuses = self._statuses(ids, want=True)
         while True:
             if on_status is not None:
                 on_status(statuses)
-            busy = sorted(name for name, status in statuses.items() if status["status"] in _BUSY)
+            busy = sorted(
+                name
+                for name, status in statuses.items()
+                if not _is_done(status, everywhere=everywhere, patient=patient)
+            )
             if not busy:
                 break
             if time.monotonic() >= deadline:
                 raise EnvironmentNotReady(
                     f"not ready after {limit_s:g} s: {', '.join(busy)}",
                     variant_id=busy[0],
-                    hint="the builds go on: call prepare() again, or see `ray-envs status`",
+                    detail=_coverage(statuses[busy[0]]),
+                    hint="the builds go on: call prepare() again, or see `ray-envs explain`",
                 )
             statuses = self._next_statuses(ids)
         if strict:
             for name, status in statuses.items():
-                raise_status_error(name, status)
+                if everywhere or not _ready_nodes(status):
+                    raise_status_error(name, status)
         return statuses
 
     def options(self, variant_id: str, **given: Any) -> dict[str, Any]:
@@ -200,10 +217,7 @@ class EnvironmentProvider(ABC):
             NotFound, EnvironmentNotReady, NoEligibleNode: the variant cannot run now.
             InvalidInput: `given` contradicts the environment or its placement.
         """
-        environment = self.environment(variant_id)
-        return placement.options(
-            environment["runtime_env"], environment["ready_nodes"], given, variant_id=variant_id
-        )
+        return placement.options(self.environment(variant_id), given, variant_id=variant_id)
 
     def environment(self, variant_id: str, *, prepare: bool = True) -> dict[str, Any]:
         """Paths, versions and ready nodes of a variant.
@@ -218,6 +232,8 @@ class EnvironmentProvider(ABC):
         """
         env_id = self._id(variant_id)
         environment = self._environment(env_id)
+        if not environment["ready_nodes"] and _may_join(environment):
+            return environment
         if prepare and not environment["ready_nodes"]:
             self.prepare(variant_id)
             environment = self._environment(env_id)
@@ -253,7 +269,7 @@ class EnvironmentProvider(ABC):
         """
         return self._delete(self._id(variant_id), force=force, dry_run=dry_run)
 
-    def _prepare_timeout_s(self) -> float:
+    def prepare_timeout_s(self) -> float:
         return Settings().prepare_timeout_s
 
     # -- the face that other batch runners know ------------------------------------------------
@@ -293,7 +309,7 @@ class EnvironmentProvider(ABC):
                     env_id,
                     definition,
                     replace=True,
-                    wait_s=self._prepare_timeout_s(),
+                    wait_s=self.prepare_timeout_s(),
                     dry_run=False,
                 )
             except RayEnvsError as exc:
@@ -331,6 +347,7 @@ class EnvironmentProvider(ABC):
                 variant_id=variant_id,
                 hint="call prepare() first, or use options(), which names the ready nodes",
             )
+        self.runtime_env(variant_id)  # some node may have no part in it
         return {
             "type": "uv",
             "env_path": environment["env_path"],
@@ -339,6 +356,32 @@ class EnvironmentProvider(ABC):
             "py_executable": environment["python_path"],
             "env_vars": dict(environment["runtime_env"]["env_vars"]),
         }
+
+    def runtime_env(self, variant_id: str) -> dict[str, Any]:
+        """The runtime_env of a variant as Ray takes it, for a whole job or where no option goes.
+
+        It names no nodes, so it is given only where no node could be the wrong one: every live
+        node has the environment ready, or has our plugin, which makes a worker wait for it.
+
+        Raises:
+            NotFound: the variant is not defined.
+            EnvironmentNotReady: some node is not ready; `options` needs only one.
+        """
+        environment = self.environment(variant_id)
+        lists = ("preparing_nodes", "unfit_nodes", "other_nodes")
+        unready = {name: environment[name] for name in lists if environment[name]}
+        if environment["is_gated"] or not unready:
+            return dict(environment["runtime_env"])
+        raise EnvironmentNotReady(
+            f"variant {variant_id!r} is not ready on every node of the cluster, and a job or task "
+            "without placement may land on any",
+            variant_id=variant_id,
+            detail="\n".join(
+                f"{name.replace('_', ' ')}: {', '.join(ids[:5])}" for name, ids in unready.items()
+            ),
+            hint="use options(), which names the ready nodes, or start every node with the plugin "
+            "of ray_envs (README, On a cluster)",
+        )
 
     def cleanup_environment(self, variant_id: str, timeout: float | None = None) -> None:
         """Give the environment of a variant up; nothing happens where it is unknown.
@@ -457,7 +500,48 @@ def raise_status_error(variant_id: str, status: Mapping[str, Any]) -> None:
             hint="`ray-envs list` shows the defined ones, create() makes one",
         )
     if status.get("error"):
-        raise from_dict(status["error"]).about(variant_id=variant_id)
+        error = dict(status["error"])
+        coverage = _coverage(status)
+        if coverage:
+            error["detail"] = "\n".join(filter(None, (coverage, error.get("detail"))))
+        raise from_dict(error).about(variant_id=variant_id)
+
+
+def _may_join(environment: Mapping[str, Any]) -> bool:
+    """Whether only a node that is not there yet can run it, and would be made to prepare it."""
+    error = environment.get("error") or {}
+    return bool(environment["is_gated"]) and error.get("type") == NoEligibleNode.__name__
+
+
+def _is_done(status: Mapping[str, Any], *, everywhere: bool, patient: bool) -> bool:
+    """Whether there is nothing more to wait for."""
+    if not everywhere and _ready_nodes(status) and status["status"] != Status.UPDATING.value:
+        return True
+    may_come = patient and any(
+        node.get("error") and may_pass(node["error"]) for node in status.get("nodes", {}).values()
+    )
+    return status["status"] not in _BUSY and not may_come
+
+
+def _ready_nodes(status: Mapping[str, Any]) -> list[str]:
+    nodes = status.get("nodes", {})
+    return [node_id for node_id, state in nodes.items() if state["phase"] == Phase.READY.value]
+
+
+def _coverage(status: Mapping[str, Any]) -> str:
+    """On which nodes a variant is ready and on which not, in words; nothing of a single node."""
+    nodes = status.get("nodes", {})
+    ready = _ready_nodes(status)
+    if len(nodes) < 2:
+        return ""
+    lines = [f"ready on {len(ready)} of {len(nodes)} nodes"]
+    for node_id, state in nodes.items():
+        if node_id not in ready:
+            error = state.get("error") or {}
+            why = error.get("message") or state.get("progress") or state.get("because") or ""
+            where = state.get("address") or node_id[:12]
+            lines.append(f"  {where}: {state['phase']}" + (f": {why}" if why else ""))
+    return "\n".join(lines[:_MAX_TOLD_NODES])
 
 
 class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
@@ -483,7 +567,8 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         """Connect to the cluster's EnvManager; start it where none lives.
 
         Uses the Ray that this process is connected to; else the cluster at `address`, of
-        `RAY_ADDRESS` or of this machine; else an embedded Ray that ends with `close`.
+        `RAY_ADDRESS` or of this machine; else an embedded Ray that ends with `close`. Warns of
+        nodes that can have no environments; a cluster without our plugin is logged once.
 
         Args:
             address: of a Ray cluster, as in `ray.init`.
@@ -493,28 +578,42 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         Raises:
             ManagerUnavailable: no cluster answers, or its manager cannot be started.
         """
-        settings = settings or Settings.from_environment()
+        provider, nodes = cls._opened(address, settings or Settings.from_environment(), options)
+        if not cluster.is_own():  # that one never has another node
+            bootstrap.note_missing_gate(nodes)
+        return provider
+
+    @classmethod
+    def _opened(
+        cls, address: str | None, settings: Settings, options: Mapping[str, Any]
+    ) -> tuple[RayEnvironmentProvider, dict[str, Any]]:
+        """A provider, and what its manager tells of the nodes that have answered so far."""
         import ray
 
         was_connected = ray.is_initialized()
         is_embedded = cluster.connect(address)
         handle = cluster.find_manager()
-        if handle is None:
+        is_new = handle is None
+        if is_new:
             environment = settings.to_environment()
             if is_embedded:  # our own job, whose context is clean
                 handle = cluster.create_manager(EnvManager, environment)
             else:
                 handle = cluster.start_manager(environment)
-        else:
-            told = RayDoor(handle).call("describe")
-            if told["root"] != str(settings.root) and "RAY_ENVS_ROOT" in os.environ:
-                warnings.warn(
-                    f"this cluster's EnvManager uses the root {told['root']}, "
-                    f"not {settings.root} (RAY_ENVS_ROOT)",
-                    stacklevel=2,
-                )
         door = RayDoor(handle, on_close=None if was_connected else ray.shutdown)
-        return cls(door, settings, **options)
+        provider = cls(door, settings, **options)
+        if is_embedded:  # its only node is this one, and its manager still starts
+            return provider, {}
+        told = door.call("describe")
+        if not is_new and told["root"] != str(settings.root) and "RAY_ENVS_ROOT" in os.environ:
+            warnings.warn(
+                f"this cluster's EnvManager uses the root {told['root']}, "
+                f"not {settings.root} (RAY_ENVS_ROOT)",
+                RayEnvsWarning,
+                stacklevel=3,
+            )
+        bootstrap.warn_of_bare(told["nodes"], stacklevel=3)
+        return provider, told["nodes"]
 
     @classmethod
     def without_cluster(cls, settings: Settings, **options: Any) -> RayEnvironmentProvider:
@@ -524,12 +623,16 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         """
         address = Registry(settings).manager_address()
         if address is not None:
-            return cls.connect(address, settings=settings, **options)
+            return cls._opened(address, settings, options)[0]
         return cls(LocalDoor(settings), settings, **options)
 
     def close(self) -> None:
         self._is_closed = True
         self._door.close()
+
+    def describe(self) -> dict[str, Any]:
+        """The cluster as its EnvManager sees it: root, interpreter, Ray, and each node."""
+        return dict(self._door.call("describe"))
 
     def list_variants(self) -> list[dict[str, Any]]:
         return list(self._door.call("list_envs"))
@@ -586,5 +689,5 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
     def _address(self, variant_id: str) -> str:
         return str(self._id(variant_id))
 
-    def _prepare_timeout_s(self) -> float:
+    def prepare_timeout_s(self) -> float:
         return self._settings.prepare_timeout_s

@@ -21,6 +21,7 @@ from ray_envs.cluster import NodeInfo, Nodes
 from ray_envs.errors import (
     EnvironmentNotReady,
     ManagerUnavailable,
+    NoEligibleNode,
     NotFound,
     RayEnvsError,
     StorageFailed,
@@ -41,6 +42,8 @@ from ray_envs.models import (
 from ray_envs.registry import Registry, build_request, describe_record
 from ray_envs.settings import Settings
 from ray_envs.store import Store
+from ray_envs.targets import Need, NodeView, chosen, fits
+from ray_envs.wishes import Wishes
 
 OnFinal = Callable[[NodeInfo, NodeEnvState], None]
 OnNode = Callable[[NodeInfo, bool], None]
@@ -73,7 +76,16 @@ class Reconciler:
         self._settings = settings
         self._registry = registry
         self._paths = Store(settings)
-        self.fleet = Fleet(nodes, settings.to_environment(), on_node=on_node, on_final=on_final)
+        #: The environments that somebody asked for. Without a cluster, for this process only: no
+        #: command makes what another one has given up.
+        self.wishes = Wishes(settings.root / "wishes.json" if nodes.address() else None)
+        self.fleet = Fleet(
+            nodes,
+            settings.to_environment(),
+            on_node=on_node,
+            on_final=on_final,
+            on_outdated=self.wishes.outdate,
+        )
         self.site = site_name(platform.name, target)
         self.variants: dict[str, VariantRecord] = {}
         self._stamps: dict[str, int] = {}
@@ -88,8 +100,8 @@ class Reconciler:
         self.relock_errors: dict[str, RayEnvsError] = {}
         #: What is being changed: the name of the operation, by variant.
         self.changing: dict[str, str] = {}
-        #: The keys that somebody asked for, with the attempt that the last request began.
-        self.wishes: dict[str, int] = {}
+        #: By node and key: the failure that was seen last, how many there were, and when.
+        self._failures: dict[tuple[str, str], tuple[NodeEnvState, int, float]] = {}
         #: Why the loop did something last, by node and key; for people.
         self.becauses: dict[tuple[str, str], str] = {}
         #: Described variants, with what the description depends on.
@@ -177,13 +189,13 @@ class Reconciler:
                 for node in self.fleet.nodes.values()
                 if key in node.states
             )
-            self.wishes[key] = self.wishes.get(key, 0) + (1 if failed else 0)
+            self.wishes.want(key, again=failed)
         self.fleet.wake_up.set()
 
     def unwant(self, key: str) -> None:
         """Stop wanting `key`, unless a variant has it."""
         if not self.sharing(key):
-            self.wishes.pop(key, None)
+            self.wishes.drop(key)
 
     # -- status -----------------------------------------------------------------------------
 
@@ -192,9 +204,19 @@ class Reconciler:
         return site_name(generation.platform, generation.target) != self.site
 
     def eligible(self, generation: Generation) -> list[Node]:
-        """The nodes that shall have it."""
+        """The nodes that shall have it; those that cannot tell what they have are among them."""
+        need = Need.of(generation.definition)
         site = site_name(generation.platform, generation.target)
-        return [node for node in self.fleet.nodes.values() if node.error or node.site == site]
+        fitting = [
+            node
+            for node in self.fleet.nodes.values()
+            if node.may_have(site) and fits(need, node.info.labels, node.info.num_gpus)
+        ]
+        if need.count is None:
+            return fitting
+        nodes = {node.info.node_id: node for node in fitting if node.error is None}
+        views = [self._view(node) for node in nodes.values()]
+        return [nodes[view.node_id] for view in chosen(need, generation.key, views)]
 
     def states(self, generation: Generation) -> dict[str, NodeEnvState]:
         """What each node that shall have it says of it."""
@@ -204,17 +226,47 @@ class Reconciler:
     def _state(self, node: Node, key: str) -> NodeEnvState:
         if node.error is not None:
             return NodeEnvState(key=key, phase=Phase.FAILED, error=node.error)
+        if not node.site:
+            return NodeEnvState(key=key, phase=Phase.WAITING, progress="the agent is starting")
         state = node.states.get(key)
-        if state is None or planning.is_to_try_again(state, self.wishes.get(key, 0)):
+        if state is None or planning.is_to_try_again(state, self.wishes.attempt(key)):
             return NodeEnvState(key=key, phase=Phase.WAITING)
         return state
 
     def status_of(self, generation: Generation) -> Status:
         """What a generation is, over all nodes that shall have it."""
         states = self.states(generation)
+        if not states and self.fleet.nodes:  # no node is what the variant asks for
+            return Status.ERROR
         return planning.status_of(
             generation.key, states, {n: {generation.key: state} for n, state in states.items()}
         )
+
+    def places(self, generation: Generation) -> dict[str, Any]:
+        """Where tasks in it may go now, as `placement.options` wants to know it."""
+        states = self.states(generation)
+        by_phase: dict[str, list[str]] = {
+            "ready_nodes": [],
+            "preparing_nodes": [],
+            "unfit_nodes": [],
+        }
+        for node_id, state in states.items():
+            place = "unfit_nodes" if state.phase is Phase.FAILED else "preparing_nodes"
+            by_phase["ready_nodes" if state.phase is Phase.READY else place].append(node_id)
+        site = site_name(generation.platform, generation.target)
+        others: list[str] = []
+        for node_id, node in self.fleet.nodes.items():
+            if node_id not in states:
+                (others if node.may_have(site) else by_phase["unfit_nodes"]).append(node_id)
+        need = Need.of(generation.definition)
+        return {
+            **{name: sorted(ids) for name, ids in by_phase.items()},
+            "other_nodes": sorted(others),
+            "is_gated": self.fleet.is_gated(),
+            "label_selector": dict(need.labels),
+            "num_gpus": generation.definition.num_gpus,
+            "may_spread": need.count is None,
+        }
 
     def is_ready(self, generation: Generation) -> bool:
         return self.status_of(generation) is Status.ACTIVE
@@ -228,7 +280,7 @@ class Reconciler:
         parts = (record, self.staged.get(name), self.relock_errors.get(name))
         token = (
             self.fleet.version,
-            self.wishes.get(record.current.key),
+            self.wishes.version,
             self.changing.get(name),
             name in self.relocking,
             *map(id, parts),  # identity: it is cheap, and `parts` is kept, so no id comes back
@@ -246,7 +298,7 @@ class Reconciler:
         described = {
             **describe_record(record, self._registry, self._paths.venv(generation.key)),
             "status": self._variant_status(name, record).value,
-            "nodes": {node_id: _told(state) for node_id, state in states.items()},
+            "nodes": self._told(generation.key, states),
             "packages": dict(generation.packages),
             "has_pyproject": (folder / "pyproject.toml").is_file(),
             "has_uv_lock": (folder / "uv.lock").is_file(),
@@ -265,9 +317,23 @@ class Reconciler:
                 "operation": self.changing.get(name, ""),
                 "generation": staged.number,
                 "key": staged.key,
-                "nodes": {node: _told(state) for node, state in self.states(staged).items()},
+                "nodes": self._told(staged.key, self.states(staged)),
             }
         return described
+
+    def _told(self, key: str, states: Mapping[str, NodeEnvState]) -> dict[str, dict[str, Any]]:
+        """The state of `key` on each node, with where that is and why it is so."""
+        told = {}
+        for node_id, state in states.items():
+            because = self.becauses.get((node_id, key), "")
+            if state.phase is Phase.WAITING and not because and key in self.wishes:
+                because = "waits until another node has its wheels"
+            told[node_id] = {
+                **state.model_dump(mode="json"),
+                "address": self.fleet.nodes[node_id].info.address,
+                "because": because,
+            }
+        return told
 
     def summaries(self) -> list[dict[str, Any]]:
         """Every variant in a row, by its id; made for lists of thousands."""
@@ -317,6 +383,12 @@ class Reconciler:
         self, name: str, record: VariantRecord, states: Mapping[str, NodeEnvState]
     ) -> dict[str, str] | None:
         if not self.is_stale(record.current):
+            if not states and self.fleet.nodes:
+                return NoEligibleNode(
+                    f"no live node is what {name} asks for: {Need.of(record.definition)}",
+                    variant_id=name,
+                    hint="add such a node, or change the variant's label_selector or num_gpus",
+                ).to_dict()
             return next((state.error for state in states.values() if state.error), None)
         if name in self.relocking:
             return None
@@ -371,6 +443,7 @@ class Reconciler:
             chore: what else is to be done at each turn of the loop.
         """
         if self._loop_task is None:
+            self.wishes.load()
             self.reload()
             self._loop_task = asyncio.create_task(self._loop(chore))
         await self._first_look.wait()
@@ -397,30 +470,94 @@ class Reconciler:
 
     async def _tick(self) -> None:
         await self.fleet.look_at_nodes()
-        if not self.wishes:
+        sources = self._sources()
+        await self._refuse_unknown(sources)
+        if not sources:
             return
-        #: The generations with each wanted key; any of them has the texts to build it from.
-        wanted: dict[str, list[tuple[EnvId, Generation]]] = {}
+        wishes = [
+            planning.Wish(
+                key=key,
+                attempt=self.wishes.attempt(key),
+                variants=tuple(str(env_id) for env_id, _ in found),
+                site=site_name(found[0][1].platform, found[0][1].target),
+                needs=tuple({Need.of(made.definition): None for _, made in found}),
+            )
+            for key, found in sources.items()
+        ]
+        self._note_failures()
+        views = [self._view(node) for node in self.fleet.healthy()]
+        actions = planning.plan(wishes, views)
+        await asyncio.gather(*(self._act(action, sources[action.key]) for action in actions))
+
+    def _sources(self) -> dict[str, list[tuple[EnvId, Generation]]]:
+        """The generations with each key that is wanted, or that a worker waits for.
+
+        Any of them has the texts to build it from.
+        """
+        asked = {key for node in self.fleet.healthy() for key in node.asked}
+        found: dict[str, list[tuple[EnvId, Generation]]] = {}
         for name, record in self.variants.items():
-            for generation in filter(None, (record.current, self.staged.get(name))):
-                if generation.key in self.wishes:
-                    wanted.setdefault(generation.key, []).append((record.env_id, generation))
-        actions = planning.plan(
-            [
-                planning.Wish(key, self.wishes[key], tuple(str(env_id) for env_id, _ in found))
-                for key, found in wanted.items()
-            ],
-            [
-                planning.NodeView(node.info.node_id, node.site, dict(node.states))
-                for node in self.fleet.healthy()
-            ],
-            {
-                key: site_name(found[0][1].platform, found[0][1].target)
-                for key, found in wanted.items()
-            },
+            for made in filter(None, (record.current, self.staged.get(name))):
+                if made.key in self.wishes or made.key in asked:
+                    found.setdefault(made.key, []).append((record.env_id, made))
+        for key in asked - found.keys():
+            older = self._older(key)  # of a task that was handed over before an update
+            if older is not None:
+                found[key] = [older]
+        return found
+
+    def _older(self, key: str) -> tuple[EnvId, Generation] | None:
+        """A generation with this key that is not the current one of its variant."""
+        for record in list(self.variants.values()):
+            for number in record.numbers:
+                with suppress(StorageFailed):
+                    made = self._registry.generation(record.env_id, number)
+                    if made.key == key:
+                        return record.env_id, made
+        return None
+
+    async def _refuse_unknown(self, sources: Iterable[str]) -> None:
+        """Tell workers that wait for what will never be made where they are."""
+        known = set(sources)
+        for node in self.fleet.healthy():
+            for key in node.asked.keys() - known:
+                with suppress(RayEnvsError):
+                    await node.call("refuse", key=key, reason="no variant has this environment")
+
+    def _view(self, node: Node) -> NodeView:
+        """A node, as the planner sees it."""
+        node_id, now = node.info.node_id, time.monotonic()
+        due = set()
+        for key in node.others:
+            seen = self._failures.get((node_id, key))
+            if seen is not None and now - seen[2] >= planning.pause_s(seen[1]):
+                due.add(key)
+        return NodeView(
+            node_id=node_id,
+            site=node.site,
+            is_head=node.info.is_head,
+            labels=node.info.labels,
+            num_gpus=node.info.num_gpus,
+            ready=node.ready,
+            others=node.others,
+            asked=node.asked,
+            due=frozenset(due),
         )
-        for action in actions:
-            await self._act(action, wanted[action.key])
+
+    def _note_failures(self) -> None:
+        """Remember since when, and how often in a row, an environment failed that may succeed."""
+        failures = {}
+        for node in self.fleet.healthy():
+            for key, state in node.others.items():
+                place = (node.info.node_id, key)
+                last = self._failures.get(place)
+                if state.phase is Phase.FAILED and planning.may_pass(state.error or {}):
+                    if last is None or last[0] != state:
+                        last = (state, last[1] + 1 if last else 1, time.monotonic())
+                    failures[place] = last
+                elif last is not None and not state.phase.is_final:  # it is tried again just now
+                    failures[place] = last
+        self._failures = failures
 
     async def _act(self, action: planning.Build, sources: list[tuple[EnvId, Generation]]) -> None:
         node = self.fleet.nodes.get(action.node_id)
@@ -429,13 +566,21 @@ class Reconciler:
         self.becauses[action.node_id, action.key] = action.because
         try:
             request = self._request_of_any(sources)
-            state = await node.call("ensure", request=request, attempt=action.attempt)
-            node.states[action.key] = NodeEnvState.model_validate(state)
+            state = await node.call(
+                "ensure",
+                request=request,
+                attempt=action.attempt,
+                peers=list(action.peers),
+                is_cache_only=action.is_cache_only,
+            )
+            node.know_one(NodeEnvState.model_validate(state))
         except ManagerUnavailable:  # the agent is restarting: it is met again, and told again
             self.fleet.lose(node)
         except RayEnvsError as exc:
-            node.states[action.key] = NodeEnvState(
-                key=action.key, phase=Phase.FAILED, error=exc.to_dict(), attempt=action.attempt
+            node.know_one(
+                NodeEnvState(
+                    key=action.key, phase=Phase.FAILED, error=exc.to_dict(), attempt=action.attempt
+                )
             )
         await self.fleet.announce()
 
@@ -461,7 +606,3 @@ class Reconciler:
                 variant_id=str(env_id),
             )
         return build_request(generation, pyproject, uv_lock).model_dump(mode="json")
-
-
-def _told(state: NodeEnvState) -> dict[str, Any]:
-    return state.model_dump(mode="json")

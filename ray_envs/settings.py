@@ -67,6 +67,8 @@ class Settings(Model):
     keep_generations: int = Field(default=3, ge=1)
     #: How often unwanted environments are looked for; 0 for only on request.
     gc_interval_s: float = Field(default=3600, ge=0)
+    #: Bring ray_envs and uv to nodes that have Ray only, or another version of ray_envs.
+    bootstrap: bool = False
     #: How many days events and operations are kept.
     history_days: float = Field(default=90, gt=0)
 

@@ -20,10 +20,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from ray_envs import inside, usage
+from ray_envs.collecting import EnvUse
 from ray_envs.errors import EnvironmentInUse, StorageFailed
 from ray_envs.files import locked, storage_errors, write_atomically
 from ray_envs.models import EnvRecord
-from ray_envs.planning import EnvUse
 from ray_envs.settings import Settings
 
 #: Changes with the layout below; an older layout is left alone, never migrated in place.

@@ -14,9 +14,9 @@ from typing import Any
 
 from ray_envs import wheels
 from ray_envs.builder import Builder, uv_version
+from ray_envs.collecting import EnvUse
 from ray_envs.errors import EnvironmentInUse, RayEnvsError
 from ray_envs.models import BuildRequest, EnvRecord, Target
-from ray_envs.planning import EnvUse
 from ray_envs.probing import probe
 from ray_envs.settings import Settings
 from ray_envs.store import Store

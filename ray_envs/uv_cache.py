@@ -14,7 +14,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from packaging.version import InvalidVersion, Version
 
 from ray_envs.errors import LockTimeout
 from ray_envs.files import storage_errors
+from ray_envs.models import Installed
 
 #: The uv whose layout this is; another one finds, or leaves, a cache that is read differently.
 UV_SERIES = "0.13"
@@ -34,9 +35,14 @@ _SUFFIXES = (*_POINTERS, ".msgpack", ".lock")
 
 #: What is on its way out, below the cache; `uv cache prune` removes folders that it does not know.
 _TRASH = ".ray_envs-forgotten-"
+#: What is on its way in. Its owner holds the shared lock: under the exclusive one it is rubbish.
+_ARRIVING = ".ray_envs-arriving-"
 
 #: How often a waiter tries the lock again, in seconds. Short against any work of uv.
 _POLL_S = 0.05
+
+#: How much of a commit uv has in the name of a folder.
+_COMMIT_LENGTH = 16
 
 _Release = tuple[str, Version]
 
@@ -49,6 +55,17 @@ class _Entry:
     holds: frozenset[_Release]
     #: Files, links and folders; the pointers first, so that no pointer ever leads nowhere.
     paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A package as uv needs it to install it offline."""
+
+    #: The unpacked wheels.
+    archives: tuple[Path, ...]
+    #: The files and links that lead to them, in the order in which they may appear: each is of no
+    #: use, and does no harm, without the next; pointers last.
+    leads: tuple[Path, ...]
 
 
 class UvCache:
@@ -74,6 +91,75 @@ class UvCache:
                     if entry.name.endswith(".dist-info"):
                         found.setdefault(entry.name, []).append(archive)
         return found
+
+    def cached(self, package: Installed) -> Cached | None:
+        """What there is of a package with the very content that its pin names, if it is complete.
+
+        Of what uv built from source, the source is left out: uv installs offline without it.
+
+        Raises:
+            StorageFailed: the cache cannot be read.
+        """
+        with storage_errors("read uv's cache"):
+            built = self._built_of(package) if package.is_built else self._wheels_of(package)
+            found = list(built)
+        if not found:
+            return None
+        archives = dict.fromkeys(archive for each in found for archive in each.archives)
+        return Cached(tuple(archives), tuple(lead for each in found for lead in each.leads))
+
+    @contextmanager
+    def arriving(self) -> Iterator[Path]:
+        """A new folder for what shall be moved in during the block; see `move_in`.
+
+        The cache is in use meanwhile (`in_use`), as it is while uv downloads. What a killed
+        process leaves of it goes with the next `forget`, `forget_unneeded` or `uv cache prune`.
+
+        Raises:
+            LockTimeout, StorageFailed: as `in_use`.
+        """
+        with self.in_use():
+            folder = self.folder / f"{_ARRIVING}{uuid.uuid4().hex}"
+            with storage_errors("receive into uv's cache"):
+                folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def move_in(
+        self, arriving: Path, archives: Iterable[str], leads: Iterable[tuple[str, str | None]]
+    ) -> None:
+        """Put what has arrived in its place; all paths are relative, as in the cache.
+
+        uv sees it from the last step on. An archive of the same id is the same one: it stays.
+
+        Args:
+            arriving: what `arriving` gave, laid out as the cache is.
+            archives: the unpacked wheels.
+            leads: what leads to them, in the order of `Cached.leads`: a file, or a link with the
+                archive that it leads to.
+
+        Raises:
+            StorageFailed: it cannot be moved; doing all of it again is safe.
+        """
+        with storage_errors("move a wheel into uv's cache"):
+            for archive in archives:
+                place = self.folder / archive
+                place.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.rename(arriving / archive, place)
+                except OSError:
+                    if not place.is_dir():
+                        raise
+            for lead, archive_of_link in leads:
+                place = self.folder / lead
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if archive_of_link is not None:
+                    (arriving / lead).parent.mkdir(parents=True, exist_ok=True)
+                    target = os.path.relpath(self.folder / archive_of_link, place.parent)
+                    os.symlink(target, arriving / lead)
+                os.replace(arriving / lead, place)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -102,6 +188,7 @@ class UvCache:
             raise ValueError(f"{archive} is no unpacked wheel of {self.folder}")
         with storage_errors("remove a wheel from uv's cache"):
             with self._lock(fcntl.LOCK_EX):
+                self._give_up_arriving()
                 for pointer in list(self._pointers_to(archive)):
                     pointer.unlink(missing_ok=True)
                 self._move_away(archive)
@@ -132,6 +219,7 @@ class UvCache:
         }
         with storage_errors("remove wheels from uv's cache"):
             with self._lock(fcntl.LOCK_EX):
+                self._give_up_arriving()
                 entries = [*self._wheels(), *self._built()]
                 doomed = [entry for entry in entries if not entry.holds & wanted]
                 before = self._reachable()
@@ -168,6 +256,40 @@ class UvCache:
             yield
         finally:
             os.close(fd)
+
+    def _wheels_of(self, package: Installed) -> Iterator[Cached]:
+        """The entries of a downloaded wheel; of each index that it was taken from."""
+        release = _release(package.name, package.version)
+        pin = package.pin.rpartition(":")[2].encode()
+        for kind in ("pypi", "index/*", "url/*"):
+            for pointer in self.folder.glob(f"wheels-v*/{kind}/{package.name}/*"):
+                if pointer.suffix not in _POINTERS:
+                    continue
+                link = pointer.with_name(pointer.name[: -len(pointer.suffix)])
+                if _release(package.name, link.name.partition("-")[0]) != release:
+                    continue
+                archive = _unpacked(link)
+                text = pointer.read_bytes()
+                if archive and pin in text and os.fsencode(archive.name) in text:
+                    metadata = link.with_name(f"{link.name}.msgpack")
+                    more = (metadata,) if metadata.is_file() else ()
+                    yield Cached((archive,), (*more, link, pointer))
+
+    def _built_of(self, package: Installed) -> Iterator[Cached]:
+        """The entries of wheels that uv built from the source that is pinned."""
+        kind, _, pin = package.pin.partition(":")
+        if kind == "git":
+            commit = pin.partition(":")[0]
+            for folder in self.folder.glob(f"sdists-v*/git/*/{commit[:_COMMIT_LENGTH]}"):
+                yield from _built_in(folder, package, ())
+            return
+        for place in (f"pypi/{package.name}/*", f"index/*/{package.name}/*", "url/*"):
+            for pointer in self.folder.glob(f"sdists-v*/{place}/revision.*"):
+                text = pointer.read_bytes()
+                if pointer.suffix in _POINTERS and pin.encode() in text:
+                    for folder in pointer.parent.iterdir():
+                        if folder.is_dir() and os.fsencode(folder.name) in text:
+                            yield from _built_in(folder, package, (pointer,))
 
     def _pointers_to(self, archive: Path) -> Iterator[Path]:
         """What leads to `archive`: pointers of uv first, as uv trusts them without the link."""
@@ -230,6 +352,11 @@ class UvCache:
         with suppress(FileNotFoundError):
             os.rename(path, self.folder / f"{_TRASH}{uuid.uuid4().hex}")
 
+    def _give_up_arriving(self) -> None:
+        """Move away what dead processes were receiving; the caller has the exclusive lock."""
+        for path in self.folder.glob(f"{_ARRIVING}*"):
+            self._move_away(path)
+
     def _empty_trash(self) -> None:
         """Delete what was moved away, by dead processes too; what stays is met again."""
         for path in self.folder.glob(f"{_TRASH}*"):
@@ -238,6 +365,34 @@ class UvCache:
 
 def _target(link: Path) -> Path:
     return Path(os.path.normpath(link.parent / os.readlink(link)))
+
+
+def _unpacked(link: Path) -> Path | None:
+    """The unpacked wheel that `link` leads to, if it is there."""
+    if not link.is_symlink():
+        return None
+    archive = _target(link)
+    return archive if archive.is_dir() and not archive.is_symlink() else None
+
+
+def _built_in(folder: Path, package: Installed, pointers: tuple[Path, ...]) -> Iterator[Cached]:
+    """The entry of `folder`, where uv built from one source; nothing without a wheel of it."""
+    archives: list[Path] = []
+    links: list[Path] = []
+    files: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "src"]
+        for path in sorted(Path(place, name) for name in (*folders, *names)):
+            release = _release_of_wheel(f"{path.name}.whl")
+            if path.is_symlink():
+                archive = _unpacked(path)
+                if archive and release and release[0] == package.name:
+                    archives.append(archive)
+                    links.append(path)
+            elif path.is_file() and path.suffix != ".lock" and path.name != ".lock":
+                files.append(path)
+    if archives:
+        yield Cached(tuple(archives), (*files, *links, *pointers))
 
 
 def _release(name: str, version: str) -> _Release | None:
@@ -273,4 +428,4 @@ def _free_bytes(path: Path) -> int:
     return total
 
 
-__all__ = ["UV_SERIES", "UvCache"]
+__all__ = ["UV_SERIES", "Cached", "UvCache"]

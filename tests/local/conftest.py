@@ -157,7 +157,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def settings(root: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings for impatient people."""
-    monkeypatch.setattr("ray_envs.agent._RETRY_PAUSE_S", 0.01)
+    monkeypatch.setattr("ray_envs.making._RETRY_PAUSE_S", 0.01)
     return Settings(root=root, lock_timeout_s=60, tick_s=0.5, uv_retries=2, build_niceness=0)
 
 

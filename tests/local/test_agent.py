@@ -317,7 +317,6 @@ def test_an_error_that_nobody_foresaw_is_a_failure_and_not_a_build_without_an_en
         raise error
 
     monkeypatch.setattr(Builder, "verify", odd)
-    monkeypatch.setattr("tests.local.conftest.BUILT_S", 2)
     state = build(warm, locked())
     assert state.phase is Phase.FAILED
     assert state.error is not None

@@ -1,0 +1,285 @@
+"""Where Ray's runtime-env agent and our agent on the same node meet: small files in the root.
+
+The plugin in Ray's agent is no Ray client, so it asks for an environment with a file, and is
+answered by the environment's record or by a refusal. Whatever is imported here is imported in
+Ray's own process on every node, where a failure keeps the node from starting: the standard
+library only. `store` writes the records, `plugin` waits, `agent` looks at what is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ray_envs.errors import InvalidId, InvalidInput
+
+#: The field of a runtime_env that is ours, and the name of the plugin.
+FIELD = "ray_envs"
+PLUGIN = "ray_envs.plugin.EnvironmentPlugin"
+#: Ray reads it when a node starts.
+PLUGINS_VARIABLE = "RAY_RUNTIME_ENV_PLUGINS"
+
+#: The same as `models.Key`, which needs pydantic.
+_KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
+#: What was not asked for again so long is not asked for any more: who asked has died.
+_ASKED_S = 60
+#: A refusal is forgotten after so long, as Ray forgets its own: numbers may begin anew.
+_REFUSED_S = 600
+_REFUSED = ".refused"
+#: Its time stamp says when an agent looked last. No key has a dot.
+_SERVED = ".served"
+#: Begins each reason that a plugin gives, so that it is found in what Ray makes of it.
+_MARK = "ray_envs: "
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What one runtime_env needs on the node where it lands."""
+
+    root: Path
+    key: str
+    #: Rises after each failure, repair or collection: Ray keeps the result of an equal dict.
+    attempt: int
+
+
+class Gate:
+    """The files of one node: `wanted/<key>` asks, `wanted/<key>.refused` says no.
+
+    Any number of processes may ask for a key at once: the latest attempt counts, and who still
+    waits asks again after another one has withdrawn.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._wanted = root / "wanted"
+        self._store = root / "store"
+
+    # -- the plugin's side
+
+    def ask(self, key: str, attempt: int) -> None:
+        """Ask for `key`, or say that it is still asked for.
+
+        Raises:
+            InvalidId: `key` is none.
+            OSError: the root cannot be made or written.
+        """
+        path = self._asking_file(key)
+        if _attempt_in(_read(path)) >= attempt:
+            with suppress(FileNotFoundError):  # withdrawn by another asker
+                os.utime(path)  # needs no space: the build may have filled the disk
+                return
+        self._wanted.mkdir(parents=True, exist_ok=True)  # a node may be younger than its agent
+        _put(path, {"attempt": attempt})
+
+    def withdraw(self, key: str) -> None:
+        """Ask no more; nothing, where nobody asked."""
+        with suppress(OSError):
+            self._asking_file(key).unlink()
+
+    def is_ready(self, key: str) -> bool:
+        """Whether the environment has its record and its interpreter."""
+        place = self._store / _checked(key)
+        record = _read(place / "record.json")
+        return record.get("key") == key and (place / ".venv/bin/python").exists()
+
+    def refusal(self, key: str, attempt: int) -> str | None:
+        """Why this attempt, or a later one, was refused; None where it was not."""
+        said = _read(self._refusal_file(key))
+        at, reason = said.get("at"), said.get("reason")
+        if _attempt_in(said) < attempt or not isinstance(at, (int, float)):
+            return None
+        return str(reason) if _is_recent(at, _REFUSED_S) else None
+
+    def served_s(self) -> float | None:
+        """How many seconds ago an agent looked at what is asked; None where none ever did."""
+        try:
+            return max(0.0, time.time() - (self._wanted / _SERVED).stat().st_mtime)
+        except OSError:
+            return None
+
+    # -- the agent's side
+
+    def asked(self) -> dict[str, int]:
+        """The latest attempt of every key that somebody waits for now.
+
+        Removes what dead processes left. A root that cannot be read asks for nothing.
+        """
+        found: dict[str, int] = {}
+        with suppress(OSError):
+            self._wanted.mkdir(parents=True, exist_ok=True)
+            (self._wanted / _SERVED).touch()
+            with os.scandir(self._wanted) as entries:
+                for entry in entries:
+                    attempt = self._attempt_of(entry)
+                    if attempt is not None:
+                        found[entry.name] = attempt
+        return found
+
+    def _attempt_of(self, entry: os.DirEntry[str]) -> int | None:
+        """The attempt of a file that asks; the file is removed where its time is over."""
+        with suppress(OSError):  # withdrawn meanwhile
+            lasts_s = _REFUSED_S if entry.name.endswith(_REFUSED) else _ASKED_S
+            if not _is_recent(entry.stat().st_mtime, lasts_s):
+                os.unlink(entry.path)  # who waits all the same writes it again
+            elif _KEY.fullmatch(entry.name):
+                attempt = _attempt_in(_read(Path(entry.path)))
+                return attempt if attempt >= 0 else None
+        return None
+
+    def refuse(self, key: str, attempt: int, reason: str) -> None:
+        """Fail all who wait for this attempt or an earlier one, with `reason`.
+
+        Raises:
+            InvalidId: `key` is none.
+            OSError: the root cannot be written.
+        """
+        path = self._refusal_file(key)
+        later = max(attempt, _attempt_in(_read(path)))
+        self._wanted.mkdir(parents=True, exist_ok=True)
+        _put(path, {"attempt": later, "reason": reason, "at": time.time()})
+
+    def clear(self, key: str) -> None:
+        """Forget who asked for `key` and that it was refused."""
+        for path in (self._asking_file(key), self._refusal_file(key)):
+            with suppress(OSError):
+                path.unlink()
+
+    def _asking_file(self, key: str) -> Path:
+        return self._wanted / _checked(key)
+
+    def _refusal_file(self, key: str) -> Path:
+        return self._wanted / f"{_checked(key)}{_REFUSED}"
+
+
+# -- what a runtime_env says
+
+
+def field(key: str, attempt: int) -> dict[str, Any]:
+    """What `FIELD` of a runtime_env holds."""
+    return {"key": _checked(key), "attempt": attempt}
+
+
+def wish_of(runtime_env: Mapping[str, Any]) -> Wish | None:
+    """What a runtime_env needs of us; None where it has no field of ours.
+
+    Raises:
+        InvalidInput: the field, or the interpreter beside it, is not of the form that options have.
+    """
+    said = runtime_env.get(FIELD)
+    if said is None:
+        return None
+    where, hint = f"runtime_env[{FIELD!r}]", "take it from options(), unchanged"
+    if not isinstance(said, Mapping) or set(said) != {"key", "attempt"}:
+        raise InvalidInput("has not the form {'key': …, 'attempt': …}", where=where, hint=hint)
+    key, attempt = said["key"], said["attempt"]
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise InvalidInput("the key is not that of an environment", where=where, hint=hint)
+    if type(attempt) is not int or attempt < 0:
+        raise InvalidInput("the attempt is not a number from 0 on", where=where, hint=hint)
+    python = runtime_env.get("py_executable")
+    root, found, rest = str(python).rpartition(f"/store/{key}/.venv/bin/python")
+    if not found or rest or not root.startswith("/") or ".." in PurePosixPath(root).parts:
+        raise InvalidInput(
+            f"{python!r} is not the interpreter of the environment {key}",
+            where="runtime_env['py_executable']",
+            hint=hint,
+        )
+    return Wish(Path(root), key, attempt)
+
+
+def marked(reason: str) -> str:
+    """`reason` in the form in which `reason_in` finds it again."""
+    return f"{_MARK}{reason}"
+
+
+def reason_in(text: str) -> str | None:
+    """Our reason in the text of a `RuntimeEnvSetupError`; None where it failed without us."""
+    _, found, reason = text.rpartition(f"RuntimeError: {_MARK}")
+    return reason.strip() if found else None
+
+
+# -- whether a node has the plugin
+
+
+def with_plugin(value: str | None) -> str:
+    """The value of RAY_RUNTIME_ENV_PLUGINS with our plugin in it, and all others as they are.
+
+    Raises:
+        InvalidInput: `value` is not what Ray could read.
+    """
+    if has_plugin(value):
+        return str(value)
+    return json.dumps([*_plugins(value), {"class": PLUGIN}])
+
+
+def has_plugin(value: str | None) -> bool:
+    """Whether a value of RAY_RUNTIME_ENV_PLUGINS names our plugin.
+
+    Raises:
+        InvalidInput: `value` is not what Ray could read.
+    """
+    return any(plugin["class"] == PLUGIN for plugin in _plugins(value))
+
+
+def _plugins(value: str | None) -> list[dict[str, Any]]:
+    try:
+        plugins = json.loads(value) if value else []
+    except ValueError:
+        plugins = None
+    if isinstance(plugins, list) and all(isinstance(p, dict) and "class" in p for p in plugins):
+        return plugins
+    raise InvalidInput(
+        "is no JSON list of plugins; Ray would not start",
+        where=PLUGINS_VARIABLE,
+        hint=f"""unset it, or write '[{{"class": "{PLUGIN}"}}]'""",
+    )
+
+
+# -- files
+
+
+def _checked(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise InvalidId(
+            f"{key[:80]!r} is no key of an environment", hint="take it from options(), unchanged"
+        )
+    return key
+
+
+def _is_recent(moment: float, lasts_s: float) -> bool:
+    """Whether `moment` is less than `lasts_s` away, in either direction: clocks are set back."""
+    return abs(time.time() - moment) <= lasts_s
+
+
+def _attempt_in(data: dict[str, Any]) -> int:
+    """The attempt that a file of ours holds; -1 where it holds none."""
+    attempt = data.get("attempt")
+    return attempt if type(attempt) is int else -1
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none or it cannot be read."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _put(path: Path, data: dict[str, Any]) -> None:
+    """Give `path` the content `data`, whole or not at all. A crash of the machine may undo it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}")
+    try:
+        scratch.write_text(json.dumps(data), encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError:
+        with suppress(OSError):
+            scratch.unlink()
+        raise

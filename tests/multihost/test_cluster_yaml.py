@@ -1,0 +1,243 @@
+"""`ray up cluster.yaml` over ssh, on hosts that share nothing: nodes, manager, jobs, `ray down`.
+
+The shipped file with three changes: the addresses and the key; and instead of installing ray_envs
+and Ray each node links to the environment of these tests, which its disk has already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped, unused-ignore]
+import pytest
+import yaml  # type: ignore[import-untyped, unused-ignore]
+
+from tests.cluster.cli_tools import BIN, Ended, Shell, ended, lines_of, wait_until, write_batch
+from tests.multihost.host import HOME, Host
+from tests.multihost.hosts import Hosts
+
+asyncssh = pytest.importorskip("asyncssh", reason="asyncssh is not installed: no ssh server")
+
+pytestmark = [
+    pytest.mark.timeout(900),
+    *(
+        pytest.mark.skipif(shutil.which(tool) is None, reason=f"{tool} is not installed: `ray up`")
+        for tool in ("ssh", "rsync")
+    ),
+]
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+OLD = {"id": "old", "packages": ["six==1.16.0"]}
+TABLES = {"id": "tables", "packages": ["tabulate==0.9.0"]}
+UP_S, JOB_S = 400.0, 240.0
+
+#: An ssh server for the holder of one key: each command in a shell, without a terminal.
+SSH_SERVER = """
+import asyncio, asyncssh, os, sys
+
+async def pump(source, sink):
+    while data := await source.read(1 << 16):
+        sink.write(data)
+        await sink.drain()
+
+async def feed(source, sink):
+    try:
+        await pump(source, sink)
+    except (asyncssh.Error, OSError):
+        pass
+    finally:
+        sink.close()
+
+async def serve(process):
+    words = ["bash", "-c", process.command] if process.command else ["bash", "--login"]
+    child = await asyncio.create_subprocess_exec(
+        *words, stdin=-1, stdout=-1, stderr=-1, start_new_session=True)
+    feeding = asyncio.create_task(feed(process.stdin, child.stdin))
+    pumps = [asyncio.create_task(pump(child.stdout, process.stdout)),
+             asyncio.create_task(pump(child.stderr, process.stderr))]
+    code = await child.wait()
+    await asyncio.wait(pumps, timeout=2)  # what it started may keep them open
+    process.exit(code if code >= 0 else 255)
+    for task in (feeding, *pumps):
+        task.cancel()
+
+async def main():
+    await asyncssh.listen(
+        sys.argv[1], 22, server_host_keys=["host_key"], authorized_client_keys="key.pub",
+        process_factory=serve, encoding=None, line_editor=False)
+    print("listening", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+class Launcher:
+    """Whoever calls `ray up`: this machine, with a home, a key and a token of its own."""
+
+    def __init__(self, folder: Path, hosts: Hosts) -> None:
+        self.folder, self.hosts = folder, hosts
+        home = folder / "home"
+        (home / ".ray").mkdir(parents=True)
+        self.token = secrets.token_hex(32)
+        (home / ".ray" / "auth_token").write_text(self.token)
+        self._key = folder / "key"
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        key.write_private_key(str(self._key))
+        self._key.chmod(0o600)
+        self._public = key.export_public_key()
+        self._host_key = asyncssh.generate_private_key("ssh-ed25519").export_private_key()
+        self.shell = Shell(
+            folder / "no-root", folder / "ray", CHECKOUT,
+            variables={
+                "HOME": str(home), "TMPDIR": str(folder), "RAY_AUTH_MODE": "token",
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_API_SERVER_ADDRESS": f"http://{hosts.head.address}:8265",
+            },
+        )  # fmt: skip
+        self.file = folder / "cluster.yaml"
+        self.file.write_text(yaml.safe_dump(self._filled_in()))
+
+    def _filled_in(self) -> dict[str, Any]:
+        config: dict[str, Any] = yaml.safe_load((CHECKOUT / "cluster.yaml").read_text())
+        config["cluster_name"] = self.hosts.tag
+        config["provider"]["head_ip"] = self.hosts.head.address
+        config["provider"]["worker_ips"] = [host.address for host in self.hosts.workers]
+        config["auth"] = {"ssh_user": "root", "ssh_private_key": str(self._key)}
+        install, sync, *rest = config["setup_commands"]
+        assert "pip install" in install
+        assert "uv sync" in sync
+        config["setup_commands"] = [f"ln -sfn {sys.prefix} ~/ray_envs/venv", *rest]
+        return config
+
+    def serve_ssh(self, host: Host) -> None:
+        """Start a host's ssh server. For ssh and shells, its user is at home on its own disk."""
+        home = host.seen(HOME)
+        (home / "key.pub").write_bytes(self._public)
+        (home / "host_key").write_bytes(self._host_key)
+        (home / "host_key").chmod(0o600)
+        users = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
+        for user in users:
+            user[5] = str(HOME) if user[0] == "root" else user[5]
+        (home / "passwd").write_text("\n".join(map(":".join, users)) + "\n")
+        host.run(["mount", "--bind", HOME / "passwd", "/etc/passwd"])
+        log = home / "ssh.log"
+        # The harness's own settings would hide what the file sets or forgets.
+        ours = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENVS_ROOT")
+        unset = [word for name in ours for word in ("-u", name)]
+        start = f'exec "$0" -c "$1" {host.address} > ssh.log 2>&1'
+        host.start(["env", *unset, "sh", "-c", start, sys.executable, SSH_SERVER])
+        wait_until(lambda: log.exists() and "listening" in log.read_text(), "ssh", within_s=60)
+
+    def ray(self, *words: str | Path, within_s: float = JOB_S) -> Ended:
+        return ended(self.shell.command([BIN / "ray", *words]), within_s=within_s)
+
+    def on_head(self, command: str, within_s: float = JOB_S) -> str:
+        """What a shell command on the head prints, started with `ray exec`."""
+        told = self.ray("exec", "--no-config-cache", self.file, command, within_s=within_s)
+        assert told.code == 0, told.out + told.err
+        return told.out
+
+
+def ray_processes(host: Host) -> list[str]:
+    """The names of what runs of Ray on a host."""
+    found = []
+    for process in host.processes():
+        with suppress(psutil.Error):
+            if process.name() in ("raylet", "gcs_server") or "ray::" in process.name():
+                found.append(process.name())
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(new_hosts: Callable[..., Hosts]) -> Iterator[Launcher]:
+    """A cluster of two hosts that `ray up` has made, with its manager."""
+    hosts = new_hosts(2)
+    for host in hosts.workers:
+        host.route_to_index()
+    folder = Path(tempfile.mkdtemp(prefix="ru", dir="/tmp"))
+    launcher = Launcher(folder, hosts)
+    try:
+        for host in hosts:
+            launcher.serve_ssh(host)
+        up = launcher.ray("up", "--yes", "--no-config-cache", launcher.file, within_s=UP_S)
+        assert up.code == 0, up.out + up.err
+        assert launcher.token not in up.out + up.err, "the token was printed"
+        yield launcher
+    finally:
+        launcher.shell.check_idle(within_s=60)  # connections of ssh stay for ten seconds
+        shutil.rmtree(folder)
+
+
+def nodes(launcher: Launcher) -> Sequence[Sequence[str]]:
+    """The rows of `ray-envs up` once all hosts are there."""
+    count = len(list(launcher.hosts))
+    text = launcher.on_head(f"ray-envs up --wait {count} --timeout 300", within_s=UP_S)
+    rows = [line.split() for line in text.splitlines()]
+    return [row for row in rows if len(row) > 2 and row[1].startswith("10.")]
+
+
+def test_ray_up_brings_every_node_and_the_manager(cluster: Launcher) -> None:
+    found = nodes(cluster)
+    assert [row[1] for row in found] == [host.address for host in cluster.hosts], found
+    assert all(row[-1] == "ok" for row in found), found
+    for host in cluster.hosts:
+        token = host.seen(HOME / ".ray" / "auth_token")
+        assert token.read_text() == cluster.token
+
+
+def test_a_batch_is_submitted_from_outside_and_its_environments_are_on_every_node(
+    cluster: Launcher,
+) -> None:
+    nodes(cluster)
+    job = cluster.folder / "job"
+    write_batch(job, [OLD, TABLES], ["one", "two"])
+    results = HOME / "results.jsonl"
+    told = cluster.ray(
+        "job", "submit", "--working-dir", job,
+        "--", "ray-envs", "run", "batch.toml", "--results", results,
+    )  # fmt: skip
+    assert told.code == 0, told.out + told.err
+    items = lines_of(cluster.hosts.head.seen(results))
+    saw = {(item["variant_id"], item["value"]["saw"]) for item in items}
+    assert (len(items), saw) == (4, {("tiny/old", "1.16.0"), ("tiny/tables", "0.9.0")})
+    for key in {item["key"] for item in items}:
+        for host in cluster.hosts:
+            assert host.seen(HOME / f".ray_envs/store/{key}/record.json").is_file(), host
+
+
+def test_a_job_without_the_token_is_refused(cluster: Launcher) -> None:
+    wrong = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = cluster.shell.command([BIN / "ray", "job", "list"], variables=wrong)
+    assert ended(command, within_s=JOB_S).code != 0
+    assert cluster.ray("job", "list").code == 0
+
+
+def test_the_driver_of_a_job_runs_in_a_variant(cluster: Launcher) -> None:
+    nodes(cluster)
+    cluster.on_head("ray-envs create whole six==1.15.0")
+    look = "import sys, six; print('told', [sys.prefix, six.__version__])"
+    text = cluster.on_head(
+        f'ray job submit --runtime-env-json "$(ray-envs runtime-env whole)" -- python -c "{look}"'
+    )
+    [told] = [line for line in text.splitlines() if line.startswith("told [")]
+    prefix, version = json.loads(told[5:].replace("'", '"'))
+    assert version == "1.15.0"
+    assert prefix.startswith(os.path.join(HOME, ".ray_envs", "store"))
+
+
+def test_ray_down_ends_the_cluster(cluster: Launcher) -> None:
+    """The last one of this file. Workers leave by themselves, about a minute after the head."""
+    down = cluster.ray("down", "--yes", cluster.file)
+    assert down.code == 0, down.out + down.err
+    for host in cluster.hosts:
+        wait_until(lambda host=host: not ray_processes(host), f"{host}'s end", within_s=240)  # type: ignore[misc]
