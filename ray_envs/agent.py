@@ -193,9 +193,9 @@ class NodeAgent:
 
     async def refuse(self, *, key: str, reason: str) -> None:
         """Fail the workers that wait here for `key`: nobody will make it."""
-        if self._gate is not None:
-            asked = self._gate.asked()
-            if key in asked:
+        asked = {} if self._gate is None else self._gate.asked()
+        if self._gate is not None and key in asked:
+            with suppress(OSError):  # a full disk: they give up by themselves
                 self._gate.refuse(key, asked[key], reason)
                 self._gate.withdraw(key)
 
@@ -339,6 +339,8 @@ class NodeAgent:
         await self._tell(key, Phase.FAILED, attempt=attempt, error=error, duration_s=duration_s)
 
     async def _tell(self, key: str, phase: Phase, **fields: Any) -> None:
+        if phase is Phase.READY and self._gate is not None:
+            self._gate.clear(key)
         self._states[key] = NodeEnvState(key=key, phase=phase, **fields)
         self._version += 1
         async with self._changed:

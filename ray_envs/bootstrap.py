@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ray_envs.errors import RayEnvsError, RayEnvsWarning
+from ray_envs.errors import RayEnvsError, RayEnvsWarning, from_dict
 from ray_envs.inside import _put_foreign_paths_last
 
 _DISTRIBUTION = "ray-envs"
@@ -136,7 +136,7 @@ def _imported(module: str, name: str, version: str) -> Any:
         said = f"not {missing}" if missing else f"cannot import it ({exc})"
         raise _lack(f"has ray_envs but {said}", version) from None
     except FileNotFoundError:
-        raise _lack("has ray_envs but no uv", version) from None
+        raise _lack("has ray_envs but no executable of uv", version) from None
     return cls
 
 
@@ -311,9 +311,7 @@ def warn_of_bare(nodes: Mapping[str, Mapping[str, Any]], *, stacklevel: int) -> 
         nodes: as `EnvManager.describe` tells of them.
         stacklevel: of `warnings.warn`, as its caller would give it.
     """
-    from ray_envs.errors import from_dict
-
-    texts = [str(from_dict(node["error"])) for _, node in sorted(nodes.items()) if node["error"]]
+    texts = [_named(name, node) for name, node in sorted(nodes.items()) if node["error"]]
     fresh = [text for text in texts if text not in _said]
     _said.update(fresh)
     for text in fresh[:_NAMED]:
@@ -321,6 +319,14 @@ def warn_of_bare(nodes: Mapping[str, Mapping[str, Any]], *, stacklevel: int) -> 
     if fresh[_NAMED:]:
         text = f"{len(fresh) - _NAMED} more nodes get no environments: see `ray-envs doctor`"
         warnings.warn(text, RayEnvsWarning, stacklevel=stacklevel + 1)
+
+
+def _named(node_id: str, node: Mapping[str, Any]) -> str:
+    """The error of a node, with the node's name."""
+    text = str(from_dict(node["error"]))
+    if node_id[:12] in text:
+        return text
+    return f"node {node_id[:12]} ({node['address']}) gets no environments: {text}"
 
 
 def note_missing_gate(nodes: Mapping[str, Mapping[str, Any]]) -> None:

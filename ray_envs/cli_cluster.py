@@ -62,7 +62,8 @@ _address_option = click.option(
 def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) -> None:
     """Start the manager of a running Ray cluster, or find it, and show the nodes.
 
-    A node that is not ok can run no environments; its row says why.
+    A node that is not ok can run no environments; its row says why. With the plugin of ray_envs, a
+    task may also land where its environment is not ready yet.
 
     \b
     Example: ray-envs up --wait 4
@@ -84,7 +85,7 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     put_fields({name: told[name] for name in ("root", "platform", "python", "ray")})
     rows = [
         (row["node_id"][:_NODE_SHOWN], row["address"], "head" if row["is_head"] else None,
-         row["problem"] or "ok")
+         row["problem"] or ("ok" if row["has_gate"] else "ok, without the plugin"))
         for row in told["nodes"]
     ]  # fmt: skip
     put(columns(("node", "address", "role", "state"), rows))

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ray_envs import inside, placement
+from ray_envs import gate, inside, placement
 from ray_envs.cluster import by_value
 from ray_envs.code import pack_code
 from ray_envs.errors import (
@@ -301,7 +301,8 @@ class Flight:
             exceptions.TaskUnschedulableError,  # the named nodes are gone
             exceptions.RuntimeEnvSetupError,
         ) as exc:
-            return self._again_or(item, type(exc).__name__, str(exc))
+            text = str(exc)
+            return self._again_or(item, type(exc).__name__, gate.reason_in(text) or text)
         except exceptions.RayTaskError as exc:
             return (_broken(item, type(exc.cause).__name__, str(exc.cause), str(exc)),)
         except Exception as exc:

@@ -190,6 +190,8 @@ class Reconciler:
                 if key in node.states
             )
             self.wishes.want(key, again=failed)
+            if failed:
+                self.wishes.outdate(key)
         self.fleet.wake_up.set()
 
     def unwant(self, key: str) -> None:

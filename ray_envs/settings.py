@@ -41,6 +41,8 @@ class Settings(Model):
     lock_timeout_s: float = Field(default=900, gt=0)
     #: How long `options()` and `prepare()` wait for environments, where the caller says nothing.
     prepare_timeout_s: float = Field(default=3600, gt=0)
+    #: How long a worker waits at the gate of its node for its environment; Ray gives up after 600.
+    gate_timeout_s: float = Field(default=480, ge=0, le=540)
     #: How often the manager looks again although nothing was reported.
     tick_s: float = Field(default=5, gt=0)
     #: Bytes that must be free on the root's file system before anything is built.

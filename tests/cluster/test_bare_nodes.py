@@ -112,7 +112,9 @@ class Interpreter:
         self.python.parent.mkdir(parents=True)
         home = Path(os.path.realpath(sys.executable))
         self.python.symlink_to(home)
-        (folder / "pyvenv.cfg").write_text(f"home = {home.parent}\n")
+        (folder / "pyvenv.cfg").write_text(
+            f"home = {home.parent}\ninclude-system-site-packages = false\n"
+        )
         self._site = folder / f"lib/python3.{sys.version_info.minor}/site-packages"
         self._site.mkdir(parents=True)
         self.link("ray")
@@ -236,7 +238,7 @@ def test_connect_names_each_bare_node_once_with_the_line_to_add(met: dict[str, A
     assert set(texts) == {"bare", "old", "without_uv"}
     assert "has Ray but not ray_envs\n" in texts["bare"]
     assert f"has ray_envs 0.0.1, but the manager is {VERSION}\n" in texts["old"]
-    assert "has ray_envs but no uv\n" in texts["without_uv"]
+    assert "has ray_envs but not uv\n" in texts["without_uv"]
     for name, text in texts.items():
         assert f"{name}/bin/python -m pip install ray-envs=={VERSION}\n" in text
 

@@ -61,7 +61,8 @@ def venv(cluster: RayEnvironmentProvider, root: Path) -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="module")
-def serve(cluster: RayEnvironmentProvider) -> Iterator[Any]:  # noqa: ARG001 - on its Ray
+def serve(cluster: RayEnvironmentProvider) -> Iterator[Any]:
+    """`ray.serve` on the session's Ray."""
     from ray import serve
 
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
@@ -171,7 +172,7 @@ def test_ray_data_reads_in_a_variant(
     cluster: RayEnvironmentProvider, data: Any, served: str, venv: Callable[[str], str]
 ) -> None:
     class Where(data.Datasource):  # type: ignore[misc, name-defined]
-        def get_read_tasks(self, *args: Any, **options: Any) -> list[Any]:  # noqa: ARG002
+        def get_read_tasks(self, *args: Any, **options: Any) -> list[Any]:
             def read() -> Any:
                 import sys
 
@@ -266,7 +267,7 @@ ADDRESS = f"127.0.0.1:{RAY_PORT}"
 
 @pytest.fixture(scope="module")
 def pair(
-    cluster: RayEnvironmentProvider,  # noqa: ARG001 - its root has the wheels then
+    cluster: RayEnvironmentProvider,  # its root has the wheels then
     other_root: Callable[[str], Settings],
 ) -> Iterator[Shell]:
     """A shell beside a Ray of two nodes, of the zones a (its head) and b, with a Client server."""
@@ -343,7 +344,8 @@ class Looker:
         return [sys.prefix, ray.get_runtime_context().get_node_id()]
 
 def ran(**given):
-    return ray.get(look.options(**envs.options("pair/six", num_cpus=0, **given)).remote(), timeout=60)
+    options = envs.options("pair/six", num_cpus=0, **given)
+    return ray.get(look.options(**options).remote(), timeout=60)
 
 told["nodes"] = {n["Labels"]["zone"]: n["NodeID"] for n in ray.nodes() if n["Alive"]}
 envs = RayEnvironmentProvider.connect()

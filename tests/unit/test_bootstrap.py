@@ -134,7 +134,7 @@ def test_older_packs_go_unless_an_agent_runs_from_them(tmp_path: Path) -> None:
 
 def node(error: str | None = None, **fields: Any) -> dict[str, Any]:
     told = {"type": "WrongEnvironment", "message": error, "hint": "run there: pip"}
-    return {"error": told if error else None, **fields}
+    return {"address": "192.0.2.1", "error": told if error else None, **fields}
 
 
 @pytest.mark.usefixtures("untold")
@@ -147,6 +147,9 @@ def test_each_bare_node_is_warned_of_once_and_many_are_counted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bootstrap.warn_of_bare(nodes, stacklevel=1)
+
+    with pytest.warns(RayEnvsWarning, match=r"^node c \(192.0.2.1\) gets no .*: the disk is full"):
+        bootstrap.warn_of_bare({"c": node("the disk is full")}, stacklevel=1)
 
     many = {f"n{number}": node(f"node n{number} lacks it") for number in range(100)}
     with pytest.warns(RayEnvsWarning) as caught:

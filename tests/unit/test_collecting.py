@@ -1,4 +1,4 @@
-"""What is collected: nothing in use goes, the limits are kept where they can be, all with a reason."""
+"""What is collected: nothing in use goes, limits are kept where they can be, all with a reason."""
 
 from __future__ import annotations
 

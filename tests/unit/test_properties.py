@@ -1,44 +1,19 @@
-"""Words and decisions over arbitrary input: nothing in use goes, and no two things collide."""
+"""Words over arbitrary input: no two different things collide."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_envs import locks, resolving
 from ray_envs.errors import InvalidId
-from ray_envs.models import (
-    MAX_ID_LENGTH,
-    Definition,
-    EnvId,
-    Installed,
-    NodeEnvState,
-    Phase,
-    Platform,
-    Status,
-    Target,
-)
-from ray_envs.planning import (
-    EnvUse,
-    Limits,
-    NodeView,
-    Verdict,
-    Wish,
-    plan,
-    plan_collection,
-    status_of,
-)
-
-KEYS = ["k1", "k2", "k3", "k4"]
-NODES = ["n1", "n2", "n3"]
-keys, nodes = st.sampled_from(KEYS), st.sampled_from(NODES)
+from ray_envs.models import MAX_ID_LENGTH, Definition, EnvId, Installed, Platform, Target
 
 # -- names: different things never share one
 

@@ -1,4 +1,4 @@
-"""Where environments shall be: what a label may be asked to be, and the same few nodes each time."""
+"""Where environments shall be: what labels may be asked to be, and the same nodes each time."""
 
 from __future__ import annotations
 
