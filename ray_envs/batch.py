@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ray_envs.cluster import is_client
 from ray_envs.code import source_sha256
 from ray_envs.errors import InvalidInput, RayEnvsError
 from ray_envs.flight import Flight, Item, Payload, check_key, not_run, plain_function
@@ -172,6 +173,11 @@ class RayBatchRunner:
         if not isinstance(function, str) and not callable(plain_function(function)):
             raise InvalidInput(
                 f"{function!r} cannot be called", hint='give a function or "module:function"'
+            )
+        if is_client():
+            raise InvalidInput(
+                "a batch cannot run through Ray Client, which cannot stream results",
+                hint="use the cluster's own address, or `ray job submit`",
             )
         pairs = [(item.variant_id, item.case.id) for item in items]
         twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)

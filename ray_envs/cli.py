@@ -6,6 +6,7 @@ Only the way in and out: what the commands do is in `cli_run`, `cli_cluster`, `c
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import warnings
@@ -32,6 +33,13 @@ _INSTALL = {
 }
 
 
+class _Notes(logging.Handler):
+    """What the package logs, as a line for people."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(f"note: {record.getMessage()}")
+
+
 class _Interrupted(Exception):
     """Ctrl-C, past click, which would print an empty line for it and forget what was said."""
 
@@ -52,6 +60,7 @@ class _Commands(click.Group):
 def main() -> None:
     """The entry point: every error of ours in plain words, with its exit code."""
     signal.signal(signal.SIGINT, _interrupted_once)
+    logging.getLogger("ray_envs").addHandler(_Notes())
     warnings.showwarning = lambda message, *_args, **_kwargs: complain(f"warning: {message}")
     try:
         code = cli.main(standalone_mode=False)

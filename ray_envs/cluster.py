@@ -390,6 +390,13 @@ def find_manager() -> Any | None:
         return None
 
 
+def is_client() -> bool:
+    """Whether this process speaks to its cluster through Ray Client."""
+    import ray
+
+    return bool(ray.util.client.ray.is_connected())
+
+
 def create_manager(manager_class: type, settings: dict[str, str]) -> Any:
     """Create the detached EnvManager on the head node, or find the one that was first."""
     import ray
@@ -429,6 +436,11 @@ def start_manager(settings: dict[str, str]) -> Any:
     """
     import ray
 
+    if is_client():
+        raise ManagerUnavailable(
+            "this cluster has no EnvManager, and a program on Ray Client cannot start it",
+            hint="run `ray-envs up` on a node of the cluster",
+        )
     address = ray.get_runtime_context().gcs_address
     environ = {k: v for k, v in os.environ.items() if not k.startswith((*_OF_THE_JOB, "RAY_ENVS_"))}
     environ.update(settings, **{_UV_RUN_HOOK: "0"})

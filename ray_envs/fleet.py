@@ -179,8 +179,10 @@ class Fleet:
             misses = self._misses[info.node_id] = self._misses.get(info.node_id, 0) + 1
             if misses >= _MAX_MISSES or not error.retryable:  # until then, it may be restarting
                 node.error = error.about(node_id=info.node_id).to_dict()
+        known = self.nodes.get(info.node_id)
         self.nodes[info.node_id] = node
-        await self.announce()
+        if known is None or _facts(known) != _facts(node):  # a bare node is met at each look
+            await self.announce()
 
     def lose(self, node: Node) -> None:
         """Forget what an agent told that does not answer; the next look meets it again."""
@@ -258,6 +260,10 @@ async def ended(tasks: set[asyncio.Task[Any]]) -> None:
         for task in tasks:
             task.cancel()
         _, tasks = await asyncio.wait(tasks, timeout=1)
+
+
+def _facts(node: Node) -> tuple[Any, ...]:
+    return node.site, node.error, node.has_gate, node.software, node.states, node.asked
 
 
 def site_name(platform: str, target: Target) -> str:

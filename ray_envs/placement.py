@@ -78,6 +78,7 @@ def options(
         NoEligibleNode: no node is ready, and none may be waited for.
         InvalidInput: the caller's options contradict the environment or its placement.
     """
+    _check_strategy(environment, given.get("scheduling_strategy"), variant_id=variant_id)
     selectors = _placed(environment, given, variant_id=variant_id, nodes=nodes)
     rest = {name: value for name, value in given.items() if name not in _MERGED}
     if environment["num_gpus"] is not None:
@@ -147,6 +148,22 @@ def _placed(
             hint="call prepare() first, or see `ray-envs explain`",
         )
     return found
+
+
+def _check_strategy(environment: Mapping[str, Any], strategy: Any, *, variant_id: str) -> None:
+    """Refuse to pin a task to a node that is not ready; of selectors, Ray sees to it itself."""
+    node_id = getattr(strategy, "node_id", None)
+    if node_id is None or getattr(strategy, "soft", True):
+        return
+    allowed = {*environment["ready_nodes"]}
+    if environment["is_gated"]:
+        allowed |= {*environment["preparing_nodes"]}
+    if node_id not in allowed:
+        raise InvalidInput(
+            f"node {node_id[:12]} does not have the environment of {variant_id!r} ready",
+            hint="give soft=True, or name a node where `ray-envs explain` shows it ready",
+            variant_id=variant_id,
+        )
 
 
 def _bases(

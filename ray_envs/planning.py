@@ -211,11 +211,13 @@ class _Plan:
         return Build(node.node_id, wish.key, wish.attempt, because, is_cache_only=True)
 
     def _peers(self, node: NodeView, key: str) -> tuple[str, ...]:
-        """Who sends the node the wheels of `key`, the next one first; nobody where all are busy."""
+        """Who sends the node the wheels of `key`, the next one first; nobody where all are busy.
+
+        The head, which gives everything to the first ones, is asked last where others have it.
+        """
         if key not in self._senders:
-            senders = [
-                other for other in self._nodes if key in other.ready or _is_cached(other, key)
-            ]
+            having = [each for each in self._nodes if _has(each, key)]
+            senders = [each for each in having if each is not self._head] or having
             self._senders[key] = senders
             self._room[key] = _MAX_RECEIVERS * len(senders) - len(self._at_it[key])
             self._turn[key] = spread(node.node_id, key) % len(senders)
@@ -225,8 +227,11 @@ class _Plan:
         senders, turn = self._senders[key], self._turn[key]
         self._room[key] -= 1
         self._turn[key] = (turn + 1) % len(senders)
-        peers = (senders[turn:] + senders[:turn])[: _MAX_PEERS + 1]
-        return tuple(other.node_id for other in peers if other is not node)[:_MAX_PEERS]
+        peers = [each for each in senders[turn:] + senders[:turn] if each is not node]
+        if self._head is not None and self._head is not node and _has(self._head, key):
+            peers = [each for each in peers[: _MAX_PEERS - 1] if each is not self._head]
+            peers.append(self._head)
+        return tuple(each.node_id for each in peers[:_MAX_PEERS])
 
     def _shall_have(self, node: NodeView, key: str) -> bool:
         common = self._common[node.node_id]
@@ -235,6 +240,11 @@ class _Plan:
 
 def _everywhere(wish: Wish) -> tuple[Need, ...]:
     return tuple(need for need in wish.needs if need.count is None)
+
+
+def _has(node: NodeView, key: str) -> bool:
+    """Whether it can give the wheels of `key` to others."""
+    return key in node.ready or _is_cached(node, key)
 
 
 def _is_cached(node: NodeView, key: str) -> bool:
@@ -298,6 +308,6 @@ def status_of(
         phases.append(state.phase if state else Phase.WAITING)
     if phases and all(phase is Phase.READY for phase in phases):
         return Status.ACTIVE
-    if any(not phase.is_final for phase in phases) or not phases:
-        return Status.CREATING
-    return Status.ERROR
+    if phases and all(phase in (Phase.READY, Phase.FAILED) for phase in phases):
+        return Status.ERROR
+    return Status.CREATING

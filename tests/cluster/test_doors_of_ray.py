@@ -29,7 +29,12 @@ from ray_envs.store import Store
 from tests.cluster.cli_tools import BIN, Shell, ended, free_port
 from tests.cluster.conftest import wait_until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Serve and Data warn of what they themselves use, when they are imported and used
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 OLD = "kept/old-six"
 
@@ -73,7 +78,7 @@ def serve(cluster: RayEnvironmentProvider) -> Iterator[Any]:
 def replica() -> type:
     class Replica:
         def __init__(self) -> None:
-            import six
+            import six  # type: ignore[import-untyped, unused-ignore]
 
             self._version = six.__version__
 
@@ -171,12 +176,12 @@ def test_ray_data_maps_batches_in_a_variant(
 def test_ray_data_reads_in_a_variant(
     cluster: RayEnvironmentProvider, data: Any, served: str, venv: Callable[[str], str]
 ) -> None:
-    class Where(data.Datasource):  # type: ignore[misc, name-defined]
+    class Where(data.Datasource):  # type: ignore[misc]
         def get_read_tasks(self, *args: Any, **options: Any) -> list[Any]:
             def read() -> Any:
                 import sys
 
-                import pandas as pd
+                import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
                 yield pd.DataFrame({"prefix": [sys.prefix]})
 
@@ -274,11 +279,12 @@ def pair(
     folder = Path(tempfile.mkdtemp(prefix="rd", dir="/tmp"))
     shell = Shell(other_root("pair").root, folder, Path("/"), variables=AUTH)
     try:
-        for zone, joins in {
+        starts: dict[str, list[object]] = {
             "a": ["--head", "--port", RAY_PORT, "--ray-client-server-port", CLIENT_PORT,
                   "--include-dashboard", "false", "--temp-dir", folder],
             "b": ["--address", ADDRESS],
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for zone, joins in starts.items():
             log = folder / f"{zone}.log"
             process = shell.command(
                 [

@@ -46,7 +46,7 @@ def start_in_another_variant(variant_id: str, spec: dict[str, Any]) -> dict[str,
     def look() -> tuple[str, str]:
         import sys
 
-        import six
+        import six  # type: ignore[import-untyped, unused-ignore]
 
         return sys.prefix, six.__version__
 
@@ -272,7 +272,8 @@ def test_the_tasks_of_a_task_run_in_its_environment_or_where_their_options_say(
         asked = manager.get_options.remote(variant_id=variant_id, options={"num_cpus": 0})
         child: Any = ray.remote(num_cpus=0)(where)
         plain, placed = child.remote(), child.options(**ray.get(asked, timeout=50)).remote()
-        return ray.get([plain, placed], timeout=50)
+        found: list[str] = ray.get([plain, placed], timeout=50)
+        return found
 
     task: Any = ray.remote(start)
     options = cluster.options("kept/old-six", num_cpus=0)

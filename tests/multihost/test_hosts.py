@@ -20,6 +20,9 @@ from tests.multihost.host import ROOT, CommandFailed, Host
 from tests.multihost.hosts import Hosts, left, sweep
 from tests.multihost.index import Downloaded, upstream_index
 
+#: Two starts of Ray on a busy machine fit into it.
+pytestmark = pytest.mark.timeout(600)
+
 #: How long what the kernel does may take: closing, removing.
 _GONE_S = 30.0
 #: How long Ray may take to see a silent node as dead, with `fast_death`; it takes about 6 s.
@@ -61,6 +64,11 @@ def install(host: Host, name: str, *, check: bool = True) -> int:
     argv = [find_uv_bin(), "pip", "install", "--python", sys.executable, "--target",
             f"{folder}/target", "--cache-dir", f"{folder}/cache", name]  # fmt: skip
     return host.run(argv, env={"UV_HTTP_RETRIES": "0"}, check=check).code
+
+
+def commands(host: Host) -> str:
+    """The command lines of all that runs in the host."""
+    return host.run(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"], check=False).out
 
 
 def wait_until(holds: Callable[[], bool], what: str, within_s: float = _GONE_S) -> None:
@@ -126,25 +134,21 @@ def test_a_task_runs_on_the_host_that_its_label_names(hosts: Hosts) -> None:
 
 
 def test_a_driver_with_another_token_is_not_let_in(hosts: Hosts) -> None:
-    # whatever token this machine has: that of the hosts is another
+    # as it is for a driver of this machine, whatever token that has
+    hosts.head.seen("/tmp/home/other").write_text("0" * 64)
     ended = hosts.driver("import ray; ray.init()", env={"RAY_AUTH_TOKEN_PATH": "/tmp/home/other"},
                          check=False)  # fmt: skip
     assert ended.code != 0
-    hosts.head.run(["sh", "-c", "head -c 32 /dev/zero | od -An -v -tx1 | tr -d ' \\n' > other"])
-    ended = hosts.driver("import ray; ray.init()", env={"RAY_AUTH_TOKEN_PATH": "/tmp/home/other"},
-                         check=False)  # fmt: skip
-    assert ended.code != 0
-    assert "token" in ended.err
+    assert "InvalidAuthToken" in ended.err
 
 
 def test_a_driver_that_does_not_end_is_killed_and_shown(hosts: Hosts) -> None:
     started = hosts.start_driver("import time; print('so far', flush=True); time.sleep(600)")
     wait_until(lambda: started.so_far()[0] == "so far\n", "the first words of a driver")
-    assert started.is_running
+    assert "/tmp/driver/" in commands(hosts.head)
     with pytest.raises(CommandFailed, match=r"did not end within 0\.1 s\n--- stdout\nso far"):
         started.wait(0.1)
-    running = [process.cmdline() for process in hosts.head.processes()]
-    assert not any("/tmp/driver/" in " ".join(words) for words in running)
+    wait_until(lambda: "/tmp/driver/" not in commands(hosts.head), "the end of the driver")
 
 
 def test_the_index_counts_what_goes_out_of_each_file(hosts: Hosts) -> None:

@@ -164,7 +164,9 @@ def test_a_missing_gate_is_noted_once_and_only_where_nodes_answered_without_it(
 ) -> None:
     caplog.set_level(logging.WARNING, "ray_envs")
     bootstrap.note_missing_gate({})
-    bootstrap.note_missing_gate({"a" * 56: node(has_gate=True), "b" * 56: node("bare")})
+    bootstrap.note_missing_gate(
+        {"a" * 56: node(has_gate=True), "b" * 56: node("bare", has_gate=False)}
+    )
     assert caplog.messages == []
 
     nodes = {"a" * 56: node(has_gate=True), "b" * 56: node(has_gate=False)}

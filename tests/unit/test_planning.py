@@ -218,8 +218,7 @@ def test_every_build_says_who_wants_it(snapshot: Snapshot) -> None:
         assert ("…" in build.because) == (len(names) > 3)
 
 
-@given(snapshots, st.sampled_from(NODES))
-def test_what_a_worker_waits_for_is_begun_first(snapshot: Snapshot, node_id: str) -> None:
+def test_what_a_worker_waits_for_is_begun_first() -> None:
     """So it is for the head, who gets everything for everybody."""
     wishes = [Wish(key, 0, ("v",), "linux") for key in many]
     asking = NodeView("n2", "linux", asked={many[-1]: 1})
@@ -252,7 +251,8 @@ def test_one_that_has_it_gives_it_to_a_few_at_once_and_all_that_have_it_share_th
         assert plan([wish], views.values()) == []
         for build in builds:
             views[build.node_id] = replace(views[build.node_id], ready=frozenset({"k1"}), others={})
-        assert len(builds) == min(4 * having, len(views) - having)
+        senders = max(1, having - 1)  # the head only to the first ones
+        assert len(builds) == min(4 * senders, len(views) - having)
         having, rounds = having + len(builds), rounds + 1
     assert (having, rounds) == (250, 4)
 
@@ -448,7 +448,7 @@ def test_after_a_failure_of_the_head_others_try_and_when_three_failed_it_is_trie
     world.online = {"n0"}
     world.let_time_pass()
     world.tick()
-    assert [place for place in world.running] == [("n0", "k1")]
+    assert list(world.running) == [("n0", "k1")]
     world.settle([])
 
 
