@@ -3,13 +3,14 @@
 A module imports only from the floors below its own:
 
     faces       cli (cli_*, console) · display · testing · batch · flight · in_memory · provider ·
-                lifecycle · doors
+                lifecycle · doors; plugin, which Ray loads
     manager     manager · inspector · exports · changes · collector · resolver · reconciler ·
                 operations · fleet
-    agent       agent · upkeep
-    hands       wheels · probing · store · registry · history · leases · builder · cluster ·
-                inputs · code; below them bytecode · processes · uv_cache · database · files · usage
-    decisions   changing · planning · placement · resolving · locks · policy
+    agent       agent · making · upkeep · exchange
+    hands       bundles · transfer · wheels · probing · store · registry · history · leases ·
+                wishes · builder · cluster · inputs · code; below them bytecode · bootstrap ·
+                gate · processes · uv_cache · database · files · usage
+    decisions   changing · planning · collecting · placement · resolving · locks · policy · targets
     words       settings · events · models · errors · inside
 """
 
