@@ -310,7 +310,8 @@ def import_project(
 
     DIR has a pyproject.toml, a uv.lock and, where there are any, options.json. From what
     `ray-envs export` wrote, it is the same lock, byte for byte, and the same environment. A bundle
-    brings its wheels along: no package index is asked. Read it where the manager runs.
+    brings its wheels along: no package index is asked, if the index settings (UV_DEFAULT_INDEX, …)
+    are those of the export. Read it where the manager runs.
 
     \b
     Example: ray-envs import copy exported

@@ -71,6 +71,8 @@ class RunDisplay:
         self._phases: dict[str, str] = {}
         self._progress: Progress | None = None
         self._said: dict[str, str] = {}
+        #: The variants and nodes of which it was told that they will not come together.
+        self._missing: set[tuple[str, str]] = set()
         self._began = time.monotonic()
 
     def __enter__(self) -> RunDisplay:
@@ -113,7 +115,17 @@ class RunDisplay:
             if len(states) > 1:
                 ready = sum(s["phase"] == "ready" for s in states)
                 phase += f" ({ready} of {len(states)} nodes ready)"
+                self._tell_failures(variant_id, states)
             self.variant(variant_id, phase, str(state.get("progress", "")))
+
+    def _tell_failures(self, variant_id: str, states: Iterable[Mapping[str, Any]]) -> None:
+        """Name, once, each node that a variant does not run on: the others hide it."""
+        for state in states:
+            if state["phase"] == "failed":
+                where, error = state.get("address", ""), state.get("error") or {}
+                if (variant_id, where) not in self._missing:
+                    self._missing.add((variant_id, where))
+                    self.say(f"note: {variant_id} is not on {where}: {error.get('message', '')}")
 
     def item(self, result: ItemResult, progress: Progress, *, is_earlier: bool = False) -> None:
         """One item has ended, or is known from an earlier run."""

@@ -129,9 +129,9 @@ class Exchange:
         names = ", ".join(package.name for package in lacking[:5])
         return [*reasons, f"no other node gave {names}" + (", …" if len(lacking) > 5 else "")]
 
-    async def lacks(self, packages: Iterable[Installed]) -> bool:
-        """Whether uv would not find all of `packages` in this node's cache."""
-        return bool(await asyncio.to_thread(transfer.missing, self._cache, packages))
+    async def lacking(self, packages: Iterable[Installed]) -> list[Installed]:
+        """Those of `packages` that uv would not find in this node's cache."""
+        return await asyncio.to_thread(transfer.missing, self._cache, packages)
 
     async def _fetch_from(self, node_id: str, lacking: list[Installed], say: Say) -> list[str]:
         call = self._peers.peer(node_id)

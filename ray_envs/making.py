@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -50,6 +50,8 @@ class Maker:
         self._store = store
         self._builder = builder
         self._exchange = exchange
+        #: What some build gets just now; set when it has it.
+        self._getting: dict[Installed, asyncio.Event] = {}
 
     async def make(
         self, request: BuildRequest, peers: Iterable[str], progress: Progress
@@ -126,11 +128,41 @@ class Maker:
         progress: Progress,
     ) -> tuple[How, float]:
         """Install into `venv`; returns where the wheels came from, and when uv began to link."""
+        packages = self._packages(request)
+        async with self._getting_alone(await self._exchange.lacking(packages)):
+            return await self._got(project, venv, request, packages, peers, progress)
+
+    @asynccontextmanager
+    async def _getting_alone(self, packages: list[Installed]) -> AsyncIterator[None]:
+        """Wait while another build of this node gets any of `packages`; then others wait.
+
+        Builds that begin at once lack the same wheels, Ray's for one: each uv would download them,
+        and each would be sent them.
+        """
+        while busy := [self._getting[each] for each in packages if each in self._getting]:
+            await busy[0].wait()
+        mine = asyncio.Event()
+        self._getting.update(dict.fromkeys(packages, mine))
+        try:
+            yield
+        finally:
+            for each in packages:
+                self._getting.pop(each, None)
+            mine.set()
+
+    async def _got(
+        self,
+        project: Path,
+        venv: Path,
+        request: BuildRequest,
+        packages: tuple[Installed, ...],
+        peers: Iterable[str],
+        progress: Progress,
+    ) -> tuple[How, float]:
         how: How = "linked"
         reasons: list[str] = []
         if not self._settings.malware_check:  # what is cached was perhaps never checked
-            packages = self._packages(request)
-            if peers and await self._exchange.lacks(packages):
+            if peers and await self._exchange.lacking(packages):
                 progress(Phase.FETCHING, "")
                 how = "fetched"
                 reasons = await self._exchange.fetch(

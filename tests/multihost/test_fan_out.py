@@ -282,7 +282,8 @@ def test_a_bundle_makes_a_variant_on_a_machine_without_any_network(
             ["ray-envs", "import", "brought", "--bundle", HOME / bundle, "--json"],
             deadline_s=READY_S,
         )
-    assert (ran.data["status"], ran.data["key"]) == ("ACTIVE", keys["six17"])
+    told = json.loads(ran.out)
+    assert (told["status"], told["key"]) == ("ACTIVE", keys["six17"])
     [record] = records(lonely).values()
     assert record["how"] == "linked"
     said = lonely.run(
@@ -296,5 +297,5 @@ def test_a_bundle_makes_a_variant_on_a_machine_without_any_network(
 
 
 def test_at_last_every_host_is_as_ready_as_before(four: Hosts, console: Console) -> None:
-    wait_until_ready(console, four.workers[:3] + [four.head], IDS)
+    wait_until_ready(console, [four.head, *four.workers[:3]], IDS)
     assert set(wheel_counts(four).values()) == {1}

@@ -85,11 +85,11 @@ def wait_until(holds: Callable[[], bool], what: str, within_s: float = _GONE_S) 
 def test_a_host_writes_to_no_disk_but_its_own(hosts: Hosts) -> None:
     for folder in (ROOT, Path("/tmp"), Path("/dev/shm")):
         for host in hosts:
-            host.run(["sh", "-c", f"echo {host.name} > {folder}/mine-{host.name}"])
+            host.run(["sh", "-c", f"echo {host.name} > {folder}/{hosts.tag}-{host.name}"])
         for host in hosts:
-            found = [path.name for path in host.seen(folder).glob("mine-*")]
-            assert found == [f"mine-{host.name}"], (host, folder)
-        assert list(folder.glob("mine-*")) == []
+            found = [path.name for path in host.seen(folder).glob(f"{hosts.tag}-*")]
+            assert found == [f"{hosts.tag}-{host.name}"], (host, folder)
+        assert list(folder.glob(f"{hosts.tag}-*")) == []
     ours = Path(__file__).parent / "written"
     assert "Read-only" in hosts[1].run(["touch", ours], check=False).err
     assert not ours.exists()
