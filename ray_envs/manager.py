@@ -203,9 +203,9 @@ class EnvManager:
         name = _name(variant_id)
         record = self._reconciler.get(name)
         status = self._reconciler.status(name)
-        places = self._reconciler.places(record.current)
+        places = self._reconciler.places(name)
         if self._reconciler.is_stale(record.current):  # nothing runs on a mismatch
-            places |= {"ready_nodes": [], "preparing_nodes": [], "may_spread": False}
+            places = {**places, "ready_nodes": [], "preparing_nodes": [], "may_spread": False}
         elif job_id is not None:
             self._lease(record, job_id)
         if places["ready_nodes"]:

@@ -106,6 +106,8 @@ class Reconciler:
         self.becauses: dict[tuple[str, str], str] = {}
         #: Described variants, with what the description depends on.
         self._statuses: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
+        #: Where their tasks may go, each with the description that it is of.
+        self._places: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._first_look = asyncio.Event()
         self._is_stopping = False
@@ -142,6 +144,7 @@ class Reconciler:
         record = self.variants.pop(str(env_id), None)
         self._stamps.pop(env_id.folder, None)
         self._statuses.pop(str(env_id), None)
+        self._places.pop(str(env_id), None)
         if record is not None:
             self.unwant(record.current.key)
 
@@ -244,8 +247,16 @@ class Reconciler:
             generation.key, states, {n: {generation.key: state} for n, state in states.items()}
         )
 
-    def places(self, generation: Generation) -> dict[str, Any]:
-        """Where tasks in it may go now, as `placement.options` wants to know it."""
+    def places(self, name: str) -> dict[str, Any]:
+        """Where tasks in a variant may go now, as `placement.options` wants to know it."""
+        described = self.status(name)
+        known = self._places.get(name)
+        if known is None or known[0] is not described:
+            known = (described, self._places_of(self.variants[name].current))
+            self._places[name] = known
+        return known[1]
+
+    def _places_of(self, generation: Generation) -> dict[str, Any]:
         states = self.states(generation)
         by_phase: dict[str, list[str]] = {
             "ready_nodes": [],

@@ -1,8 +1,8 @@
 """What all tests share: one hypothesis profile, and what may run beside what.
 
-Two processes run the tests at once. All tests on one machine's Ray are in one of them, since they
-share it, and so are those on several hosts; those without Ray stay together by file, since a file
-shares its roots.
+Two processes run the tests at once. All tests on Ray are in one of them, since they share clusters,
+and two that start at once are too much for two cores; those without it stay together by file, since
+a file shares its roots.
 """
 
 from __future__ import annotations
@@ -17,7 +17,5 @@ settings.load_profile("ray_envs")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        floor = item.path.parent.name
-        item.add_marker(
-            pytest.mark.xdist_group(floor if floor in ("cluster", "multihost") else item.path.name)
-        )
+        is_on_ray = item.path.parent.name in ("cluster", "multihost")
+        item.add_marker(pytest.mark.xdist_group("ray" if is_on_ray else item.path.name))

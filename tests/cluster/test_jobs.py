@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
 import pytest
 
-from ray_envs import Settings
 from tests.cluster.cli_tools import (
     BIN,
     Ended,
@@ -144,9 +143,12 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(other_root: Callable[[str], Settings]) -> Iterator[Cluster]:
+def cluster(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # short: sockets have 107 bytes
-    running = Cluster(other_root("jobs").root, folder)
+    own_root = tmp_path_factory.mktemp("jobs")
+    if (root / "uv-cache").is_dir():  # links, not the folder itself: a collection here prunes it
+        subprocess.run(["cp", "-al", root / "uv-cache", own_root / "uv-cache"], check=True)
+    running = Cluster(own_root, folder)
     try:
         running.wait_until_up()
         yield running

@@ -593,7 +593,7 @@ def test_every_command_has_an_example_and_an_answer_for_programs(name: str) -> N
     assert told.exit_code == 0
     assert re.search(rf"Example: ray-envs {name}\b", told.output)
     options = {option for param in command.params for option in param.opts}
-    assert "--json" in options or name in ("exec", "completion")
+    assert "--json" in options or name in ("exec", "completion", "runtime-env")
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,6 @@ PINS = {"six16": "six==1.16.0", "six17": "six==1.17.0", "tables": "tabulate==0.9
 _ITEM = """
 import os, sys, time
 from importlib.metadata import PackageNotFoundError, version
-from ray.experimental.internal_kv import _internal_kv_exists
-
-def is_over(word):
-    try:
-        return _internal_kv_exists(b"hurry-" + word.encode())
-    except Exception:  # the link is cut, or the head is away
-        return False
 
 def where(case, seconds, word=""):
     found = {}
@@ -46,7 +39,7 @@ def where(case, seconds, word=""):
         except PackageNotFoundError:
             pass
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not is_over(word):
+    while time.monotonic() < until and not os.path.exists("/tmp/home/hurry-" + word):
         time.sleep(0.1)
     return {"host": os.uname().nodename, "prefix": sys.prefix, "versions": found}
 """
@@ -238,10 +231,10 @@ class Running:
             pytest.fail(f"it had ended before the storm: {ran.code}\n{ran.out}\n{ran.err}")
         return found
 
-    def hurry(self, console: Console) -> None:
-        """Let the items that are left take no time: the storm is over."""
-        word = f"hurry-{self._word}".encode()
-        console.ask(f"ray.experimental.internal_kv._internal_kv_put({word!r}, b'1')")
+    def hurry(self, hosts: Iterable[Host]) -> None:
+        """Let the items that are left take no time there: the storm is over."""
+        for host in hosts:
+            host.seen(HOME / f"hurry-{self._word}").touch()
 
     def all_ok(self, within_s: float = BATCH_S) -> list[dict[str, Any]]:
         """The results, all of which must be there once, and be what their variants are."""

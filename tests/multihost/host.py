@@ -35,7 +35,8 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 #: Read when a node starts; the class gates tasks on their environments.
 PLUGIN = {"RAY_RUNTIME_ENV_PLUGINS": '[{"class": "ray_envs.plugin.EnvironmentPlugin"}]'}
-#: Ray's own knobs, for the head: a node that says nothing is dead after about 5 s.
+#: Ray's own knobs, for the head: a node that says nothing is dead after about 10 s, not
+#: after a minute; a cable may then not be cut for longer either.
 FAST_DEATH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -254,7 +255,7 @@ class Host:
 
         Args:
             power_loss: whether it goes without a word. Otherwise the kernel still closes the
-                connections of the killed processes, and the others notice at once.
+                connections of the killed processes, and Ray notices in half the time.
         """
         unshare, self._unshare = self._unshare, None
         if unshare is None:
@@ -407,7 +408,7 @@ class Host:
         Args:
             labels: of the node, besides `host`.
             plugin: whether the node loads our plugin.
-            fast_death: of the head: whether silent nodes count as dead after about 5 s.
+            fast_death: of the head: whether silent nodes are soon dead, see `FAST_DEATH`.
             python: the interpreter whose Ray it is; paths of this machine that are not in `/tmp`.
             env: on top of the host's variables.
             args: more of them for `ray start`.

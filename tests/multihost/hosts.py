@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from tests.multihost.index import RecordingIndex, UpstreamMissing, upstream_inde
 #: What `Hosts` make is called `re<their process>-<two hex digits>`, links with `b` or `v<n>` behind
 #: it: 15 characters are all that a link's name may have.
 _OURS = re.compile(r"(re(\d+)-[0-9a-f]{2})(b|v\d+)?")
+_NUMBERS = itertools.count()
 _TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname", "env", "fallocate")
 
 
@@ -251,7 +253,11 @@ def _things(tag: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _new_tag() -> str:
-    return f"re{os.getpid()}-{secrets.token_hex(1)}"
+    """A tag that no other `Hosts` of this process has."""
+    while True:
+        tag = f"re{os.getpid()}-{next(_NUMBERS) % 256:02x}"
+        if not (Path(tempfile.gettempdir()) / tag).exists():
+            return tag
 
 
 def _ip(command: str, *, check: bool = True) -> str:
@@ -291,7 +297,9 @@ def main() -> None:
     parser.add_argument("--root-bytes", type=int, help="the size of each host's root")
     parser.add_argument("--head-in-main", action="store_true", help="the head may go anywhere")
     parser.add_argument("--plugin", action="store_true", help="load the plugin on every node")
-    parser.add_argument("--fast-death", action="store_true", help="silent nodes die within 5 s")
+    parser.add_argument(
+        "--fast-death", action="store_true", help="silent nodes die within about 10 s"
+    )
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     began = time.monotonic()

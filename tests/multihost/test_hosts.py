@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(600)
 
 #: How long what the kernel does may take: closing, removing.
 _GONE_S = 30.0
-#: How long Ray may take to see a silent node as dead, with `fast_death`; it takes about 6 s.
+#: How long Ray may take to see a silent node as dead, with `fast_death`; it takes about 10 s.
 _DEAD_S = 60.0
 
 #: Prints what hinders a connection to each "host:port", or null.
@@ -295,6 +295,15 @@ def test_hosts_end_with_the_process_that_made_them_and_the_rest_is_swept(
     wait_until(lambda: not any(each.is_running() for each in inside), "the hosts' end")
     sweep()
     assert left(tag) == []
+
+
+def test_hosts_of_one_process_do_not_meet(namespaces: None) -> None:
+    with Hosts(0, with_index=False) as one, Hosts(0, with_index=False) as other:
+        assert one.tag != other.tag
+        assert one.bridge_address != other.bridge_address
+        other.close()
+        assert left(other.tag) == []
+        assert left(one.tag) == [f"link {one.bridge}", f"folder {one.folder}"]
 
 
 def test_hosts_leave_nothing_when_they_end(namespaces: None) -> None:

@@ -125,7 +125,9 @@ def fresh(world: World, running: Running, host: Host, seen: int) -> None:
 
 
 def lose_store(host: Host) -> None:
-    host.run(["rm", "-rf", ROOT / "store", ROOT / "uv-cache"])
+    lost = ROOT / ".lost"  # moved first: its agent begins anew while they are deleted
+    host.run(["sh", "-c", f"mkdir {lost} && mv {ROOT}/store {ROOT}/uv-cache {lost}"])
+    host.run(["rm", "-rf", lost])
 
 
 # -- with Ray's own idea of when a node is dead
@@ -138,7 +140,7 @@ def test_a_store_that_is_lost_in_a_batch_is_made_again(storm: World) -> None:
     with measured("lost store: until it gives results again"):
         wait_until_ready(storm.console, storm.live, IDS)
         fresh(storm, running, host, seen)
-    running.hurry(storm.console)
+    running.hurry(storm.live)
     running.all_ok()
     assert storm.wheels() == {}
     assert {record["how"] for record in records(host).values()} <= {"fetched", "linked"}
@@ -162,7 +164,7 @@ def test_a_link_that_is_cut_for_seconds_costs_no_item(storm: World) -> None:
         host.run(["sleep", str(CUT_S)])
     with measured("a cut link: until it gives results again"):
         fresh(storm, running, host, len(running.so_far()))
-    running.hurry(storm.console)
+    running.hurry(storm.live)
     running.all_ok()
     assert host.node_id() == node_id
 
@@ -175,7 +177,7 @@ def test_a_manager_that_is_killed_in_a_batch_is_not_missed(storm: World) -> None
     with measured("a killed manager: until it answers"):
         storm.settle()
     running.until(seen + 12)
-    running.hurry(storm.console)
+    running.hurry(storm.live)
     running.all_ok()
     [other] = processes(storm.head, "ray::EnvManager")
     assert other != manager
@@ -210,7 +212,7 @@ def test_a_sender_that_is_killed_in_the_middle_is_replaced(storm: World) -> None
         wait_until_ready(storm.console, storm.live, IDS)
     for host in receivers:
         fresh(storm, running, host, seen)
-    running.hurry(storm.console)
+    running.hurry(storm.live)
     running.all_ok()
     assert storm.wheels() == {}
 
@@ -230,7 +232,7 @@ def test_a_batch_whose_driver_is_killed_goes_on_with_resume(storm: World) -> Non
         wait_until(lambda: ours not in holders(), "the end of a dead job's leases")
     again = storm.run("driver", cases=12, is_resumed=True)
     again.until(len(done) + 1)
-    again.hurry(storm.console)
+    again.hurry(storm.live)
     results = {(r["variant_id"], r["case_id"]): r["started_at"] for r in again.all_ok()}
     assert {item: results[item] for item in done} == done
 
@@ -268,7 +270,7 @@ def test_a_host_that_joins_gets_items_and_takes_nothing_that_is_damaged(storm: W
         with measured("a host that joins: until it is ready and gives results"):
             wait_until_ready(storm.console, storm.live, IDS)
             fresh(storm, running, host, 0)
-    running.hurry(storm.console)
+    running.hurry(storm.live)
     running.all_ok()
     [file] = host.seen(ROOT / "uv-cache").glob(_FILE)
     assert file.read_bytes() == good
@@ -399,7 +401,7 @@ def test_a_link_that_is_cut_until_its_node_is_dead_costs_no_item(storm: World) -
     storm.live.append(host)
     with measured("a node that was taken for dead: until it gives results again"):
         fresh(storm, running, host, len(running.so_far()))
-    running.hurry(storm.console)
+    running.hurry(storm.live)
     running.all_ok()
     assert storm.wheels() == {}
 
@@ -418,7 +420,7 @@ def test_a_host_that_loses_power_costs_no_item_and_comes_back_as_it_was(storm: W
     storm.live.append(host)
     with measured("a host with power again: until it gives results"):
         fresh(storm, running, host, len(running.so_far()))
-    running.hurry(storm.console)
+    running.hurry(storm.live)
     running.all_ok()
     assert storm.made() == made
     assert storm.wheels() == {}
