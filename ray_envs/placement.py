@@ -130,7 +130,7 @@ def _placed(
     """The label selectors that Ray is to try, in this order; an empty one means any node."""
     bases = _bases(environment, given, variant_id=variant_id)
     ready = sorted(set(environment["ready_nodes"] if nodes is None else nodes))
-    preparing, unfit = environment["preparing_nodes"], environment["unfit_nodes"]
+    preparing, unfit = environment["preparing_nodes"], sorted(set(environment["unfit_nodes"]))
     may_spread = environment["is_gated"] and environment["may_spread"]
     if may_spread and nodes is None and ready and not preparing and not unfit:
         return bases  # anywhere; on a node that joins meanwhile the plugin makes it wait

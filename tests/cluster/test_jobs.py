@@ -76,27 +76,34 @@ class Cluster:
             },
         )  # fmt: skip
         self._log = tmp / "start.log"
-        self._process = self._node.command(
-            [
-                BIN / "python", "-u", BIN / "ray", "start", "--head", "--block",
-                "--num-cpus", "2", "--port", self.address.rpartition(":")[2],
-                "--include-dashboard", "true", "--dashboard-port", self.jobs.rpartition(":")[2],
-                "--dashboard-agent-listen-port", free_port(),
-                "--ray-client-server-port", free_port(), "--temp-dir", tmp,
-                "--object-store-memory", "100000000", "--disable-usage-stats",
-                "--min-worker-port", "0", "--max-worker-port", "0",
-            ],
-            stdout=self._log.open("w"),
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        self._words: list[object] = [
+            BIN / "python", "-u", BIN / "ray", "start", "--head", "--block",
+            "--num-cpus", "2", "--port", self.address.rpartition(":")[2],
+            "--include-dashboard", "true", "--dashboard-port", self.jobs.rpartition(":")[2],
+            "--dashboard-agent-listen-port", free_port(),
+            "--ray-client-server-port", free_port(), "--temp-dir", tmp,
+            "--object-store-memory", "100000000", "--disable-usage-stats",
+            "--min-worker-port", "0", "--max-worker-port", "0",
+        ]  # fmt: skip
+        self._start()
+
+    def _start(self) -> None:
+        with self._log.open("w") as log:
+            self._process = self._node.command(self._words, stdout=log, stderr=subprocess.STDOUT)
 
     def wait_until_up(self) -> None:
-        """Return once jobs can be submitted."""
+        """Return once jobs can be submitted; where Ray finds itself too slow, it starts again."""
         asked = urllib.request.Request(f"{self.jobs}/api/version")
         asked.add_header("Authorization", f"Bearer {self.token}")
 
         def answers() -> bool:
-            assert self._process.poll() is None, self._log.read_text()
+            if self._process.poll() is not None:
+                # Ray gives its own processes 30 s, which a busy machine may need longer than.
+                assert "timed out during startup" in self._log.read_text(), self._log.read_text()
+                self._end()
+                self._start()
+            if "Ray runtime started" not in self._log.read_text():
+                return False
             with suppress(OSError), urllib.request.urlopen(asked, timeout=5):
                 return True
             return False
@@ -107,12 +114,16 @@ class Cluster:
         """End what this has started, and nothing else: `ray stop` would end all Rays."""
         try:
             self.shell.check_idle()
+            assert self._process.poll() is None, self._log.read_text()
         finally:
-            for process in self._node.processes():
-                with suppress(psutil.NoSuchProcess):  # they end one another
-                    process.kill()
-            self._process.wait(30)
-            self._node.check_idle()
+            self._end()
+
+    def _end(self) -> None:
+        for process in self._node.processes():
+            with suppress(psutil.NoSuchProcess):  # they end one another
+                process.kill()
+        self._process.wait(30)
+        self._node.check_idle()
 
     def submit(self, *words: str | Path, within_s: float = 120) -> Ended:
         """`ray job submit WORDS…`, once the job has ended."""

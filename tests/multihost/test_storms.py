@@ -124,10 +124,23 @@ def fresh(world: World, running: Running, host: Host, seen: int) -> None:
     )
 
 
-def lose_store(host: Host) -> None:
-    lost = ROOT / ".lost"  # moved first: its agent begins anew while they are deleted
-    host.run(["sh", "-c", f"mkdir {lost} && mv {ROOT}/store {ROOT}/uv-cache {lost}"])
-    host.run(["rm", "-rf", lost])
+def lose_store(*hosts: Host) -> None:
+    lost = ROOT / ".lost"  # moved first: the agent begins anew while they are deleted
+    for host in hosts:
+        host.run(["sh", "-c", f"mkdir {lost} && mv {ROOT}/store {ROOT}/uv-cache {lost}"])
+    for host in hosts:
+        host.run(["rm", "-rf", lost])
+
+
+@contextmanager
+def slowed(host: Host) -> Iterator[None]:
+    """What the host sends takes seconds: with all of Ray's wheel, about ten."""
+    shape = ["root", "tbf", "rate", "200mbit", "burst", "256kb", "latency", "400ms"]
+    host.run(["tc", "qdisc", "add", "dev", "eth0", *shape])
+    try:
+        yield
+    finally:
+        host.run(["tc", "qdisc", "delete", "dev", "eth0", "root"])
 
 
 # -- with Ray's own idea of when a node is dead
@@ -184,36 +197,33 @@ def test_a_manager_that_is_killed_in_a_batch_is_not_missed(storm: World) -> None
 
 
 def test_a_sender_that_is_killed_in_the_middle_is_replaced(storm: World) -> None:
-    nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in storm.console.ask("ray.nodes()")}
-    by_address = {host.address: host for host in storm.live}
-    receivers = storm.live[2:4]
-    agents = {host.name: processes(host, "ray::NodeAgent") for host in storm.live}
-    assert [len(pids) for pids in agents.values()] == [1] * len(storm.live)
+    sender, *receivers = storm.live[1:4]  # the head is asked last
+    [agent] = processes(sender, "ray::NodeAgent")
+    name = sender.node_id()[:12]
     running = storm.run("sender")
     seen = len(running.until(4))
-    for host in receivers:
-        lose_store(host)
-    senders: list[str] = []
+    getting: set[str] = set()
 
     def is_sending() -> bool:
-        for variant_id in IDS:
-            for host in receivers:
-                told = phases(storm.console, variant_id).get(host.address, {})
-                found = re.search(r"^ray .* from node (\w+): (\d+) of", told.get("progress", ""))
-                if told.get("phase") == "fetching" and found and int(found[2]) < 200:
-                    senders.append(next(a for n, a in nodes.items() if n.startswith(found[1])))
-                    return True
-        return False
+        told = [phases(storm.console, variant_id) for variant_id in IDS]
+        for host in receivers:
+            said = [t[host.address]["progress"] for t in told if host.address in t]
+            if any(re.match(rf"ray .* from node {name}: ", each) for each in said):
+                getting.add(host.name)
+        return len(getting) == len(receivers)
 
-    wait_until(is_sending, "somebody who sends ray")
-    killed = by_address[senders[0]].name
-    os.kill(agents[killed][0], signal.SIGKILL)
-    with measured("a killed sender: until all are ready", killed=killed):
+    with slowed(sender):
+        lose_store(*receivers)
+        wait_until(is_sending, "ray on its way from one to two")
+        os.kill(agent, signal.SIGKILL)
+    with measured("a killed sender: until all are ready"):
         wait_until_ready(storm.console, storm.live, IDS)
     for host in receivers:
         fresh(storm, running, host, seen)
     running.hurry(storm.live)
     running.all_ok()
+    [other] = processes(sender, "ray::NodeAgent")
+    assert other != agent
     assert storm.wheels() == {}
 
 
