@@ -18,11 +18,9 @@ from typing import Any
 import pytest
 
 from tests.multihost.batches import (
-    ASK_S,
     PINS,
     READY_S,
     Console,
-    Refused,
     Running,
     measured,
     phases,
@@ -71,10 +69,6 @@ class World:
         host.start_ray(plugin=True)
         self.live.append(host)
         return host
-
-    def leave(self, host: Host) -> None:
-        self.live.remove(host)
-        host.kill()
 
     def wheels(self) -> dict[str, int]:
         """Which wheels went out of the index since it was told to forget, and how often."""
@@ -326,13 +320,11 @@ def test_a_full_disk_fails_its_host_alone_until_it_is_freed(storm: World) -> Non
 
     wait_until(has_failed, "the failure of a full disk")
     assert told["error"]["type"] == "StorageFailed", told
-    with pytest.raises(Refused, match="StorageFailed"):
-        storm.console.ask("envs.prepare('late/late', timeout_s=100)", deadline_s=ASK_S)
+    assert "full" in told["error"]["message"], told
     host.free_disk()
     with measured("a freed disk, by itself"):
         wait_until_ready(storm.console, storm.live, ["late/late"])
     storm.console.ask("envs.delete('late/late', force=True)")
-    storm.leave(host)
 
 
 # -- the head
@@ -340,7 +332,10 @@ def test_a_full_disk_fails_its_host_alone_until_it_is_freed(storm: World) -> Non
 
 def restart(world: World, *, is_disk_lost: bool) -> dict[str, Any]:
     """Kill the head and start it again, with what Ray makes of the workers meanwhile."""
-    head, workers = world.head, world.live[1:]
+    head, *workers = world.live[:4]
+    for host in world.live[4:]:  # two cores have enough to do with four
+        host.kill()
+    world.live = [head, *workers]
     head.kill()
     if is_disk_lost:
         head.wipe_disk()
