@@ -326,13 +326,21 @@ class Flight:
                 )
 
     def _stranded(self) -> Iterator[tuple[Item, ItemResult | None]]:
-        """Items that wait for what is gone, nodes or environment: Ray would wait for ever."""
+        """Items that wait for what is gone, nodes or environment: Ray would wait for ever.
+
+        Also those that a node ran: one that loses its power closes no connection, and Ray waits for
+        the answer although it knows that the node is dead.
+        """
         now = time.monotonic()
         if now - self._looked_at < _WATCHDOG_S:
             return
         self._looked_at = now
         self._totals = totals()
         alive = set(self._totals)
+        for stream, item in list(self.items.items()):
+            if item.began is not None and item.began["node_id"] not in alive:
+                self._end(stream)
+                yield item, self._again_or(item, "WorkerLost", "its node has died")[0]
         waiting = [(stream, item) for stream, item in self.items.items() if item.began is None]
         lost = self._lost(
             {item.variant_id for _, item in waiting if now - item.launched_at > _LONG_S}
@@ -341,7 +349,11 @@ class Flight:
             if item.variant_id in lost:
                 self._end(stream)
                 yield item, not_run(item, lost[item.variant_id])
-            elif not alive & set(item.nodes):
+            elif not alive & set(item.nodes) or (
+                # Ray may have asked for a worker there: without a word of the machine's end, that
+                # takes minutes to fail, and all items with the same nodes wait behind it.
+                not alive >= set(item.nodes) and now - item.launched_at > _LONG_S
+            ):
                 self._end(stream)
                 yield item, None
 

@@ -131,7 +131,7 @@ def wait_until_ready(
     *,
     within_s: float = READY_S,
 ) -> float:
-    """Return once exactly these live hosts have all of the variants: after how many seconds."""
+    """Return once these hosts, and no others, have all variants: after how many seconds."""
     wanted = sorted(host.address for host in hosts)
     told: dict[str, Any] = {}
 
@@ -176,7 +176,7 @@ class Running:
         name: of the batch: its variants are `name/…`.
         results: of its results file, and what `hurry` calls it.
         is_resumed: go on with what an earlier one of this name has written.
-        args: more of them for `ray-envs run`.
+        timeout_s: of an item.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ def new_hosts(namespaces: None) -> Iterator[Callable[..., Hosts]]:
     assert [left(hosts.tag) for hosts in made if left(hosts.tag)] == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hosts(namespaces: None) -> Iterator[Hosts]:
     """A head and three workers with Ray on them, for tests that leave them as they are.
 

@@ -21,7 +21,7 @@ from tests.multihost.hosts import Hosts, left, sweep
 from tests.multihost.index import Downloaded, upstream_index
 
 #: Two starts of Ray on a busy machine fit into it.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.thorough]
 
 #: How long what the kernel does may take: closing, removing.
 _GONE_S = 30.0

@@ -153,6 +153,7 @@ def test_a_store_that_is_lost_in_a_batch_is_made_again(storm: World) -> None:
     assert {record["how"] for record in records(host).values()} <= {"fetched", "linked"}
 
 
+@pytest.mark.thorough
 def test_a_store_that_is_lost_under_idle_workers_is_no_trap(storm: World) -> None:
     storm.run("warm", cases=3, seconds=0.1).all_ok()
     for host in storm.live[1:3]:
@@ -176,6 +177,7 @@ def test_a_link_that_is_cut_for_seconds_costs_no_item(storm: World) -> None:
     assert host.node_id() == node_id
 
 
+@pytest.mark.thorough
 def test_a_manager_that_is_killed_in_a_batch_is_not_missed(storm: World) -> None:
     [manager] = processes(storm.head, "ray::EnvManager")
     running = storm.run("manager")
@@ -190,6 +192,7 @@ def test_a_manager_that_is_killed_in_a_batch_is_not_missed(storm: World) -> None
     assert other != manager
 
 
+@pytest.mark.thorough
 def test_a_sender_that_is_killed_in_the_middle_is_replaced(storm: World) -> None:
     sender, *receivers = storm.live[1:4]  # the head is asked last
     [agent] = processes(sender, "ray::NodeAgent")
@@ -221,6 +224,7 @@ def test_a_sender_that_is_killed_in_the_middle_is_replaced(storm: World) -> None
     assert storm.wheels() == {}
 
 
+@pytest.mark.thorough
 def test_a_batch_whose_driver_is_killed_goes_on_with_resume(storm: World) -> None:
     leases = storm.head.seen(ROOT / "leases.json")
 
@@ -283,26 +287,29 @@ def test_a_host_that_joins_gets_items_and_takes_nothing_that_is_damaged(storm: W
     assert {record["how"] for record in records(host).values()} <= {"fetched", "linked"}
 
 
+@pytest.mark.thorough
 def test_a_wheel_that_is_damaged_everywhere_is_named_and_not_taken(storm: World) -> None:
-    *others, host = storm.live
-    with (
-        flipped(others[0], _FILE),
-        flipped(others[1], _FILE),
-        flipped(others[2], _FILE),
-        flipped(others[3], _FILE),
-    ):
-        lose_store(host)
-        told: dict[str, Any] = {}
+    # only the head has it, and has never sent it: what was sent is for a while in its memory
+    host, ids = storm.live[-1], ["had", "lacked"]
+    pin = 'packages=["toolz==0.12.1"]'
+    label = f'label_selector={{"host": "{host.name}"}}'
+    storm.console.ask(f"envs.create('had', EnvSpec({pin}, label_selector={{'host': 'h0'}}))")
+    storm.console.ask("envs.prepare('had', timeout_s=200)", deadline_s=READY_S)
+    told: dict[str, Any] = {}
 
-        def has_failed() -> bool:
-            told.update(phases(storm.console, "batch/tables").get(host.address, {}))
-            return told.get("phase") == "failed"
+    def has_failed() -> bool:
+        told.update(phases(storm.console, "lacked").get(host.address, {}))
+        return told.get("phase") == "failed"
 
+    with flipped(storm.head, "archive-v0/*/toolz/__init__.py"):
+        storm.console.ask(f"envs.create('lacked', EnvSpec({pin}, {label}))")
         wait_until(has_failed, "the failure")
-        assert "tabulate" in told["error"]["detail"], told
-        assert list(host.seen(ROOT / "uv-cache").glob(_FILE)) == []
+        assert "toolz 0.12.1 in uv's cache is damaged" in told["error"]["detail"], told
+        assert list(host.seen(ROOT / "uv-cache").glob("archive-v0/*/toolz")) == []
     with measured("after the damage is mended, by prepare()"):
-        storm.console.ask("envs.prepare('batch/tables', timeout_s=200)", deadline_s=READY_S)
+        storm.console.ask("envs.prepare('lacked', timeout_s=200)", deadline_s=READY_S)
+    for name in ids:
+        storm.console.ask(f"envs.delete({name!r}, force=True)")
 
 
 def test_a_full_disk_fails_its_host_alone_until_it_is_freed(storm: World) -> None:
@@ -320,7 +327,6 @@ def test_a_full_disk_fails_its_host_alone_until_it_is_freed(storm: World) -> Non
 
     wait_until(has_failed, "the failure of a full disk")
     assert told["error"]["type"] == "StorageFailed", told
-    assert "full" in told["error"]["message"], told
     host.free_disk()
     with measured("a freed disk, by itself"):
         wait_until_ready(storm.console, storm.live, ["late/late"])
@@ -341,10 +347,12 @@ def restart(world: World, *, is_disk_lost: bool) -> dict[str, Any]:
         head.wipe_disk()
     head.boot()
     head.start_ray(plugin=True, fast_death=True)
-    # Ray's nodes do not join the new head: they end, within the minute that they may look for it.
-    waited = wait_until(
-        lambda: not any(raylets(host) for host in workers), "the end of the workers' raylets"
-    )
+    waited = 0.0
+    if not is_disk_lost:  # once is enough
+        # Ray's nodes do not join a new head: they end, within the minute that they look for theirs.
+        waited = wait_until(
+            lambda: not any(raylets(host) for host in workers), "the end of the workers' raylets"
+        )
     for host in workers:
         host.kill_ray()
         host.start_ray(plugin=True)
@@ -356,6 +364,7 @@ def raylets(host: Host) -> list[int]:
     return [p.pid for p in host.processes() if Path((p.cmdline() or [""])[0]).name == "raylet"]
 
 
+@pytest.mark.thorough
 def test_a_batch_goes_on_after_its_head_was_restarted(storm: World) -> None:
     made = storm.made()
     running = storm.run("head", cases=6)
@@ -371,6 +380,7 @@ def test_a_batch_goes_on_after_its_head_was_restarted(storm: World) -> None:
     assert storm.wheels() == {}
 
 
+@pytest.mark.thorough
 def test_a_head_that_lost_its_disk_takes_what_the_workers_have(storm: World) -> None:
     made = storm.made()
     running = storm.run("disk", cases=6)
@@ -392,6 +402,7 @@ def test_a_head_that_lost_its_disk_takes_what_the_workers_have(storm: World) -> 
 # -- with a head that takes silent nodes for dead after 5 s
 
 
+@pytest.mark.thorough
 def test_a_link_that_is_cut_until_its_node_is_dead_costs_no_item(storm: World) -> None:
     host = storm.live[2]
     running = storm.run("dead")
