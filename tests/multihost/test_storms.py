@@ -32,7 +32,7 @@ from tests.multihost.batches import (
 from tests.multihost.host import ROOT, Host
 from tests.multihost.hosts import Hosts
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.thorough]
 
 IDS = [f"batch/{variant}" for variant in PINS]
 #: Enough items that none of the storms sees their end; `hurry` then lets them end.
@@ -153,7 +153,6 @@ def test_a_store_that_is_lost_in_a_batch_is_made_again(storm: World) -> None:
     assert {record["how"] for record in records(host).values()} <= {"fetched", "linked"}
 
 
-@pytest.mark.thorough
 def test_a_store_that_is_lost_under_idle_workers_is_no_trap(storm: World) -> None:
     storm.run("warm", cases=3, seconds=0.1).all_ok()
     for host in storm.live[1:3]:
@@ -177,7 +176,6 @@ def test_a_link_that_is_cut_for_seconds_costs_no_item(storm: World) -> None:
     assert host.node_id() == node_id
 
 
-@pytest.mark.thorough
 def test_a_manager_that_is_killed_in_a_batch_is_not_missed(storm: World) -> None:
     [manager] = processes(storm.head, "ray::EnvManager")
     running = storm.run("manager")
@@ -192,7 +190,6 @@ def test_a_manager_that_is_killed_in_a_batch_is_not_missed(storm: World) -> None
     assert other != manager
 
 
-@pytest.mark.thorough
 def test_a_sender_that_is_killed_in_the_middle_is_replaced(storm: World) -> None:
     sender, *receivers = storm.live[1:4]  # the head is asked last
     [agent] = processes(sender, "ray::NodeAgent")
@@ -224,7 +221,6 @@ def test_a_sender_that_is_killed_in_the_middle_is_replaced(storm: World) -> None
     assert storm.wheels() == {}
 
 
-@pytest.mark.thorough
 def test_a_batch_whose_driver_is_killed_goes_on_with_resume(storm: World) -> None:
     leases = storm.head.seen(ROOT / "leases.json")
 
@@ -287,7 +283,6 @@ def test_a_host_that_joins_gets_items_and_takes_nothing_that_is_damaged(storm: W
     assert {record["how"] for record in records(host).values()} <= {"fetched", "linked"}
 
 
-@pytest.mark.thorough
 def test_a_wheel_that_is_damaged_everywhere_is_named_and_not_taken(storm: World) -> None:
     # only the head has it, and has never sent it: what was sent is for a while in its memory
     host, ids = storm.live[-1], ["had", "lacked"]
@@ -364,7 +359,6 @@ def raylets(host: Host) -> list[int]:
     return [p.pid for p in host.processes() if Path((p.cmdline() or [""])[0]).name == "raylet"]
 
 
-@pytest.mark.thorough
 def test_a_batch_goes_on_after_its_head_was_restarted(storm: World) -> None:
     made = storm.made()
     running = storm.run("head", cases=6)
@@ -380,7 +374,6 @@ def test_a_batch_goes_on_after_its_head_was_restarted(storm: World) -> None:
     assert storm.wheels() == {}
 
 
-@pytest.mark.thorough
 def test_a_head_that_lost_its_disk_takes_what_the_workers_have(storm: World) -> None:
     made = storm.made()
     running = storm.run("disk", cases=6)
@@ -401,7 +394,6 @@ def test_a_head_that_lost_its_disk_takes_what_the_workers_have(storm: World) -> 
 # -- with a head that takes silent nodes for dead after 5 s
 
 
-@pytest.mark.thorough
 def test_a_link_that_is_cut_until_its_node_is_dead_costs_no_item(storm: World) -> None:
     host = storm.live[2]
     running = storm.run("dead")
