@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
 from ray_envs import bytecode
@@ -494,7 +495,12 @@ def test_kill_9_while_byte_code_is_compiled_leaves_no_compiler_behind(
         file.write_text("x = [1, (2, 3), {4: 5}]\n" * 300_000)
 
     def compilers() -> list[Any]:
-        return [p for p in processes_of(warm.root) if "compileall" in p.cmdline()]
+        found = []
+        for process in processes_of(warm.root):
+            with suppress(psutil.Error):  # it has just ended
+                if "compileall" in process.cmdline():
+                    found.append(process)
+        return found
 
     with agent_process(warm, request) as process:
         wait_until(lambda: len(compilers()) > 1, "the compiler has workers", 60)
