@@ -1,8 +1,4 @@
-"""What all tests share: one hypothesis profile.
-
-Two processes run the tests at once, each file in one of them: the tests of a file share roots and
-clusters (`--dist=loadfile` in pyproject.toml).
-"""
+"""What all tests share: one hypothesis profile."""
 
 from __future__ import annotations
 

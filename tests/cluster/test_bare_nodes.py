@@ -25,6 +25,8 @@ from packaging.requirements import Requirement
 from ray_envs import bootstrap
 from tests.cluster.cli_tools import BIN, Shell, ended, free_port, wait_until
 
+pytestmark = pytest.mark.thorough
+
 VERSION = bootstrap.own_version()
 AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 

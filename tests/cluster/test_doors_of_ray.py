@@ -31,6 +31,7 @@ from tests.cluster.conftest import wait_until
 
 pytestmark = [
     pytest.mark.timeout(300),
+    pytest.mark.thorough,
     # Serve and Data warn of what they themselves use, when they are imported and used
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -34,7 +34,7 @@ from tests.cluster.cli_tools import (
     write_batch,
 )
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.thorough]
 
 OLD = {"id": "old", "packages": ["six==1.16.0"]}
 TABLES = {"id": "tables", "packages": ["tabulate==0.9.0"]}

@@ -24,7 +24,7 @@ from tests.multihost.batches import (
 from tests.multihost.host import DRIVER, HOME, ROOT, Host
 from tests.multihost.hosts import Hosts
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.thorough]
 
 #: The variants of the batch, as everybody else calls them.
 IDS = [f"batch/{variant}" for variant in PINS]
