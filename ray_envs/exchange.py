@@ -82,7 +82,9 @@ class Exchange:
         """
         if identity not in self._manifests:  # this process is younger than the manifest
             await self.manifest(wheel)
-        made = self._manifests[identity]
+        made = self._manifests.get(identity)
+        if made is None:
+            raise StorageFailed("the wheel is another one than was offered", hint="ask again")
         place = (identity, number)
         if place not in self._chunks:
             self._chunks[place] = asyncio.ensure_future(self._put(made, number))

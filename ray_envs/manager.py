@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from ray_envs import exports, placement
+from ray_envs import exports, gate, placement
 from ray_envs.agent import NodeAgent
 from ray_envs.arguments import (
     Count,
@@ -211,12 +211,12 @@ class EnvManager:
         if places["ready_nodes"]:
             await self._check_start(record, places["ready_nodes"][0])
         env_vars, key = record.definition.env_vars, record.current.key
-        gate = {"key": key, "attempt": self._reconciler.wishes.epoch(key)}
+        asking = gate.field(key, self._reconciler.wishes.epoch(key))
         return {
             **{field: status[field] for field in _FOR_PROGRAMS},
             "env_vars": dict(env_vars),
             "runtime_env": placement.runtime_env(
-                status["venv_path"], env_vars, gate if places["is_gated"] else None
+                status["venv_path"], env_vars, asking if places["is_gated"] else None
             ),
             **places,
         }
