@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 from ray_envs.bootstrap import own_version
@@ -187,7 +188,7 @@ class NodeAgent:
                 await self._tell(key, Phase.WAITING, attempt=attempt)
                 making = self._cache if is_cache_only else self._make_ready
                 self._tasks[key] = asyncio.create_task(
-                    self._guarded(making(wanted, attempt, list(peers)), key, attempt)
+                    self._guarded(partial(making, wanted, attempt, list(peers)), key, attempt)
                 )
         return self._states[key].model_dump(mode="json")
 
@@ -317,11 +318,13 @@ class NodeAgent:
 
         return progress
 
-    async def _guarded(self, making: Coroutine[Any, Any, None], key: str, attempt: int) -> None:
+    async def _guarded(
+        self, making: Callable[[], Coroutine[Any, Any, None]], key: str, attempt: int
+    ) -> None:
         """`making`, whose failure becomes the state of `key`."""
         started = time.monotonic()
         try:
-            await making
+            await making()
         except Exception as exc:
             error: RayEnvsError = RayEnvsError(f"{type(exc).__name__}: {exc}")
             if isinstance(exc, RayEnvsError):

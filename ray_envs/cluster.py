@@ -25,7 +25,13 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from ray_envs import bootstrap, inside
-from ray_envs.errors import InvalidInput, ManagerUnavailable, WrongEnvironment, from_dict
+from ray_envs.errors import (
+    InvalidInput,
+    ManagerUnavailable,
+    RayEnvsError,
+    WrongEnvironment,
+    from_dict,
+)
 from ray_envs.gate import PLUGINS_VARIABLE, with_plugin
 from ray_envs.settings import Settings
 
@@ -296,7 +302,10 @@ class RayPeers:
             try:
                 return await getattr(handle, verb).remote(**arguments)
             except Exception as exc:
-                raise unwrapped(exc, who) from exc
+                error = unwrapped(exc, who)
+                if not isinstance(error, RayEnvsError):  # a bad disk, say: another node's is well
+                    error = ManagerUnavailable(f"{who} failed: {getattr(exc, 'cause', exc)!r}")
+                raise error from exc
 
         return call
 

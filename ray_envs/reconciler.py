@@ -187,12 +187,9 @@ class Reconciler:
     def want(self, keys: Iterable[str]) -> None:
         """Want environments on every node that fits, failed ones once more."""
         for key in keys:
-            failed = any(
-                node.states[key].phase is Phase.FAILED
-                for node in self.fleet.nodes.values()
-                if key in node.states
-            )
-            self.wishes.want(key, again=failed)
+            states = (node.states.get(key) for node in self.fleet.nodes.values())
+            failed = [s.attempt for s in states if s is not None and s.phase is Phase.FAILED]
+            self.wishes.want(key, failed=max(failed, default=None))
             if failed:
                 self.wishes.outdate(key)
         self.fleet.wake_up.set()
@@ -219,7 +216,8 @@ class Reconciler:
         ]
         if need.count is None:
             return fitting
-        nodes = {node.info.node_id: node for node in fitting if node.error is None}
+        known = [node for node in fitting if node.site and node.error is None]  # as the planner
+        nodes = {node.info.node_id: node for node in known or fitting}
         views = [self._view(node) for node in nodes.values()]
         return [nodes[view.node_id] for view in chosen(need, generation.key, views)]
 

@@ -65,11 +65,12 @@ class Wishes:
         """
         return self._epochs.get(key, 0)
 
-    def want(self, key: str, *, again: bool = False) -> None:
-        """Want `key`; with `again`, also where it has failed."""
-        if key not in self._wanted or again:
+    def want(self, key: str, *, failed: int | None = None) -> None:
+        """Want `key`; also where attempts up to the number `failed` have failed."""
+        if key not in self._wanted or failed is not None:
             self._wanted.add(key)
-            self._attempts[key] = self.attempt(key) + again
+            if failed is not None:  # it may be from before this file was lost
+                self._attempts[key] = max(self.attempt(key), failed) + 1
             self._write()
 
     def outdate(self, key: str) -> None:

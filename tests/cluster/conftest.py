@@ -77,13 +77,13 @@ def processes() -> Iterator[Processes]:
     wait_until(lambda: not recorded.left(), f"the end of {recorded.left()}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of the session's Ray."""
     return tmp_path_factory.mktemp("root")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def other_root(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Settings]:
     """Makes settings with a root of their own that shares the downloaded wheels."""
     (root / "uv-cache").mkdir(exist_ok=True)
@@ -96,11 +96,11 @@ def other_root(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(
     root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RayEnvironmentProvider]:
-    """A provider on an embedded Ray, which ends with the session and leaves no process."""
+    """A provider on an embedded Ray, which ends with these tests and leaves no process."""
     folder = tmp_path_factory.mktemp("driver")
     (folder / f"{SHADOWED}.py").write_text("raise ImportError('the driver folder won')\n")
     before = {process.pid for process in psutil.Process().children(recursive=True)}

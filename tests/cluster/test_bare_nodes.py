@@ -10,8 +10,10 @@ import importlib.metadata
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -24,8 +26,6 @@ from packaging.requirements import Requirement
 
 from ray_envs import bootstrap
 from tests.cluster.cli_tools import BIN, Shell, ended, free_port, wait_until
-
-pytestmark = pytest.mark.thorough
 
 VERSION = bootstrap.own_version()
 AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -84,6 +84,7 @@ told["seen"] = ray.get([look.options(**envs.options("plain")).remote() for _ in 
 ON_EACH = """
 def on_each():
     wait_until(lambda: all(n["is_eligible"] for n in envs._call("describe")["nodes"].values()))
+    envs.prepare("plain")
     return {name: ray.get(look.options(**envs.options("plain", resources={name: 0.01})).remote(),
                           timeout=120) for name in ids()}
 
@@ -158,8 +159,12 @@ class Cluster:
         self._head = [
             "--head", "--port", port, "--include-dashboard", "false", "--temp-dir", shell.ray_tmp,
         ]  # fmt: skip
-        for name, python in pythons.items():
-            wait_until(partial(self._starts, name, python), f"{name} runs", within_s=180)
+        try:
+            for name, python in pythons.items():
+                wait_until(partial(self._starts, name, python), f"{name} runs", within_s=180)
+        except BaseException:
+            self.stop()
+            raise
 
     def _starts(self, name: str, python: Path) -> bool:
         """Start a node; false where it did not come up, which Ray allows 30 s for."""
@@ -209,7 +214,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     for name in ("pydantic", "filelock", "packaging", "tomlkit", "click", "rich"):
         found["without_uv"].link(name)
     (folder / "work").mkdir()
-    ray_tmp = tmp_path_factory.mktemp("r")
+    ray_tmp = Path(tempfile.mkdtemp(prefix="rb", dir="/tmp"))  # short: sockets have 107 bytes
     variables = {**AUTH, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     shell = Shell(folder / "root", ray_tmp, folder / "work", variables=variables)
     pythons = {"head": BIN / "python", **{name: it.python for name, it in found.items()}}
@@ -218,6 +223,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
     finally:
         started.stop()
+        shutil.rmtree(ray_tmp)
 
 
 def named(told: dict[str, Any]) -> dict[str, str]:

@@ -41,8 +41,8 @@ from tests.cluster.cli_tools import (
     write_batch,
 )
 
-#: A run of a small batch takes seven seconds on an idle machine of two cores.
-pytestmark = pytest.mark.timeout(150)
+#: A run of a small batch takes seven seconds on an idle machine of two cores, and some tests five.
+pytestmark = pytest.mark.timeout(300)
 
 SHIPPED = Path(__file__).parents[2] / "envs" / "sklearn-upgrade" / "batch.toml"
 
@@ -134,7 +134,6 @@ def calls(tmp_path: Path) -> Path:
 # -- run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
 def test_the_shipped_batch_runs_cold_and_then_starts_no_uv_at_all(
     new_shell: NewShell, warm_root: Path, watched_uv: WatchedUv, tmp_path: Path
 ) -> None:

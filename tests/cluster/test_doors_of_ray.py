@@ -31,7 +31,6 @@ from tests.cluster.conftest import wait_until
 
 pytestmark = [
     pytest.mark.timeout(300),
-    pytest.mark.thorough,
     # Serve and Data warn of what they themselves use, when they are imported and used
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -265,8 +264,12 @@ def test_a_placement_group_on_ready_nodes_goes_with_a_variant(
 
 # -- two nodes, and Ray Client ---------------------------------------------------------------------
 
-#: The cluster's own token, as in test_cli.
-AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+#: The cluster's own token, as in test_cli; that these tests may run under `uv run` is no matter.
+AUTH = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
 RAY_PORT, CLIENT_PORT = free_port(), free_port()
 ADDRESS = f"127.0.0.1:{RAY_PORT}"
 

@@ -21,7 +21,7 @@ from ray_envs import RayEnvironmentProvider, Settings
 from ray_envs.store import Store
 from tests.cluster.conftest import NEW_SIX, Processes, wait_until
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.thorough]
+pytestmark = pytest.mark.timeout(300)
 
 #: How long a worker may take on a machine that does other things too.
 STARTED_S = 60

@@ -34,7 +34,7 @@ from tests.cluster.cli_tools import (
     write_batch,
 )
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.thorough]
+pytestmark = pytest.mark.timeout(240)
 
 OLD = {"id": "old", "packages": ["six==1.16.0"]}
 TABLES = {"id": "tables", "packages": ["tabulate==0.9.0"]}
@@ -65,6 +65,8 @@ class Cluster:
         self.jobs = f"http://127.0.0.1:{free_port()}"
         self.token = secrets.token_hex(32)
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        # these tests may run under `uv run`, which is none of a job's business
+        auth["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
         self._node = Shell(
             self.root, tmp, Path("/"), variables={**auth, "PATH": f"{BIN}:{os.environ['PATH']}"}
         )
@@ -300,8 +302,9 @@ def test_a_batch_under_uv_run_inside_a_job_still_runs_in_its_environments(
     write_batch(folder, [OLD], ["one"])
     results = tmp_path / "results.jsonl"
     job = cluster.submit(
-        "--working-dir", folder, "--", "env", f"VIRTUAL_ENV={sys.prefix}", "uv", "run",
-        "--no-project", "--offline", "ray-envs", "run", "batch.toml", "--results", results,
+        "--working-dir", folder, "--", "env", "-u", "RAY_ENABLE_UV_RUN_RUNTIME_ENV",
+        f"VIRTUAL_ENV={sys.prefix}", "uv", "run", "--no-project", "--offline",
+        "ray-envs", "run", "batch.toml", "--results", results,
     )  # fmt: skip
     assert job.code == 0, job.out + job.err
     assert [item["value"]["saw"] for item in lines_of(results)] == ["1.16.0"]

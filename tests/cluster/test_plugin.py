@@ -31,8 +31,6 @@ from ray_envs.plugin import TIMEOUT_VARIABLE, EnvironmentPlugin, _limit_s
 from ray_envs.store import Store
 from tests.cluster.conftest import NEW_SIX, OLD_SIX, wait_until
 
-pytestmark = pytest.mark.thorough
-
 #: Long for a machine that is busy; nothing waits so long where all is well.
 WITHIN_S = 60
 

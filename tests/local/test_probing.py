@@ -8,7 +8,7 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import pytest
 
@@ -33,10 +33,11 @@ def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
 @pytest.fixture
 def other_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on another file system than the temporary files of the tests."""
-    place = "/dev/shm"
-    if not os.access(place, os.W_OK) or os.stat(place).st_dev == tmp_path.stat().st_dev:
+    places = [place for place in ("/dev/shm", gettempdir()) if os.access(place, os.W_OK)]
+    others = [place for place in places if os.stat(place).st_dev != tmp_path.stat().st_dev]
+    if not others:
         pytest.skip("this machine has one file system")
-    with TemporaryDirectory(dir=place) as folder:
+    with TemporaryDirectory(dir=others[0]) as folder:
         yield Path(folder)
 
 

@@ -48,7 +48,7 @@ def test_the_next_manager_knows_all_that_the_last_one_did(
             wishes.outdate(key)
             epochs[key] += 1
         else:
-            wishes.want(key, again=what == "again")
+            wishes.want(key, failed=attempts[key] if what == "again" else None)
             wanted.add(key)
             attempts[key] += what == "again"
         assert (wishes.version > before[0]) is (seen(wishes) != before[1])
@@ -90,10 +90,18 @@ def test_what_was_wished_before_the_file_was_read_is_kept(tmp_path: Path) -> Non
 
 def test_a_disk_that_takes_nothing_stops_no_wish(tmp_path: Path) -> None:
     wishes = again(tmp_path / "missing" / "wishes.json")
-    wishes.want("a", again=True)
+    wishes.want("a", failed=0)
     wishes.outdate("a")
     assert seen(wishes)[0] == (True, 1, 1)
     assert not os.listdir(tmp_path)
+
+
+def test_an_attempt_that_failed_before_the_file_was_lost_is_not_repeated(tmp_path: Path) -> None:
+    wishes = again(tmp_path / "wishes.json")
+    wishes.want("a", failed=7)
+    assert wishes.attempt("a") == 8
+    wishes.want("a", failed=3)
+    assert wishes.attempt("a") == 9
 
 
 def test_the_file_is_plain_and_the_same_for_the_same_wishes(tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_the_file_is_plain_and_the_same_for_the_same_wishes(tmp_path: Path) -> N
         wishes.want(key)
     assert json.loads(path.read_text()) == {
         "wanted": ["a", "b"],
-        "attempts": {"a": 0, "b": 0},
+        "attempts": {},
         "epochs": {},
     }
     assert [entry.name for entry in tmp_path.iterdir()] == ["wishes.json"]

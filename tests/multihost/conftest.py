@@ -32,6 +32,18 @@ def new_hosts(namespaces: None) -> Iterator[Callable[..., Hosts]]:
     assert [left(hosts.tag) for hosts in made if left(hosts.tag)] == []
 
 
+@pytest.fixture(scope="package")
+def four(namespaces: None) -> Iterator[Hosts]:
+    """A head and three workers with the plugin; only the head has a route to the index.
+
+    The files share them, in their order: who only looks, then who makes faults.
+    """
+    with Hosts(4) as made:
+        made.start_ray(plugin=True)
+        yield made
+    assert left(made.tag) == []
+
+
 @pytest.fixture(scope="module")
 def hosts(namespaces: None) -> Iterator[Hosts]:
     """A head and three workers with Ray on them, for tests that leave them as they are.

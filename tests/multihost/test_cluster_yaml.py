@@ -33,7 +33,6 @@ asyncssh = pytest.importorskip("asyncssh", reason="asyncssh is not installed: no
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.thorough,
     pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed: no `ray up`"),
 ]
 

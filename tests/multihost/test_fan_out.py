@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.multihost.batches import (
 from tests.multihost.host import DRIVER, HOME, ROOT, Host
 from tests.multihost.hosts import Hosts
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.thorough]
+pytestmark = pytest.mark.timeout(900)
 
 #: The variants of the batch, as everybody else calls them.
 IDS = [f"batch/{variant}" for variant in PINS]
@@ -43,15 +43,6 @@ with RayEnvironmentProvider.connect() as envs:
     print(json.dumps([result.model_dump(mode="json") for result in ended]))
 """
 IMPORTS = "import ray, requests, yaml, google.protobuf, {name}; print({name}.__file__)"
-
-
-@pytest.fixture(scope="module")
-def four(new_hosts: Callable[..., Hosts]) -> Hosts:
-    """A head and three workers with the plugin; only the head has a route to the index."""
-    hosts = new_hosts(4)
-    with measured("Ray on four hosts"):
-        hosts.start_ray(plugin=True)
-    return hosts
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from tests.multihost.batches import (
 from tests.multihost.host import ROOT, Host
 from tests.multihost.hosts import Hosts
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.thorough]
+pytestmark = pytest.mark.timeout(900)
 
 IDS = [f"batch/{variant}" for variant in PINS]
 #: Enough items that none of the storms sees their end; `hurry` then lets them end.
@@ -48,7 +48,7 @@ class World:
 
     def __init__(self, hosts: Hosts) -> None:
         self.hosts = hosts
-        self.live = list(hosts)
+        self.live = [host for host in hosts if host.is_up]
         self.console = Console(hosts)
 
     @property
@@ -88,10 +88,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(new_hosts: Callable[..., Hosts]) -> World:
-    hosts = new_hosts(4)
-    hosts.start_ray(plugin=True)
-    world = World(hosts)
+def world(four: Hosts) -> World:
+    world = World(four)
     with measured("the first batch"):
         world.run("first", cases=2, seconds=0.1).all_ok()
     world.settle()
@@ -153,6 +151,7 @@ def test_a_store_that_is_lost_in_a_batch_is_made_again(storm: World) -> None:
     assert {record["how"] for record in records(host).values()} <= {"fetched", "linked"}
 
 
+@pytest.mark.thorough
 def test_a_store_that_is_lost_under_idle_workers_is_no_trap(storm: World) -> None:
     storm.run("warm", cases=3, seconds=0.1).all_ok()
     for host in storm.live[1:3]:
@@ -176,6 +175,7 @@ def test_a_link_that_is_cut_for_seconds_costs_no_item(storm: World) -> None:
     assert host.node_id() == node_id
 
 
+@pytest.mark.thorough
 def test_a_manager_that_is_killed_in_a_batch_is_not_missed(storm: World) -> None:
     [manager] = processes(storm.head, "ray::EnvManager")
     running = storm.run("manager")
@@ -190,6 +190,7 @@ def test_a_manager_that_is_killed_in_a_batch_is_not_missed(storm: World) -> None
     assert other != manager
 
 
+@pytest.mark.thorough
 def test_a_sender_that_is_killed_in_the_middle_is_replaced(storm: World) -> None:
     sender, *receivers = storm.live[1:4]  # the head is asked last
     [agent] = processes(sender, "ray::NodeAgent")
@@ -221,6 +222,7 @@ def test_a_sender_that_is_killed_in_the_middle_is_replaced(storm: World) -> None
     assert storm.wheels() == {}
 
 
+@pytest.mark.thorough
 def test_a_batch_whose_driver_is_killed_goes_on_with_resume(storm: World) -> None:
     leases = storm.head.seen(ROOT / "leases.json")
 
@@ -283,6 +285,7 @@ def test_a_host_that_joins_gets_items_and_takes_nothing_that_is_damaged(storm: W
     assert {record["how"] for record in records(host).values()} <= {"fetched", "linked"}
 
 
+@pytest.mark.thorough
 def test_a_wheel_that_is_damaged_everywhere_is_named_and_not_taken(storm: World) -> None:
     # only the head has it, and has never sent it: what was sent is for a while in its memory
     host, ids = storm.live[-1], ["had", "lacked"]
@@ -359,6 +362,7 @@ def raylets(host: Host) -> list[int]:
     return [p.pid for p in host.processes() if Path((p.cmdline() or [""])[0]).name == "raylet"]
 
 
+@pytest.mark.thorough
 def test_a_batch_goes_on_after_its_head_was_restarted(storm: World) -> None:
     made = storm.made()
     running = storm.run("head", cases=6)
@@ -374,6 +378,7 @@ def test_a_batch_goes_on_after_its_head_was_restarted(storm: World) -> None:
     assert storm.wheels() == {}
 
 
+@pytest.mark.thorough
 def test_a_head_that_lost_its_disk_takes_what_the_workers_have(storm: World) -> None:
     made = storm.made()
     running = storm.run("disk", cases=6)
@@ -394,6 +399,7 @@ def test_a_head_that_lost_its_disk_takes_what_the_workers_have(storm: World) -> 
 # -- with a head that takes silent nodes for dead after 5 s
 
 
+@pytest.mark.thorough
 def test_a_link_that_is_cut_until_its_node_is_dead_costs_no_item(storm: World) -> None:
     host = storm.live[2]
     running = storm.run("dead")
