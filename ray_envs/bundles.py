@@ -24,7 +24,7 @@ from ray_envs import transfer
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.files import kind_of, storage_errors, sync_folder, unreadable
 from ray_envs.models import Model, validated
-from ray_envs.transfer import MadeFor, Manifest
+from ray_envs.packs import CHUNK_BYTES, MadeFor, Manifest
 from ray_envs.uv_cache import UvCache
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def write_bundle(
     )
     head = header.model_dump_json(indent=1).encode()
     streams: list[IO[bytes]] = [io.BytesIO(text) for text in texts.values()]
-    streams += [
-        io.BufferedReader(_Stream(cache, each), transfer.CHUNK_BYTES) for each in header.wheels
-    ]
+    streams += [io.BufferedReader(_Stream(cache, each), CHUNK_BYTES) for each in header.wheels]
     scratch = None
     try:
         with cache.in_use():

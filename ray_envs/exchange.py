@@ -1,6 +1,6 @@
 """Wheels from node to node: one agent sends, others receive, in pieces, through Ray's objects.
 
-What a pack is, and whether what came is what was sent, is `transfer`'s business. Here is who is
+What a pack is says `packs`, and whether what came is what was sent, `transfer`. Here is who is
 asked, in which order, and what becomes of a sender that dies in the middle.
 """
 
@@ -15,7 +15,8 @@ from ray_envs import transfer
 from ray_envs.cluster import Call
 from ray_envs.errors import ManagerUnavailable, RayEnvsError, StorageFailed
 from ray_envs.models import Installed
-from ray_envs.transfer import Manifest, Receiving, Wheel
+from ray_envs.packs import Manifest, Wheel, why_not
+from ray_envs.transfer import Receiving
 from ray_envs.uv_cache import UvCache
 
 #: How many pieces a sender keeps in Ray's object store for further receivers.
@@ -145,7 +146,7 @@ class Exchange:
 
         async def one(wheel: Wheel) -> None:
             nonlocal done
-            reason = transfer.why_not(wheel, transfer.made_here())
+            reason = why_not(wheel, transfer.made_here())
             if reason:
                 reasons.append(reason)
                 return

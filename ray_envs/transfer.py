@@ -1,9 +1,9 @@
 """What a peer lacks of an environment's wheels: told, sent in pieces, and put into its uv cache.
 
 Build once, fan out: what travels are entries of uv's cache (`uv_cache`) with their byte-code; then
-an ordinary offline sync links them. There is no Ray here: `agent` moves the bytes, and `bundles`
-keeps them in a file. `InvalidInput` is about what was sent, and may be asked of another sender;
-`StorageFailed` is about the disk of the node that raises it.
+an ordinary offline sync links them. There is no Ray here: `exchange` moves the bytes, `bundles`
+keeps them in a file, and `packs` says what they are. `InvalidInput` is about what was sent, and may
+be asked of another sender; `StorageFailed` is about the disk of the node that raises it.
 """
 
 from __future__ import annotations
@@ -15,155 +15,43 @@ import hashlib
 import io
 import os
 import posixpath
-import re
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
 
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
-from pydantic import Field, field_validator, model_validator
 
 from ray_envs.builder import this_platform, uv_version
 from ray_envs.bytecode import marker_name
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.files import storage_errors
-from ray_envs.models import Installed, Model, validated
+from ray_envs.models import Installed
+from ray_envs.packs import (
+    ARCHIVE,
+    CHUNK_BYTES,
+    Lead,
+    MadeFor,
+    Manifest,
+    PackedFile,
+    Wheel,
+    why_not,
+)
 from ray_envs.uv_cache import UvCache
-
-#: What is read, sent and kept in memory at once, in bytes. A guess: Ray's own chunks are 5 MiB.
-CHUNK_BYTES = 8 * 1024 * 1024
-_MAX_CHUNK_BYTES = 256 * 1024 * 1024
 
 #: How much of a file is hashed at once, in bytes.
 _BUFFER_BYTES = 1024 * 1024
 #: How many unpacked wheels this process remembers the hashes of.
 _REMEMBERED = 256
 
-_ARCHIVE = re.compile(r"archive-v\d+/[A-Za-z0-9_-]+")
-_BUCKET = re.compile(r"(wheels|sdists)-v\d+")
 _MARKER = "ray_envs-bytecode."
 #: How the name of byte-code of this Python ends.
 _BYTECODE = f".{sys.implementation.cache_tag}.pyc"
 _OTHER_SENDER = "take it from another node, or from the package index"
-
-_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class MadeFor(Model):
-    """What an unpacked wheel fits, besides what its pin says."""
-
-    #: The series of uv, whose cache has one layout; as in "0.13".
-    uv: str
-    #: The Python that its byte-code is of; as in "3.11".
-    python: str
-    #: As `Platform.name`: what uv builds from source is for one platform.
-    platform: str
-
-
-class Wheel(Model):
-    """A package that a node can send, as its uv cache holds it."""
-
-    package: Installed
-    made_for: MadeFor
-    #: Whether its byte-code is complete, and travels with it.
-    is_compiled: bool
-    #: The unpacked wheels, relative to the cache. uv draws the ids at random: equal ones anywhere
-    #: in a cluster are copies of the same.
-    archives: tuple[str, ...] = Field(min_length=1)
-    total_bytes: int = Field(ge=0)
-
-    def __str__(self) -> str:
-        return f"{self.package.name} {self.package.version}".rstrip()
-
-    @field_validator("archives")
-    @classmethod
-    def _check(cls, archives: tuple[str, ...]) -> tuple[str, ...]:
-        for archive in archives:
-            if not _ARCHIVE.fullmatch(archive):
-                raise ValueError(f"{archive!r} is no unpacked wheel of a uv cache")
-        return archives
-
-
-class PackedFile(Model):
-    """A file of the stream."""
-
-    #: Relative to the cache.
-    path: str
-    size: int = Field(ge=0)
-    sha256: _Sha256
-    is_executable: bool = False
-
-
-class Lead(Model):
-    """What leads uv to an archive: a file of the stream, or a link."""
-
-    path: str
-    #: Where a link leads to; None for a file.
-    archive: str | None = None
-
-
-class Manifest(Model):
-    """What the stream of a wheel holds: its files, one after the other, cut into equal pieces."""
-
-    wheel: Wheel
-    files: tuple[PackedFile, ...]
-    #: In the order in which they may appear; see `uv_cache.Cached`.
-    leads: tuple[Lead, ...] = Field(min_length=1)
-    chunk_bytes: int = Field(default=CHUNK_BYTES, ge=1, le=_MAX_CHUNK_BYTES)
-
-    @model_validator(mode="after")
-    def _check(self) -> Manifest:
-        """Every path stays where it belongs: what is written outside is somebody else's."""
-        archives = set(self.wheel.archives)
-        files = {file.path for file in self.files}
-        leads = {lead.path for lead in self.leads}
-        if len(files) != len(self.files) or len(leads) != len(self.leads):
-            raise ValueError("a path is there twice")
-        for lead in self.leads:
-            parts = _parts(lead.path)
-            if len(parts) < 3 or not _BUCKET.fullmatch(parts[0]):
-                raise ValueError(f"{lead.path!r} is no entry of a uv cache")
-            if lead.archive is None and lead.path not in files:
-                raise ValueError(f"{lead.path!r} is not in the stream")
-            if lead.archive is not None and (lead.archive not in archives or lead.path in files):
-                raise ValueError(f"{lead.path!r} leads out of what is sent")
-        for path in files - leads:
-            if len(parts := _parts(path)) < 3 or "/".join(parts[:2]) not in archives:
-                raise ValueError(f"{path!r} is in no wheel that is sent")
-        if self.wheel.total_bytes != self.offsets[-1]:
-            raise ValueError("the sizes of the files do not add up")
-        return self
-
-    @cached_property
-    def offsets(self) -> list[int]:
-        """Where in the stream each file begins, and where the last one ends."""
-        return list(accumulate((file.size for file in self.files), initial=0))
-
-    @cached_property
-    def identity(self) -> str:
-        """A hash of all of it: senders with the same one can go on for each other."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
-
-    @property
-    def chunk_count(self) -> int:
-        """How many pieces the stream has."""
-        return -(-self.offsets[-1] // self.chunk_bytes)
-
-    @classmethod
-    def parse(cls, data: Mapping[str, Any], *, where: str = "the pack") -> Manifest:
-        """The manifest that a peer or a file gives as plain data.
-
-        Raises:
-            InvalidInput: it is none, or it names a path outside the cache.
-        """
-        return validated(cls, data, where=where)
 
 
 def made_here() -> MadeFor:
@@ -173,18 +61,6 @@ def made_here() -> MadeFor:
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         platform=this_platform().name,
     )
-
-
-def why_not(wheel: Wheel, node: MadeFor) -> str:
-    """Why `wheel` is of no use to `node`, as a sentence for people; "" if it is of use."""
-    made_for = wheel.made_for
-    if made_for.uv != node.uv:
-        return f"{wheel} is in the cache of uv {made_for.uv}; this node has uv {node.uv}"
-    if made_for.python != node.python:
-        return f"{wheel} was prepared for Python {made_for.python}; this node has {node.python}"
-    if wheel.package.is_built and made_for.platform != node.platform:
-        return f"{wheel} was built on {made_for.platform}; this node is {node.platform}"
-    return ""
 
 
 # -- the sender
@@ -422,7 +298,7 @@ class Receiving:
                 os.makedirs(parent, exist_ok=True)
                 self._made.add(parent)
             # Environments link to the files of an archive: nobody is to write into them.
-            mode = 0o444 if _ARCHIVE.match(file.path) else 0o644
+            mode = 0o444 if ARCHIVE.match(file.path) else 0o644
             mode |= 0o111 if file.is_executable else 0
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = io.FileIO(os.open(place, flags, mode), "wb")
@@ -449,13 +325,6 @@ class Receiving:
 
 
 # -- files of a cache
-
-
-def _parts(path: str) -> list[str]:
-    """The parts of a path that leads nowhere but down; none of any other."""
-    parts = path.split("/")
-    is_safe = not any(part in ("", ".", "..") or "\0" in part for part in parts)
-    return parts if is_safe else []
 
 
 def _within(cache: UvCache, path: Path) -> str:
@@ -547,22 +416,3 @@ def _is_of(dist_info: str, package: Installed) -> bool:
         return not package.version or Version(version) == Version(package.version)
     except InvalidVersion:
         return version == package.version
-
-
-__all__ = [
-    "CHUNK_BYTES",
-    "Lead",
-    "MadeFor",
-    "Manifest",
-    "PackedFile",
-    "Receiving",
-    "Wheel",
-    "made_here",
-    "manifest",
-    "missing",
-    "offers",
-    "read_chunk",
-    "read_range",
-    "receive",
-    "why_not",
-]

@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uv
 
-from ray_envs import bytecode, locks, transfer
+from ray_envs import bytecode, locks, packs, transfer
 from ray_envs.builder import base_python, this_platform
 from ray_envs.bundles import FORMAT, read_bundle, write_bundle
 from ray_envs.errors import InvalidInput, LockTimeout, StorageFailed
 from ray_envs.models import Installed
+from ray_envs.packs import Manifest
 from ray_envs.settings import Settings
 from ray_envs.store import Store
-from ray_envs.transfer import Manifest, Receiving
+from ray_envs.transfer import Receiving
 from ray_envs.uv_cache import UvCache
 from tests.local.conftest import build
 from tests.local.test_uv_cache import BACKEND, make_source_archive, make_wheel, run_uv
@@ -80,14 +81,14 @@ class Sender:
     def package(self, name: str) -> Installed:
         return next(each for each in self.packages if each.name == name)
 
-    def manifest(self, name: str, *, chunk_bytes: int = transfer.CHUNK_BYTES) -> Manifest:
+    def manifest(self, name: str, *, chunk_bytes: int = packs.CHUNK_BYTES) -> Manifest:
         (wheel,) = transfer.offers(self.cache, [self.package(name)])
         return transfer.manifest(self.cache, wheel, chunk_bytes=chunk_bytes)
 
     def chunks(self, manifest: Manifest) -> list[bytes]:
         return [transfer.read_chunk(self.cache, manifest, n) for n in range(manifest.chunk_count)]
 
-    def send_all(self, to: UvCache, *, chunk_bytes: int = transfer.CHUNK_BYTES) -> None:
+    def send_all(self, to: UvCache, *, chunk_bytes: int = packs.CHUNK_BYTES) -> None:
         for wheel in transfer.offers(self.cache, transfer.missing(to, self.packages)):
             pack = transfer.manifest(self.cache, wheel, chunk_bytes=chunk_bytes)
             transfer.receive(to, pack, self.chunks(pack))
@@ -441,11 +442,11 @@ def test_a_wheel_is_for_one_uv_one_python_and_a_built_one_for_one_platform(
     built: Sender, cache: UvCache, name: str, change: dict[str, str], words: str
 ) -> None:
     pack = built.manifest(name)
-    assert transfer.why_not(pack.wheel, transfer.made_here()) == ""
+    assert packs.why_not(pack.wheel, transfer.made_here()) == ""
     made_for = pack.wheel.made_for.model_copy(update=change)
     wheel = pack.wheel.model_copy(update={"made_for": made_for})
     other = pack.model_copy(update={"wheel": wheel})
-    assert words in transfer.why_not(wheel, transfer.made_here())
+    assert words in packs.why_not(wheel, transfer.made_here())
     if words:
         with pytest.raises(InvalidInput, match=words):
             Receiving(cache, other)
@@ -634,10 +635,10 @@ def test_nothing_is_pruned_while_a_wheel_comes_in(built: Sender, cache: UvCache)
 RECEIVER = """\
 import os, signal, sys
 from pathlib import Path
-from ray_envs import transfer
+from ray_envs import packs, transfer
 from ray_envs.uv_cache import UvCache
 peer, cache, manifest, point = UvCache(Path(sys.argv[1])), UvCache(Path(sys.argv[2])), *sys.argv[3:]
-pack = transfer.Manifest.model_validate_json(Path(manifest).read_bytes())
+pack = packs.Manifest.model_validate_json(Path(manifest).read_bytes())
 step = 0
 def hear(event, args):
     global step
