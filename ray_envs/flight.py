@@ -43,6 +43,11 @@ _FRESH_S = 5.0
 #: How soon it is looked again whether an environment that no node has now is ready somewhere.
 _UNREADY_S = 1.0
 
+#: How long no item goes to a node that was without its environment after all, unless the node is
+#: seen to prepare it; and how often that costs an item nothing.
+_REFUSED_S = 10.0
+_MAX_REFUSALS = 3
+
 #: How many items of one environment wait for its busy worker, and how long. Guesses: a worker
 #: takes one to three seconds to start and import.
 _FEW = 4
@@ -67,6 +72,8 @@ class Item:
     launched_at: float = 0.0
     #: Since when it waits for an environment that no node has any more.
     unready_at: float | None = None
+    #: How often it met a node without its environment, and nothing of it ran.
+    refusals: int = 0
 
 
 class Payload:
@@ -111,6 +118,8 @@ class Flight:
         self._fetched: dict[str, tuple[float, dict[str, Any]]] = {}
         #: Until when the items of an environment wait that no node has ready.
         self._unready: dict[str, float] = {}
+        #: Until when nothing is sent to a node, by the environment's key and the node's id.
+        self._refused: dict[tuple[str, str], float] = {}
 
     def next_of(self, waiting: deque[Item], warm: list[str]) -> Item | None:
         """The item to start now, or None where the cluster has no room for another.
@@ -177,9 +186,10 @@ class Flight:
         limits = item.limits
         try:
             environment = item.environment = self._current(item)
+            refused = self._refused_by(environment)
             nodes = _able_nodes(
-                environment["ready_nodes"],
-                environment["preparing_nodes"],
+                [node_id for node_id in environment["ready_nodes"] if node_id not in refused],
+                [*environment["preparing_nodes"], *refused],
                 self._totals,
                 _wanted(limits),
                 item.variant_id,
@@ -226,6 +236,14 @@ class Flight:
             payload.task.options(**options).remote(request, payload.function, payload.code)
         ] = item
         return True
+
+    def _refused_by(self, environment: Mapping[str, Any]) -> list[str]:
+        """The nodes that count as ready although an item has just found nothing there."""
+        key, now, ready = environment["key"], time.monotonic(), set(environment["ready_nodes"])
+        for place, until in list(self._refused.items()):
+            if until <= now or (place[0] == key and place[1] not in ready):  # it is known by now
+                del self._refused[place]
+        return [node_id for refused_key, node_id in self._refused if refused_key == key]
 
     def _current(self, item: Item) -> dict[str, Any]:
         """The environment of an item, with the nodes that have it now.
@@ -284,8 +302,7 @@ class Flight:
             if item.outcome is None:
                 item.outcome = message
                 if message["kind"] == "environment":  # damaged, lost or another one: not its fault
-                    error = message["error"]
-                    return self._again_or(item, error["type"], error["message"])
+                    return self._refuse(item, message)
                 if message["error"] is not None or self._payload.entrypoint is not None:
                     return (_result(item, message["value"]),)
                 return None
@@ -308,10 +325,18 @@ class Flight:
         except Exception as exc:
             return (_broken(item, type(exc).__name__, str(exc)),)
 
+    def _refuse(self, item: Item, message: Mapping[str, Any]) -> tuple[ItemResult | None]:
+        """Start an item again that found no environment; it is no retry where nothing of it ran."""
+        began = item.began or {}
+        place = (item.environment["key"], began["node_id"])
+        self._refused[place] = time.monotonic() + _REFUSED_S
+        item.refusals += not message["has_run"] and item.refusals < _MAX_REFUSALS
+        return self._again_or(item, message["error"]["type"], message["error"]["message"])
+
     @staticmethod
     def _again_or(item: Item, kind: str, message: str) -> tuple[ItemResult | None]:
         """Start a lost item again; when its retries are used up, that is its result."""
-        if item.attempts <= item.limits.retries:
+        if item.attempts - item.refusals <= item.limits.retries:
             return (None,)
         return (_broken(item, kind, message),)
 

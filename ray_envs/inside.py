@@ -122,6 +122,7 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
         "started_at": started,
         "shadowed": [],
         "kind": "payload",
+        "has_run": False,
         "error": None,
         "value": None,
     }
@@ -138,6 +139,7 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
             function = _load(request, payload, code, outcome)
             _check_call(function, request)
             outcome["kind"] = "payload"
+            outcome["has_run"] = True
             value = function(*request["args"], **request["kwargs"])
             if request["as_json"]:
                 value = _as_json(value)

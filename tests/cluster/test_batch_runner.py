@@ -578,6 +578,34 @@ def test_an_environment_that_is_not_what_its_name_says_is_built_again(
     assert json.loads(record.read_text())["key"] == key
 
 
+def test_an_item_that_finds_its_environment_lost_waits_for_it_and_uses_up_no_retry(
+    cluster: RayEnvironmentProvider, root: Path, tmp_path: Path
+) -> None:
+    """It comes to the worker that is there, long before anybody else sees what is missing."""
+    cluster.create("lost", EnvSpec(packages=("six==1.14.0",)))
+    cluster.prepare("lost")
+    folder = root / "store" / cluster.environment("lost")["key"]
+
+    def lose(folder: str, place: str, word: str) -> str:
+        import os
+
+        if word == "first":
+            os.rename(folder, place)
+        return word
+
+    places = [str(folder), str(tmp_path / "elsewhere")]
+    words = [[*places, word] for word in ("first", "second", "third")]
+    try:
+        ended = list(RayBatchRunner(cluster).run(lose, variants=["lost"], cases=words, retries=0))
+    finally:
+        cluster.delete("lost", force=True)
+    assert [result.value for result in ended] == ["first", "second", "third"], [
+        (result.error, result.attempts) for result in ended
+    ]
+    assert max(result.attempts for result in ended) > 1
+    assert (folder / "record.json").exists()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("key", "0" * 32), ("venv", "/somewhere/else/.venv"), ("python", "3.9.1"), ("ray", "1.0")],

@@ -252,7 +252,8 @@ def check(
     """Make sure that every item ended in exactly one good result, in its variant's environment."""
     wanted = Counter((variant, case) for variant in pins for case in cases)
     assert Counter((result["variant_id"], result["case_id"]) for result in results) == wanted
-    assert [result for result in results if not result["ok"]] == []
+    failed = [result for result in results if not result["ok"]]
+    assert not failed, json.dumps(failed, indent=1)[:6000]
     keys: dict[str, set[str]] = {}
     for result in results:
         keys.setdefault(result["variant_id"], set()).add(result["key"])

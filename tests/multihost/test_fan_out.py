@@ -49,6 +49,8 @@ IMPORTS = "import ray, requests, yaml, google.protobuf, {name}; print({name}.__f
 def console(four: Hosts) -> Iterator[Console]:
     console = Console(four)
     yield console
+    for name in ("only", "two", "two-more", "none"):  # the batch's variants stay, for the storms
+        console.ask(f"envs.delete({name!r}, force=True)")
     console.close()
 
 

@@ -1,7 +1,8 @@
 """Faults in the middle of a running batch, on four hosts: every item ends once, and rightly so.
 
-From harmless to destructive; each test ends with all live hosts ready again, which `storm` waits
-for. The last ones have a head that takes a silent node for dead after 5 s.
+First all in one batch; then, by hand, one by one, from harmless to destructive. Each test ends with
+all live hosts ready again, which `storm` waits for. The last ones have a head that takes a silent
+node for dead after 5 s.
 """
 
 from __future__ import annotations
@@ -135,9 +136,51 @@ def slowed(host: Host) -> Iterator[None]:
         host.run(["tc", "qdisc", "delete", "dev", "eth0", "root"])
 
 
-# -- with Ray's own idea of when a node is dead
+# -- all at once
 
 
+def test_a_batch_that_meets_every_storm_gives_every_result_once(storm: World) -> None:
+    """One host dies, one joins, one loses its store, one its cable for 20 s; then a disk fills."""
+    killed, wiped, cut = storm.live[1:4]
+    running = storm.run("every", cases=3 * CASES)
+    running.until(6)
+    with measured("four storms: Ray on a host that joins"):
+        joined = storm.join(root_bytes=ROOT_BYTES)
+    with cut.disconnected():
+        killed.kill()
+        storm.live.remove(killed)
+        lose_store(wiped)
+        cut.run(["sleep", str(CUT_S)])
+    with measured("four storms: until all that live are ready and give results"):
+        wait_until_ready(storm.console, storm.live, IDS)
+        seen = len(running.so_far())
+        for host in (wiped, cut, joined):
+            fresh(storm, running, host, seen)
+    lose_store(joined)
+    joined.fill_disk()
+    told: dict[str, Any] = {}
+
+    def has_failed() -> bool:
+        told.update({i: phases(storm.console, i).get(joined.address, {}) for i in IDS})
+        return any(
+            (node.get("error") or {}).get("type") == "StorageFailed" for node in told.values()
+        )
+
+    wait_until(has_failed, "the failure of a full disk")
+    joined.free_disk()
+    with measured("a full disk: until it is ready by itself and gives results"):
+        wait_until_ready(storm.console, storm.live, IDS)
+        fresh(storm, running, joined, len(running.so_far()))
+    running.hurry(storm.live)
+    results = running.all_ok()
+    assert {host.name for host in storm.live} <= hosts_of(results)
+    assert storm.wheels() == {}
+
+
+# -- one by one, with Ray's own idea of when a node is dead
+
+
+@pytest.mark.thorough
 def test_a_store_that_is_lost_in_a_batch_is_made_again(storm: World) -> None:
     running, host = storm.run("lost"), storm.live[1]
     seen = len(running.until(6))
@@ -161,6 +204,7 @@ def test_a_store_that_is_lost_under_idle_workers_is_no_trap(storm: World) -> Non
     assert storm.wheels() == {}
 
 
+@pytest.mark.thorough
 def test_a_link_that_is_cut_for_seconds_costs_no_item(storm: World) -> None:
     host = storm.live[2]
     node_id = host.node_id()
@@ -266,6 +310,7 @@ def flipped(host: Host, pattern: str) -> Iterator[bytes]:
 _FILE = "archive-v0/*/tabulate/__init__.py"
 
 
+@pytest.mark.thorough
 def test_a_host_that_joins_gets_items_and_takes_nothing_that_is_damaged(storm: World) -> None:
     running = storm.run("joins", cases=2 * CASES)
     running.until(4)
@@ -310,6 +355,7 @@ def test_a_wheel_that_is_damaged_everywhere_is_named_and_not_taken(storm: World)
         storm.console.ask(f"envs.delete({name!r}, force=True)")
 
 
+@pytest.mark.thorough
 def test_a_full_disk_fails_its_host_alone_until_it_is_freed(storm: World) -> None:
     host = storm.live[-1]
     host.fill_disk()
@@ -419,6 +465,7 @@ def test_a_link_that_is_cut_until_its_node_is_dead_costs_no_item(storm: World) -
     assert storm.wheels() == {}
 
 
+@pytest.mark.thorough
 def test_a_host_that_loses_power_costs_no_item_and_comes_back_as_it_was(storm: World) -> None:
     host, made = storm.live[1], storm.made()
     running = storm.run("power")
