@@ -18,7 +18,17 @@ settings.load_profile("ray_envs")
 
 #: Thousands of small files in each environment: in memory, where there is enough of it.
 _MEMORY, _ENOUGH_BYTES = "/dev/shm", 12 << 30
-_FLOORS = ("tests/multihost/", "tests/cluster/", "tests/local/", "tests/unit/")
+#: Those on the embedded Ray of `tests/cluster/conftest.py`.
+_ON_ONE_CLUSTER = {
+    f"test_{name}.py"
+    for name in (
+        "batch_runner", "doors_of_ray", "handle_users", "lifecycle", "mended_faults",
+        "provider_contract",
+    )
+}  # fmt: skip
+_HOSTS, _CLUSTER = "tests/multihost/", "tests/cluster/"
+#: Who begins first: the longest.
+_ORDER = (_HOSTS, f"{_CLUSTER}test_cli.py", _CLUSTER, "tests/local/", "tests/unit/")
 
 with suppress(OSError):
     free = min(shutil.disk_usage(_MEMORY).free, psutil.virtual_memory().available)
@@ -27,20 +37,24 @@ with suppress(OSError):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def floor(item: pytest.Item) -> int:
-        return next((i for i, start in enumerate(_FLOORS) if item.nodeid.startswith(start)), 0)
+    def place(item: pytest.Item) -> int:
+        return next((i for i, start in enumerate(_ORDER) if item.nodeid.startswith(start)), 0)
 
-    items.sort(key=floor)  # a stable sort: within a floor they stay as they are
+    items.sort(key=place)  # a stable sort: what is in the same place stays as it is
 
 
 class _ByFile(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
-    """A whole file to a process, and all that boot hosts to one; two processes at most begin there.
+    """A whole file to a process, and all with the same cluster to one.
 
-    Two cores have no room for three clusters: the other processes begin with what needs none.
+    Two processes begin with clusters: two cores have no room for three. The others begin at the
+    end, with what needs none.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return _FLOORS[0] if nodeid.startswith(_FLOORS[0]) else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        if file.startswith(_HOSTS):
+            return _HOSTS
+        return _CLUSTER if file.removeprefix(_CLUSTER) in _ON_ONE_CLUSTER else file
 
     def _assign_work_unit(self, node: Any) -> None:
         if self.nodes.index(node) >= 2:

@@ -90,6 +90,7 @@ def replica() -> type:
     return Replica
 
 
+@pytest.mark.thorough  # a hundred more packages
 def test_a_deployment_of_serve_runs_in_its_variant(
     cluster: RayEnvironmentProvider, serve: Any, served: str, venv: Callable[[str], str]
 ) -> None:
@@ -160,6 +161,7 @@ def data() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("mapped", [{"fn": mark}, {"fn": Marker, "concurrency": 1}])
+@pytest.mark.thorough  # a hundred more packages
 def test_ray_data_maps_batches_in_a_variant(
     cluster: RayEnvironmentProvider,
     data: Any,
@@ -173,6 +175,7 @@ def test_ray_data_maps_batches_in_a_variant(
     assert {(row["prefix"], row["six"]) for row in rows} == {(venv(served), "1.16.0")}
 
 
+@pytest.mark.thorough  # a hundred more packages
 def test_ray_data_reads_in_a_variant(
     cluster: RayEnvironmentProvider, data: Any, served: str, venv: Callable[[str], str]
 ) -> None:
