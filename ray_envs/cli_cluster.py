@@ -26,7 +26,8 @@ from ray_envs.console import (
     say,
     variant_argument,
 )
-from ray_envs.errors import ManagerUnavailable, NoEligibleNode
+from ray_envs.errors import InvalidInput, ManagerUnavailable, NoEligibleNode
+from ray_envs.models import EnvId
 
 if TYPE_CHECKING:
     from ray_envs.doors import RayDoor
@@ -72,6 +73,8 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     from ray_envs.doors import RayDoor
     from ray_envs.provider import RayEnvironmentProvider
 
+    if timeout_s != timeout_s:
+        raise InvalidInput("nan is no number of seconds", where="--timeout", hint="give seconds")
     with _connected(address):
         was_there = cluster.find_manager() is not None
         with RayEnvironmentProvider.connect():
@@ -204,6 +207,7 @@ def runtime_env(variant: str, address: str | None, may_prepare: bool) -> None:
     """
     from ray_envs.provider import RayEnvironmentProvider
 
+    variant = str(EnvId.parse(variant))  # before anything is started for it
     with _connected(address), RayEnvironmentProvider.connect() as provider:
         if may_prepare:
             provider.prepare(variant, on_status=_said())

@@ -142,6 +142,8 @@ def _pairs(texts: tuple[str, ...], *, option: str) -> dict[str, str]:
                 where=option,
                 hint="write NAME=VALUE",
             )
+        if name in pairs:
+            raise InvalidInput(f"{name!r} is there twice", where=option, hint="give it once")
         pairs[name] = value
     return pairs
 
@@ -342,7 +344,9 @@ def import_project(
         put_json(answer)
     else:
         put(answer["key"])
-        if dry_run:
+        if dry_run and bundle is not None:
+            say("a dry run: its wheels are in uv's cache here, and nothing else was changed")
+        elif dry_run:
             say("a dry run: nothing was changed")
 
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from ray_envs import transfer
 from ray_envs.cluster import Call
-from ray_envs.errors import ManagerUnavailable, RayEnvsError, StorageFailed
-from ray_envs.models import Installed
+from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError, StorageFailed
+from ray_envs.models import Installed, validated
 from ray_envs.packs import Manifest, Wheel, why_not
 from ray_envs.transfer import Receiving
 from ray_envs.uv_cache import UvCache
@@ -140,17 +140,20 @@ class Exchange:
         call = self._peers.peer(node_id)
         asked = [package.model_dump(mode="json") for package in lacking]
         told = await _soon(call("offers", packages=asked))
-        wheels = [Wheel.model_validate(each) for each in told]
-        total, done, reasons = sum(wheel.total_bytes for wheel in wheels), 0, []
+        wheels = [validated(Wheel, each, where=f"node {node_id[:12]}") for each in told]
+        wheels = [wheel for wheel in wheels if wheel.package in lacking]
+        total, done, is_silent, reasons = sum(wheel.total_bytes for wheel in wheels), 0, False, []
         slots = asyncio.Semaphore(_AT_ONCE)
 
         async def one(wheel: Wheel) -> None:
-            nonlocal done
+            nonlocal done, is_silent
             reason = why_not(wheel, transfer.made_here())
             if reason:
                 reasons.append(reason)
                 return
             async with slots:
+                if is_silent:  # the next node is asked for it
+                    return
                 try:
                     async for size in self._receive(call, wheel):
                         done += size
@@ -158,15 +161,24 @@ class Exchange:
                 except StorageFailed:  # this node's own disk: no other sender helps
                     raise
                 except RayEnvsError as exc:
+                    is_silent = is_silent or isinstance(exc, ManagerUnavailable)
                     reasons.append(f"node {node_id[:12]}: {exc}")
 
-        await asyncio.gather(*(one(wheel) for wheel in wheels))
+        receiving = [asyncio.ensure_future(one(wheel)) for wheel in wheels]
+        try:
+            await asyncio.gather(*receiving)
+        finally:
+            for task in receiving:
+                task.cancel()
+            await asyncio.gather(*receiving, return_exceptions=True)
         return reasons
 
     async def _receive(self, call: Call, wheel: Wheel) -> Any:
         """Take one wheel, a piece ahead of what is written; yields how many bytes have come."""
         plain = wheel.model_dump(mode="json")
         made = Manifest.parse(await _soon(call("manifest", wheel=plain)))
+        if made.wheel.package != wheel.package:
+            raise InvalidInput(f"it sends {made.wheel} for {wheel}")
 
         async def piece(number: int) -> bytes:
             told = await call("chunk", wheel=plain, identity=made.identity, number=number)
@@ -193,14 +205,15 @@ async def _soon(asked: Any) -> Any:
     """What a sender answers, unless it takes too long: a link may be cut, and Ray waits for it.
 
     Raises:
-        ManagerUnavailable: it does not answer, or cannot give it: another one may.
+        ManagerUnavailable: it does not answer, and nothing more is to be asked of it.
+        InvalidInput: it cannot give this: another one may.
     """
     try:
         return await asyncio.wait_for(asked, _PATIENCE_S)
     except (TimeoutError, asyncio.TimeoutError):
         raise ManagerUnavailable(f"it did not answer within {_PATIENCE_S:g} s") from None
-    except RayEnvsError as exc:
-        raise ManagerUnavailable(exc.message, detail=exc.detail) from exc
+    except StorageFailed as exc:  # the sender's disk, not ours
+        raise InvalidInput(exc.message, detail=exc.detail) from exc
 
 
 def _mib(size: int) -> str:

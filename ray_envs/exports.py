@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from ray_envs import bundles, changing, locks, resolving, transfer
 from ray_envs.builder import this_platform
 from ray_envs.errors import EnvironmentNotReady, InvalidInput, StorageFailed
-from ray_envs.models import Generation, VariantRecord
+from ray_envs.models import Generation, Installed, VariantRecord
 from ray_envs.registry import Registry
 from ray_envs.store import Store
 from ray_envs.uv_cache import UvCache
@@ -157,7 +157,30 @@ def take_bundle(path: Path, store: Store) -> dict[str, bytes]:
                 where=str(path),
                 hint="export it where this Ray runs",
             )
+        named = _packages_of(bundle.files, where=str(path))
         for manifest in bundle.manifests:
-            if transfer.missing(cache, [manifest.wheel.package]):
+            package = manifest.wheel.package
+            if package not in named:  # no other variant is to find what this lock does not name
+                raise InvalidInput(
+                    f"the bundle has a wheel of {package.name} that its lock does not name",
+                    where=str(path),
+                    hint="take it only from whom you trust; export it again",
+                )
+            if transfer.missing(cache, [package]):
                 transfer.receive(cache, manifest, bundle.chunks(manifest))
         return dict(bundle.files)
+
+
+def _packages_of(files: Mapping[str, bytes], *, where: str) -> set[Installed]:
+    """What the lock among the texts of a bundle installs here."""
+    try:
+        lock = files["uv.lock"].decode()
+        options = json.loads(files["options.json"])
+        extras, groups = options.get("extras", ()), options.get("groups", ())
+        return set(locks.installed(lock, this_platform(), extras=extras, groups=groups))
+    except (KeyError, ValueError, AttributeError, TypeError) as exc:
+        raise InvalidInput(
+            f"the bundle is no project of ours: {type(exc).__name__}: {exc}",
+            where=where,
+            hint="write it again with `ray-envs export --bundle`",
+        ) from None

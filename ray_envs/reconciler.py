@@ -239,11 +239,15 @@ class Reconciler:
     def status_of(self, generation: Generation) -> Status:
         """What a generation is, over all nodes that shall have it."""
         states = self.states(generation)
-        if not states and self.fleet.nodes:  # no node is what the variant asks for
+        if self._lacks_nodes(generation, len(states)):
             return Status.ERROR
         return planning.status_of(
             generation.key, states, {n: {generation.key: state} for n, state in states.items()}
         )
+
+    def _lacks_nodes(self, generation: Generation, found: int) -> bool:
+        """Whether fewer live nodes than it asks for are what it asks for."""
+        return bool(self.fleet.nodes) and found < (Need.of(generation.definition).count or 1)
 
     def places(self, name: str) -> dict[str, Any]:
         """Where tasks in a variant may go now, as `placement.options` wants to know it."""
@@ -394,13 +398,10 @@ class Reconciler:
         self, name: str, record: VariantRecord, states: Mapping[str, NodeEnvState]
     ) -> dict[str, str] | None:
         if not self.is_stale(record.current):
-            if not states and self.fleet.nodes:
-                return NoEligibleNode(
-                    f"no live node is what {name} asks for: {Need.of(record.definition)}",
-                    variant_id=name,
-                    hint="add such a node, or change the variant's label_selector or num_gpus",
-                ).to_dict()
-            return next((state.error for state in states.values() if state.error), None)
+            told = next((state.error for state in states.values() if state.error), None)
+            if told is None and self._lacks_nodes(record.current, len(states)):
+                return _lack_of_nodes(record.current, len(states), variant_id=name).to_dict()
+            return told
         if name in self.relocking:
             return None
         if name in self.relock_errors:
@@ -414,10 +415,13 @@ class Reconciler:
         ).to_dict()
 
     def raise_failure(self, generation: Generation, *, variant_id: str) -> None:
-        """Raise what a node reported about `generation`, if one reported a failure."""
-        for node_id, state in self.states(generation).items():
+        """Raise what a node reported about `generation`, or that there are too few nodes for it."""
+        states = self.states(generation)
+        for node_id, state in states.items():
             if state.error:
                 raise from_dict(state.error).about(variant_id=variant_id, node_id=node_id)
+        if self._lacks_nodes(generation, len(states)):
+            raise _lack_of_nodes(generation, len(states), variant_id=variant_id)
 
     async def until_final(
         self, generation: Generation, timeout_s: float, *, variant_id: str
@@ -617,3 +621,13 @@ class Reconciler:
                 variant_id=str(env_id),
             )
         return build_request(generation, pyproject, uv_lock).model_dump(mode="json")
+
+
+def _lack_of_nodes(generation: Generation, found: int, *, variant_id: str) -> NoEligibleNode:
+    need = Need.of(generation.definition)
+    which = f"only {found} of {need.count} live nodes are" if found else "no live node is"
+    return NoEligibleNode(
+        f"{which} what {variant_id} asks for: {need}",
+        variant_id=variant_id,
+        hint="add such a node, or change the variant's label_selector, num_gpus or nodes",
+    )

@@ -17,6 +17,7 @@ from ray_envs.cluster import LocalNodes
 from ray_envs.errors import (
     AlreadyExists,
     EnvironmentNotReady,
+    NoEligibleNode,
     NotFound,
     ResolutionFailed,
     StorageFailed,
@@ -80,6 +81,30 @@ def on_disk(settings: Settings) -> dict[str, str]:
         and (path.suffix != ".lock" or path.name == "uv.lock")
         and ".venv" not in path.parts
     }
+
+
+# -- where
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"label_selector": {"zone": "nowhere"}}, "no live node is what v asks for: zone=nowhere"),
+        ({"num_gpus": 999}, "no live node is what v asks for: 999 GPUs"),
+        ({"nodes": 5}, "only 1 of 5 live nodes are what v asks for"),
+    ],
+)
+def test_what_too_few_nodes_can_have_is_refused_and_takes_nothing_away(
+    warm: Settings, where: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(NoEligibleNode, match=words):
+        create(warm, "v", spec("six", **where))
+    assert in_manager(warm, lambda m: m.list_envs()) == []
+    before = create(warm, "v", spec("six"))
+    with pytest.raises(NoEligibleNode, match=words):
+        create(warm, "v", spec("iniconfig", **where), replace=True)
+    now = in_manager(warm, lambda m: m.get_env_status(variant_id="v"))
+    assert (now["status"], now["generation"], now["key"]) == ("ACTIVE", 1, before["key"])
 
 
 # -- sharing

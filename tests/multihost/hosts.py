@@ -37,7 +37,7 @@ from tests.multihost.index import RecordingIndex, UpstreamMissing, upstream_inde
 #: it: 15 characters are all that a link's name may have.
 _OURS = re.compile(r"(re(\d+)-[0-9a-f]{2})(b|v\d+)?")
 _NUMBERS = itertools.count()
-_TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname", "env", "fallocate")
+_TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname", "env", "dd")
 
 
 class Unable(Exception):
