@@ -186,12 +186,13 @@ class Reconciler:
 
     def want(self, keys: Iterable[str]) -> None:
         """Want environments on every node that fits, failed ones once more."""
-        for key in keys:
-            states = (node.states.get(key) for node in self.fleet.nodes.values())
-            failed = [s.attempt for s in states if s is not None and s.phase is Phase.FAILED]
-            self.wishes.want(key, failed=max(failed, default=None))
-            if failed:
-                self.wishes.outdate(key)
+        with self.wishes.at_once():
+            for key in keys:
+                states = (node.states.get(key) for node in self.fleet.nodes.values())
+                failed = [s.attempt for s in states if s is not None and s.phase is Phase.FAILED]
+                self.wishes.want(key, failed=max(failed, default=None))
+                if failed:
+                    self.wishes.outdate(key)
         self.fleet.wake_up.set()
 
     def unwant(self, key: str) -> None:

@@ -6,7 +6,8 @@ restarts goes on with what it was at: nodes that join later get what was asked f
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -38,6 +39,7 @@ class Wishes:
         self._epochs: dict[str, int] = {}
         #: Rises with every change.
         self.version = 0
+        self._is_held = False
 
     def load(self) -> None:
         """Take over what an earlier life has kept; what cannot be read is asked for again."""
@@ -47,6 +49,17 @@ class Wishes:
                 self._wanted |= set(kept.wanted)
                 self._attempts = {**kept.attempts, **self._attempts}
                 self._epochs = {**kept.epochs, **self._epochs}
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """The changes in the block are written together."""
+        before, self._is_held = self.version, True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            if self.version != before:
+                self._keep()
 
     def __contains__(self, key: str) -> bool:
         return key in self._wanted
@@ -88,6 +101,10 @@ class Wishes:
 
     def _write(self) -> None:
         self.version += 1
+        if not self._is_held:
+            self._keep()
+
+    def _keep(self) -> None:
         if self._path is not None:
             kept = _Kept(
                 wanted=tuple(sorted(self._wanted)), attempts=self._attempts, epochs=self._epochs

@@ -57,6 +57,15 @@ def test_the_next_manager_knows_all_that_the_last_one_did(
     assert len(wishes) == len(wanted)
 
 
+def test_what_is_wished_at_once_is_written_once(tmp_path: Path) -> None:
+    wishes = again(tmp_path / "wishes.json")
+    with wishes.at_once():
+        for key in KEYS:
+            wishes.want(key)
+        assert not os.listdir(tmp_path)
+    assert all(key in again(tmp_path / "wishes.json") for key in KEYS)
+
+
 def test_without_a_file_they_hold_for_this_process_only() -> None:
     wishes = again(None)
     wishes.want("a")
