@@ -36,7 +36,12 @@ FORMAT = 1
 _HEADER, _TRAILER = "bundle.json", "bundle.sha256"
 #: More than any header or text has, in bytes: what is larger is not read into memory.
 _MAX_BYTES = 256 * 1024 * 1024
+#: A guess: far more than any environment has wheels.
+_MAX_MEMBERS = 10_000
 _HINT = "write it again with `ray-envs export --bundle`, and compare its size after copying"
+
+#: What `tarfile` raises for damaged headers: not only its own errors.
+_DAMAGED = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
 
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -178,7 +183,7 @@ def read_bundle(path: Path) -> Iterator[Bundle]:
             try:
                 file = exits.enter_context(path.open("rb"))
                 bundle = _opened(file, exits.enter_context(tarfile.open(fileobj=file, mode="r:")))
-            except tarfile.TarError as exc:
+            except _DAMAGED as exc:
                 reason = f"this is no bundle, or not all of it: {exc}"
                 raise InvalidInput(reason, hint=_HINT) from exc
             except OSError as exc:
@@ -189,7 +194,8 @@ def read_bundle(path: Path) -> Iterator[Bundle]:
 
 
 def _opened(file: IO[bytes], archive: tarfile.TarFile) -> Bundle:
-    first = archive.next()
+    following = _members(archive)
+    first = next(following, None)
     if first is None or first.name != _HEADER or first.size > _MAX_BYTES:
         raise InvalidInput("this is no bundle of ray_envs", hint=_HINT)
     file.seek(first.offset_data)
@@ -204,7 +210,7 @@ def _opened(file: IO[bytes], archive: tarfile.TarFile) -> Bundle:
             f"it has the format {found!r}; this ray_envs reads {FORMAT}",
             hint="update ray_envs here, or write the bundle with this version of it",
         )
-    members = archive.getmembers()
+    members = [first, *following]
     if members[-1].name != _TRAILER:
         raise InvalidInput("the bundle is incomplete", hint=_HINT)
     file.seek(members[-1].offset_data)
@@ -215,6 +221,16 @@ def _opened(file: IO[bytes], archive: tarfile.TarFile) -> Bundle:
     if [(each.name, each.size) for each in inner if each.isreg()] != header.members():
         raise InvalidInput(f"it does not hold what its {_HEADER} says", hint=_HINT)
     return Bundle(file, header, [each.offset_data for each in inner])
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members; `tarfile` alone would go back by a negative size, and never end."""
+    for count, member in enumerate(iter(archive.next, None)):
+        if member.size < 0 or archive.offset <= member.offset:
+            raise tarfile.ReadError("a member ends before it begins")
+        if count == _MAX_MEMBERS:
+            raise tarfile.ReadError(f"it has more than {_MAX_MEMBERS} members")
+        yield member
 
 
 def _add(archive: tarfile.TarFile, name: str, size: int, stream: IO[bytes]) -> None:

@@ -174,7 +174,7 @@ def take_bundle(path: Path, store: Store) -> dict[str, bytes]:
 def _packages_of(files: Mapping[str, bytes], *, where: str) -> set[Installed]:
     """What the lock among the texts of a bundle installs here."""
     try:
-        lock = files["uv.lock"].decode()
+        _, lock = (files[name].decode() for name in ("pyproject.toml", "uv.lock"))
         options = json.loads(files["options.json"])
         extras, groups = options.get("extras", ()), options.get("groups", ())
         return set(locks.installed(lock, this_platform(), extras=extras, groups=groups))

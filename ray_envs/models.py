@@ -521,10 +521,12 @@ def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
     for part in loc:
         if isinstance(part, int):
             continue
-        annotation = model.model_fields[part].annotation
+        if (field := model.model_fields.get(part)) is None:  # a key of a table, as of `files`
+            continue
+        annotation = field.annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        inner = (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-        model = next(inner, model)
+        classes = (c for c in candidates if isinstance(c, type) and not hasattr(c, "__origin__"))
+        model = next((c for c in classes if issubclass(c, BaseModel)), model)
     return list(model.model_fields)
 
 

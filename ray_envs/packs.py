@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
 from typing import Annotated, Any
@@ -24,6 +24,22 @@ _MAX_CHUNK_BYTES = 256 * 1024 * 1024
 #: An unpacked wheel, relative to a uv cache.
 ARCHIVE = re.compile(r"archive-v\d+/[A-Za-z0-9_-]+")
 _BUCKET = re.compile(r"(wheels|sdists)-v\d+")
+#: Where in the path of an entry the name of its package is, by bucket and kind of source. What uv
+#: built from a URL or a commit is not below a name.
+_NAME_AT = {
+    ("wheels", "pypi"): 2,
+    ("wheels", "index"): 3,
+    ("wheels", "url"): 3,
+    ("sdists", "pypi"): 2,
+    ("sdists", "index"): 3,
+    ("sdists", "url"): None,
+    ("sdists", "git"): None,
+}
+
+#: What file systems take as one name, in bytes.
+_MAX_NAME_BYTES = 255
+#: A guess: Linux takes 4096 bytes as a path, and the folder of the cache counts too.
+_MAX_PATH_BYTES = 1024
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -62,6 +78,12 @@ class Wheel(Model):
                 raise ValueError(f"{archive!r} is no unpacked wheel of a uv cache")
         return archives
 
+    @model_validator(mode="after")
+    def _is_text(self) -> Wheel:
+        """JSON can hold half a surrogate, which cannot be hashed, sent on or printed."""
+        self.model_dump_json()
+        return self
+
 
 class PackedFile(Model):
     """A file of the stream."""
@@ -99,9 +121,8 @@ class Manifest(Model):
         if len(files) != len(self.files) or len(leads) != len(self.leads):
             raise ValueError("a path is there twice")
         for lead in self.leads:
-            parts = _parts(lead.path)
-            if len(parts) < 3 or not _BUCKET.fullmatch(parts[0]):
-                raise ValueError(f"{lead.path!r} is no entry of a uv cache")
+            if not _is_entry(_parts(lead.path), self.wheel.package.name):
+                raise ValueError(f"{lead.path!r} is no entry of {self.wheel} in a uv cache")
             if lead.archive is None and lead.path not in files:
                 raise ValueError(f"{lead.path!r} is not in the stream")
             if lead.archive is not None and (lead.archive not in archives or lead.path in files):
@@ -109,6 +130,9 @@ class Manifest(Model):
         for path in files - leads:
             if len(parts := _parts(path)) < 3 or "/".join(parts[:2]) not in archives:
                 raise ValueError(f"{path!r} is in no wheel that is sent")
+        for path in files | leads:
+            if any(above in files or above in leads for above in _above(path)):
+                raise ValueError(f"{path!r} is below a file or a link")
         if self.wheel.total_bytes != self.offsets[-1]:
             raise ValueError("the sizes of the files do not add up")
         return self
@@ -150,8 +174,32 @@ def why_not(wheel: Wheel, node: MadeFor) -> str:
     return ""
 
 
+def _is_entry(parts: list[str], name: str) -> bool:
+    """Whether `parts` are those of an entry of the package `name`, as far as its path says."""
+    if len(parts) < 4 or not _BUCKET.fullmatch(parts[0]):
+        return False
+    kind = (parts[0].partition("-")[0], parts[1])
+    at = _NAME_AT.get(kind)
+    return kind in _NAME_AT and (at is None or (parts[at] == name and len(parts) > at + 1))
+
+
+def _above(path: str) -> Iterator[str]:
+    """The folders that a path is in."""
+    while path := path.rpartition("/")[0]:
+        yield path
+
+
 def _parts(path: str) -> list[str]:
-    """The parts of a path that leads nowhere but down; none of any other."""
+    """The parts of a path that leads nowhere but down, and that a disk takes; none of any other."""
     parts = path.split("/")
     is_safe = not any(part in ("", ".", "..") or "\0" in part for part in parts)
-    return parts if is_safe else []
+    return parts if is_safe and _fits(path) else []
+
+
+def _fits(path: str) -> bool:
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return False
+    names = encoded.split(b"/")
+    return len(encoded) <= _MAX_PATH_BYTES and max(map(len, names)) <= _MAX_NAME_BYTES

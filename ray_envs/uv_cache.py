@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
-from ray_envs.errors import LockTimeout
+from ray_envs.errors import InvalidInput, LockTimeout
 from ray_envs.files import storage_errors
 from ray_envs.models import Installed
 
@@ -132,7 +132,8 @@ class UvCache:
     ) -> None:
         """Put what has arrived in its place; all paths are relative, as in the cache.
 
-        uv sees it from the last step on. An archive of the same id is the same one: it stays.
+        uv sees it from the last step on. An archive of the same id is the same one: it stays where
+        something leads to it. Otherwise it is what a killed `forget` left, and makes room.
 
         Args:
             arriving: what `arriving` gave, laid out as the cache is.
@@ -141,12 +142,18 @@ class UvCache:
                 archive that it leads to.
 
         Raises:
+            InvalidInput: a path leads through a link of the cache; nothing was moved.
             StorageFailed: it cannot be moved; doing all of it again is safe.
         """
+        archives, leads = list(archives), list(leads)
         with storage_errors("move a wheel into uv's cache"):
+            for path in (*archives, *(lead for lead, _ in leads)):
+                self._check_place(path)
             for archive in archives:
                 place = self.folder / archive
                 place.parent.mkdir(parents=True, exist_ok=True)
+                if place.is_dir() and not self._is_led_to(place):
+                    self._let_go(place)
                 try:
                     os.rename(arriving / archive, place)
                 except OSError:
@@ -189,9 +196,7 @@ class UvCache:
         with storage_errors("remove a wheel from uv's cache"):
             with self._lock(fcntl.LOCK_EX):
                 self._give_up_arriving()
-                for pointer in list(self._pointers_to(archive)):
-                    pointer.unlink(missing_ok=True)
-                self._move_away(archive)
+                self._let_go(archive)
             self._empty_trash()
 
     def forget_unneeded(self, needed: Mapping[str, Collection[str]]) -> tuple[int, int]:
@@ -304,6 +309,14 @@ class UvCache:
                     yield path
         yield from links
 
+    def _is_led_to(self, archive: Path) -> bool:
+        """Whether uv may use `archive`; the link of a downloaded wheel is nothing on its own."""
+        built = tuple(self.folder.glob("sdists-v*"))
+        return any(
+            not path.is_symlink() or any(bucket in path.parents for bucket in built)
+            for path in self._pointers_to(archive)
+        )
+
     def _reachable(self) -> set[Path]:
         """The unpacked wheels that something leads to, in the eyes of `uv cache prune`."""
         return {_target(path) for path in self._bucket_files() if path.is_symlink()}
@@ -346,6 +359,21 @@ class UvCache:
                 releases = {_release_of_wheel(path.name) for path in folder.glob("*/*.whl")}
                 if releases and None not in releases:
                     yield _Entry(frozenset(r for r in releases if r is not None), (folder,))
+
+    def _check_place(self, path: str) -> None:
+        """Nothing, if `path` is in the folder that it names: a link leads into another wheel."""
+        place = self.folder / path
+        if any(above.is_symlink() for above in place.parents if self.folder in above.parents):
+            raise InvalidInput(
+                f"{path} leads through a link of uv's cache",
+                hint="take it from another node, or from the package index",
+            )
+
+    def _let_go(self, archive: Path) -> None:
+        """Move `archive` away after all that leads to it: nothing ever leads nowhere."""
+        for pointer in list(self._pointers_to(archive)):
+            pointer.unlink(missing_ok=True)
+        self._move_away(archive)
 
     def _move_away(self, path: Path) -> None:
         """Take `path` out of uv's sight, whole: half a wheel would be linked as if it were one."""
