@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -265,19 +266,30 @@ class NodeAgent:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _attend(self, gate: Gate) -> None:
-        """Look who waits at the gate; those who wait for what has failed are told so."""
+        """Look who waits at the gate, again and again, whatever goes wrong there."""
+        told = ""
         while True:
-            asked = gate.asked()
-            for key, attempt in asked.items():
-                state = self._states.get(key)
-                if state is not None and state.phase is Phase.FAILED:
-                    with suppress(OSError):  # a full disk: they give up by themselves
-                        gate.refuse(key, attempt, str(from_dict(state.error or {})))
-                        gate.withdraw(key)
-            if asked != self._asked:
-                self._asked = asked
-                self._wake()
+            try:
+                self._look_at(gate)
+            except Exception as exc:
+                said = f"{type(exc).__name__}: {exc}"
+                if said != told:  # several times a second
+                    print(f"ray_envs: NodeAgent: {said}", file=sys.stderr)
+                told = said
             await asyncio.sleep(_ATTEND_S)
+
+    def _look_at(self, gate: Gate) -> None:
+        """See who waits at the gate; those who wait for what has failed are told so."""
+        asked = gate.asked()
+        for key, attempt in asked.items():
+            state = self._states.get(key)
+            if state is not None and state.phase is Phase.FAILED:
+                with suppress(OSError):  # a full disk: they give up by themselves
+                    gate.refuse(key, attempt, str(from_dict(state.error or {})))
+                    gate.withdraw(key)
+        if asked != self._asked:
+            self._asked = asked
+            self._wake()
 
     def _forget_lost(self) -> None:
         """Stop calling ready what the disk has lost, so that it is built again."""

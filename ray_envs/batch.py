@@ -20,10 +20,16 @@ from typing import Any
 
 from ray_envs.cluster import is_client
 from ray_envs.code import source_sha256
-from ray_envs.errors import InvalidInput, RayEnvsError
+from ray_envs.doors import RESTART_S, impatient
+from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError
 from ray_envs.flight import Flight, Item, Payload, check_key, not_run, plain_function
 from ray_envs.models import BatchSpec, CaseSpec, ItemResult, RunDefaults, validated
 from ray_envs.provider import EnvironmentProvider, Statuses
+
+#: How long a launch may wait for a manager that is away while results of other items come in, and
+#: the pause where there is nothing else to do.
+_PATIENCE_S = 15.0
+_PAUSE_S = 0.5
 
 _ENTRYPOINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -225,15 +231,28 @@ class RayBatchRunner:
                     waiting.append(item)
             warm: list[str] = []
             results: deque[ItemResult] = deque()
+            #: Since when the manager does not answer.
+            away_at: float | None = None
             while waiting or flight.items or results:
                 while waiting and len(flight.items) < self._max_pending:
+                    if results and away_at is not None:  # a launch may take long now
+                        break
                     following = flight.next_of(waiting, warm)
                     if following is None or self._cancelled.is_set():
                         break
                     waiting.remove(following)
                     try:
-                        if not flight.launch(following):
-                            waiting.append(following)
+                        with impatient(_PATIENCE_S):
+                            if not flight.launch(following):
+                                waiting.append(following)
+                        away_at = None
+                    except ManagerUnavailable as exc:
+                        away_at = away_at or time.monotonic()
+                        if time.monotonic() - away_at > RESTART_S:
+                            results.append(not_run(following, exc))
+                        else:
+                            waiting.appendleft(following)
+                        break
                     except RayEnvsError as exc:
                         results.append(not_run(following, exc))
                 # After the launches: whoever reads us may take his time with a result.
@@ -244,12 +263,15 @@ class RayBatchRunner:
                     break
                 self._in_progress = len(flight.items)
                 warm = []
-                for item, result in flight.ended():
-                    warm.append(item.environment["key"])
-                    if result is None:
-                        waiting.appendleft(item)
-                    else:
-                        results.append(result)
+                with impatient(_PATIENCE_S):
+                    for item, result in flight.ended():
+                        warm.append(item.environment["key"])
+                        if result is None:
+                            waiting.appendleft(item)
+                        else:
+                            results.append(result)
+                if away_at is not None and not flight.items:
+                    self._cancelled.wait(_PAUSE_S)
             is_over = not self._cancelled.is_set()
         finally:
             flight.cancel()

@@ -53,6 +53,14 @@ _CONNECT_TIMEOUT_S = 5
 #: What a helper driver must not inherit from the job that calls us: it names that job.
 _OF_THE_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_CLIENT_", "RAY_OVERRIDE_", "PYTHON")
 
+#: How long an agent may take over a verb that only says or notes something, beyond the time that
+#: the verb is given to wait; over the first one it is asked, on a busy machine; and before it is
+#: asked whether it is alive, over one that examines, makes or removes something. Guesses.
+_QUICK_S = 15.0
+_FIRST_S = 30.0
+_LONG_S = 60.0
+_LIMITS_S = {"describe": _FIRST_S, **dict.fromkeys(("watch", "ensure", "refuse"), _QUICK_S)}
+
 #: Ray's switch for copying `uv run` from the driver to the workers.
 _UV_RUN_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 
@@ -219,12 +227,15 @@ class RayNodes:
     async def _say(self, node_id: str, handle: Any, verb: str, arguments: dict[str, Any]) -> Any:
         from ray.exceptions import ActorDiedError
 
+        who = f"the NodeAgent of node {node_id[:12]}"
         try:
-            return await getattr(handle, verb).remote(**arguments)
+            return await _in_time(handle, who, verb, arguments)
+        except RayEnvsError:
+            raise
         except Exception as exc:
             if isinstance(exc, ActorDiedError):  # for good: the next call makes a new one
                 self._handles.pop(node_id, None)
-            raise unwrapped(exc, f"the NodeAgent of node {node_id[:12]}") from exc
+            raise unwrapped(exc, who) from exc
 
     async def _packed(self) -> dict[str, Any]:
         """What `equip` takes. The packages stay in Ray's object store as long as this process."""
@@ -302,10 +313,7 @@ class RayPeers:
             try:
                 return await getattr(handle, verb).remote(**arguments)
             except Exception as exc:
-                error = unwrapped(exc, who)
-                if not isinstance(error, RayEnvsError):  # a bad disk, say: another node's is well
-                    error = ManagerUnavailable(f"{who} failed: {getattr(exc, 'cause', exc)!r}")
-                raise error from exc
+                raise _of_peer(exc, who) from exc
 
         return call
 
@@ -318,7 +326,69 @@ class RayPeers:
         try:
             return bytes(await ref)
         except Exception as exc:
-            raise unwrapped(exc, "another node") from exc
+            raise _of_peer(exc, "another node") from exc
+
+
+def _of_peer(exc: Exception, who: str) -> BaseException:
+    """What another node raised, as an error of ours."""
+    error = unwrapped(exc, who)
+    if isinstance(error, RayEnvsError):
+        return error
+    # A bad disk or a full object store, say: another node's is well.
+    return ManagerUnavailable(f"{who} failed: {getattr(exc, 'cause', exc)!r}")
+
+
+async def _in_time(handle: Any, who: str, verb: str, arguments: dict[str, Any]) -> Any:
+    """What an agent answers; `ManagerUnavailable` where it has stopped to answer anything."""
+
+    async def is_alive() -> None:
+        with suppress(Exception):  # that is an answer, too
+            await handle.watch.remote(seen=-1, timeout_s=0)
+
+    asked = getattr(handle, verb).remote(**arguments)
+    if verb in _LIMITS_S:
+        return await answered(asked, who, _LIMITS_S[verb] + arguments.get("timeout_s", 0))
+    return await answered(asked, who, _LONG_S, is_alive=is_alive)
+
+
+async def answered(
+    asked: Awaitable[Any],
+    who: str,
+    within_s: float,
+    *,
+    is_alive: Callable[[], Awaitable[object]] | None = None,
+) -> Any:
+    """What an actor answers within `within_s` seconds; with `is_alive`, whenever it answers.
+
+    Args:
+        asked: the answer to come.
+        who: the actor, in words.
+        within_s: how long one that answers at all may take.
+        is_alive: asks the actor something short; its answer gives the other one more time.
+
+    Raises:
+        ManagerUnavailable: it did not answer: its process may be stopped, or have no share of a
+            busy machine.
+    """
+    answer = asyncio.ensure_future(asked)
+    short: asyncio.Future[object] | None = None
+    try:
+        while not (await asyncio.wait({answer}, timeout=within_s))[0]:
+            ended: set[asyncio.Future[Any]] = set()
+            if is_alive is not None:
+                short = asyncio.ensure_future(is_alive())
+                ended, _ = await asyncio.wait(
+                    {answer, short}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED
+                )
+            if not ended:
+                raise ManagerUnavailable(
+                    f"{who} did not answer within {within_s:g} s",
+                    hint="it is met again by itself, unless its process is stopped",
+                )
+        return answer.result()
+    finally:
+        for future in filter(None, (answer, short)):
+            future.cancel()
 
 
 def _state() -> Any:
@@ -584,11 +654,11 @@ def _check_answers(address: str | None) -> None:
             hint="use the cluster's own address (host:6379), or `ray job submit`",
         )
     host, colon, port = named.rpartition(":")
-    if not colon or not port.isdigit():  # "local", "auto"
+    if not colon or not (port.isascii() and port.isdigit()):  # "local", "auto"
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as exc:
+    except (OSError, ValueError, OverflowError) as exc:  # no host has such a name, or such a port
         raise _no_answer(named, str(exc)) from exc
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from ray_envs import cluster
@@ -23,8 +25,24 @@ from ray_envs.settings import Settings
 #: How long a verb that neither resolves nor builds may take.
 VERB_TIMEOUT_S = 60.0
 #: How long a verb is said again while the manager restarts, and the pause in between.
-_RESTART_S = 60.0
+RESTART_S = 60.0
 _AGAIN_S = 0.5
+
+#: How long any verb may take; see `impatient`.
+_patience_s: ContextVar[float] = ContextVar("patience_s", default=math.inf)
+
+
+@contextmanager
+def impatient(patience_s: float) -> Iterator[None]:
+    """No verb that this thread calls of a cluster's manager in the block takes longer.
+
+    For whoever has something else to do while the manager is away.
+    """
+    token = _patience_s.set(patience_s)
+    try:
+        yield
+    finally:
+        _patience_s.reset(token)
 
 
 class Door(Protocol):
@@ -50,7 +68,8 @@ class RayDoor:
     def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
         import ray
 
-        deadline = time.monotonic() + min(within_s, _RESTART_S)
+        within_s = min(within_s, _patience_s.get())
+        deadline = time.monotonic() + min(within_s, RESTART_S)
         while True:
             asked = getattr(self._handle, verb).remote(**arguments)
             self._asked.add(asked)
@@ -64,6 +83,12 @@ class RayDoor:
             finally:
                 self._asked.discard(asked)
             time.sleep(_AGAIN_S)
+            self._look_up()
+
+    def _look_up(self) -> None:
+        """Take the manager that lives now: one that was ended for good has another after it."""
+        with suppress(Exception):  # Ray does not answer either: the next call says so
+            self._handle = cluster.find_manager() or self._handle
 
     def job_id(self) -> str | None:
         import ray

@@ -19,6 +19,8 @@ from ray_envs.models import NodeEnvState, Phase, Target
 _WATCH_S = 5.0
 #: How many looks in a row an agent may miss before its node counts as failed. A guess.
 _MAX_MISSES = 6
+#: How long the other nodes wait for those that are being met.
+_MEET_S = 2.0
 #: After how long a worker that waits for an environment may have given up; see `plugin`.
 _PATIENCE_S = 300.0
 
@@ -101,6 +103,8 @@ class Fleet:
         self._is_stopping = False
         #: How often in a row an agent could not be met.
         self._misses: dict[str, int] = {}
+        #: Those that are being met now.
+        self._meetings: dict[str, asyncio.Task[None]] = {}
 
     def head(self) -> Node:
         """The head node, where uv resolves.
@@ -140,7 +144,14 @@ class Fleet:
             self._changed.notify_all()
 
     async def look_at_nodes(self) -> None:
+        """Meet the nodes that have joined and those whose agent was lost.
+
+        The first look waits until each has answered or missed; later ones go on without those
+        that take long, which are known as soon as they answer.
+        """
         alive = {info.node_id: info for info in await self._cluster.alive()}
+        for node_id in self._meetings.keys() - alive.keys():
+            self._meetings.pop(node_id).cancel()
         for node_id in self.nodes.keys() - alive.keys():
             lost = self.nodes.pop(node_id)
             if lost.watcher is not None:
@@ -148,15 +159,20 @@ class Fleet:
             self._on_node(lost.info, False)
             await self.announce()
         if self._has_looked:
-            for node_id in alive.keys() - self.nodes.keys():
+            for node_id in alive.keys() - self.nodes.keys() - self._meetings.keys():
                 self._on_node(alive[node_id], True)
-        fresh = [
-            info
-            for info in alive.values()
-            if info.node_id not in self.nodes or self.nodes[info.node_id].watcher is None
-        ]
-        await asyncio.gather(*(self._meet(info) for info in fresh))
+        for node_id, info in alive.items():
+            known = self.nodes.get(node_id)
+            if node_id not in self._meetings and (known is None or known.watcher is None):
+                self._meetings[node_id] = asyncio.create_task(self._meet(info))
+        if self._meetings:
+            limit_s = _MEET_S if self._has_looked else None
+            await asyncio.wait(set(self._meetings.values()), timeout=limit_s)
         self._has_looked = True
+        over = {node_id: task for node_id, task in self._meetings.items() if task.done()}
+        for node_id in over:
+            del self._meetings[node_id]
+        await asyncio.gather(*over.values())
 
     async def _meet(self, info: NodeInfo) -> None:
         node = Node(info, self._cluster.agent(info.node_id, settings=self._settings))
@@ -183,11 +199,14 @@ class Fleet:
         self.nodes[info.node_id] = node
         if known is None or _facts(known) != _facts(node):  # a bare node is met at each look
             await self.announce()
+            self.wake_up.set()  # the look may have gone on without it
 
     def lose(self, node: Node) -> None:
         """Forget what an agent told that does not answer; the next look meets it again."""
         watcher, node.watcher = node.watcher, None
         node.know({})
+        node.asked = {}
+        node.site = ""  # until it is met nothing is built there
         self.version += 1
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
@@ -245,11 +264,13 @@ class Fleet:
                     self.version += 1
                     self._tell_ends(node)
 
-        await asyncio.gather(*(look(node) for node in self.nodes.values() if node.error is None))
+        # A node without a watcher is being met.
+        await asyncio.gather(*(look(node) for node in self.nodes.values() if node.watcher))
 
     async def stop(self) -> None:
         """Stop following the agents and, where one lives in this process, end its builds."""
         self._is_stopping = True
+        await ended(set(self._meetings.values()))
         await ended({node.watcher for node in self.nodes.values() if node.watcher is not None})
         await self._cluster.stop()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import time
 import uuid
 from collections.abc import Mapping
@@ -34,6 +35,12 @@ _ASKED_S = 60
 #: A refusal is forgotten after so long, as Ray forgets its own: numbers may begin anew.
 _REFUSED_S = 600
 _REFUSED = ".refused"
+#: How much is read of a file here: ours are short, but everybody on the node may write some. And
+#: how much of a reason is written, so that it is read.
+_MOST_BYTES = 2**16
+_MOST_OF_REASON = 10_000
+#: The same of a record, which names every package.
+_MOST_OF_RECORD = 2**24
 #: Its time stamp says when an agent looked last. No key has a dot.
 _SERVED = ".served"
 #: Begins each reason that a plugin gives, so that it is found in what Ray makes of it.
@@ -86,7 +93,7 @@ class Gate:
     def is_ready(self, key: str) -> bool:
         """Whether the environment has its record and its interpreter."""
         place = self._store / _checked(key)
-        record = _read(place / "record.json")
+        record = _read(place / "record.json", _MOST_OF_RECORD)
         return record.get("key") == key and (place / ".venv/bin/python").exists()
 
     def refusal(self, key: str, attempt: int) -> str | None:
@@ -143,7 +150,7 @@ class Gate:
         path = self._refusal_file(key)
         later = max(attempt, _attempt_in(_read(path)))
         self._wanted.mkdir(parents=True, exist_ok=True)
-        _put(path, {"attempt": later, "reason": reason, "at": time.time()})
+        _put(path, {"attempt": later, "reason": reason[:_MOST_OF_REASON], "at": time.time()})
 
     def clear(self, key: str) -> None:
         """Forget who asked for `key` and that it was refused."""
@@ -264,13 +271,22 @@ def _attempt_in(data: dict[str, Any]) -> int:
     return attempt if type(attempt) is int else -1
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none or it cannot be read."""
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        data = json.loads(_content(path, most_bytes))
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _content(path: Path, most_bytes: int) -> bytes:
+    """The first bytes of a regular file; empty for anything else, which might block its reader."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.read(fd, most_bytes) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
 
 
 def _put(path: Path, data: dict[str, Any]) -> None:

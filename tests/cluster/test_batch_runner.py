@@ -27,13 +27,18 @@ from ray_envs import (
     BatchState,
     CaseSpec,
     EnvSpec,
+    InMemoryEnvironmentProvider,
     ItemResult,
     RayBatchRunner,
     RayEnvironmentProvider,
+    Settings,
+    batch,
     flight,
     inside,
 )
-from ray_envs.errors import InvalidInput, NotFound, ResolutionFailed
+from ray_envs.cluster import create_manager, end_manager
+from ray_envs.errors import InvalidInput, ManagerUnavailable, NotFound, ResolutionFailed
+from ray_envs.manager import EnvManager
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -578,10 +583,13 @@ def test_an_environment_that_is_not_what_its_name_says_is_built_again(
     assert json.loads(record.read_text())["key"] == key
 
 
-def test_an_item_that_finds_its_environment_lost_waits_for_it_and_uses_up_no_retry(
+def test_an_item_that_finds_its_environment_lost_waits_for_another(
     cluster: RayEnvironmentProvider, root: Path, tmp_path: Path
 ) -> None:
-    """It comes to the worker that is there, long before anybody else sees what is missing."""
+    """It comes to the worker that is there, long before anybody else sees what is missing.
+
+    One retry is for that worker itself, which may miss a module and die.
+    """
     cluster.create("lost", EnvSpec(packages=("six==1.14.0",)))
     cluster.prepare("lost")
     folder = root / "store" / cluster.environment("lost")["key"]
@@ -596,7 +604,7 @@ def test_an_item_that_finds_its_environment_lost_waits_for_it_and_uses_up_no_ret
     places = [str(folder), str(tmp_path / "elsewhere")]
     words = [[*places, word] for word in ("first", "second", "third")]
     try:
-        ended = list(RayBatchRunner(cluster).run(lose, variants=["lost"], cases=words, retries=0))
+        ended = list(RayBatchRunner(cluster).run(lose, variants=["lost"], cases=words, retries=1))
     finally:
         cluster.delete("lost", force=True)
     assert [result.value for result in ended] == ["first", "second", "third"], [
@@ -901,3 +909,60 @@ def test_a_manager_that_was_killed_comes_back_with_what_it_knew(
 
     wait_until(answers, "the manager to come back", within_s=60)
     assert one(runner.run("os:getpid", variants=[OLD], cases=[[]])).ok
+
+
+def test_a_program_speaks_to_the_manager_that_comes_after_an_ended_one(
+    cluster: RayEnvironmentProvider, runner: RayBatchRunner, root: Path
+) -> None:
+    before = [row["variant_id"] for row in cluster.list_variants()]
+    end_manager()
+    create_manager(EnvManager, Settings(root=root).to_environment())
+    assert [row["variant_id"] for row in cluster.list_variants()] == before
+    assert one(runner.run("os:getpid", variants=[OLD], cases=[[]])).ok
+
+
+class ShortFlight:
+    """Items end at once; the manager is away for some launches after the first one."""
+
+    away = range(0)
+
+    def __init__(self, *_: object) -> None:
+        self.items: dict[int, flight.Item] = {}
+        self._launches = 0
+
+    def next_of(self, waiting: Any, _warm: list[str]) -> flight.Item:
+        return next(iter(waiting))  # type: ignore[no-any-return]
+
+    def launch(self, item: flight.Item) -> bool:
+        self._launches += 1
+        if self._launches in self.away:
+            raise ManagerUnavailable("away")
+        self.items[self._launches] = item
+        return True
+
+    def ended(self) -> Iterator[tuple[flight.Item, ItemResult]]:
+        for number, item in list(self.items.items()):
+            del self.items[number]
+            told = {"variant_id": item.variant_id, "case_id": item.case.id}
+            yield item, ItemResult(**told, ok=True, attempts=self._launches)
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("restart_s", [60.0, -1.0], ids=["comes back", "is lost"])
+def test_items_wait_for_a_manager_that_is_away_and_results_do_not_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, restart_s: float
+) -> None:
+    monkeypatch.setattr(batch, "Flight", ShortFlight)
+    monkeypatch.setattr(batch, "RESTART_S", restart_s)
+    monkeypatch.setattr(batch, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(ShortFlight, "away", range(2, 5))
+    provider = InMemoryEnvironmentProvider()
+    provider.create("v", EnvSpec())
+    results = list(RayBatchRunner(provider).run("os:getpid", variants=["v"], cases=[[]] * 4))
+    told = [result.error.type if result.error else result.attempts for result in results]
+    if restart_s > 0:
+        assert told == [2, 7, 7, 7]  # the first result came while the manager was away
+    else:
+        assert sorted(map(str, told)) == ["2", *["ManagerUnavailable"] * 3]

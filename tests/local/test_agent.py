@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING, Any
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from ray_envs import bytecode
+from ray_envs import agent as agents
+from ray_envs import bytecode, cluster, fleet
 from ray_envs.agent import NodeAgent
 from ray_envs.builder import Builder
+from ray_envs.cluster import LocalNodes, NodeInfo, RayPeers, answered
+from ray_envs.errors import ManagerUnavailable
+from ray_envs.fleet import Fleet
+from ray_envs.gate import PLUGINS_VARIABLE, Gate, with_plugin
 from ray_envs.models import BuildRequest, NodeEnvState, Phase
 from ray_envs.settings import Settings
 from ray_envs.store import Store
@@ -602,3 +607,146 @@ def test_uv_without_space_is_a_storage_failure_whatever_is_free_afterwards(
     state = build(warm, locked())
     assert state.error is not None
     assert state.error["type"] == "StorageFailed"
+
+
+# -- the gate
+
+
+def test_an_agent_attends_its_gate_whatever_goes_wrong_there(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(PLUGINS_VARIABLE, with_plugin(None))
+    monkeypatch.setattr(agents, "_ATTEND_S", 0.01)
+    looks = []
+    asked = Gate.asked
+
+    def odd(gate: Gate) -> dict[str, int]:
+        looks.append(gate)
+        if 1 < len(looks) < 5:
+            raise RuntimeError("odd")
+        return asked(gate)
+
+    monkeypatch.setattr(Gate, "asked", odd)
+
+    async def act(agent: NodeAgent) -> dict[str, int]:
+        told = await agent.describe()
+        Gate(settings.root).ask("abc", 3)
+        return dict((await agent.watch(seen=told["version"], timeout_s=20))["asked"])
+
+    assert in_agent(settings, act) == {"abc": 3}
+    assert capsys.readouterr().err == "ray_envs: NodeAgent: RuntimeError: odd\n"
+
+
+# -- agents that stop answering
+
+
+def test_an_answer_that_does_not_come_is_given_up_in_words() -> None:
+    async def main() -> None:
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with pytest.raises(ManagerUnavailable, match=r"^node b did not answer within 0\.01 s"):
+            await answered(never, "node b", 0.01)
+        assert never.cancelled()
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_takes_long_is_waited_for_while_its_agent_says_something() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        slow: asyncio.Future[str] = loop.create_future()
+        never: asyncio.Future[str] = loop.create_future()
+        asked: list[None] = []
+
+        async def is_alive() -> None:
+            asked.append(None)
+            if len(asked) == 3:
+                slow.set_result("done")
+            if len(asked) > 3:
+                await asyncio.Event().wait()
+
+        assert await answered(slow, "node b", 0.01, is_alive=is_alive) == "done"
+        with pytest.raises(ManagerUnavailable, match="node b did not answer"):
+            await answered(never, "node b", 0.01, is_alive=is_alive)
+
+    asyncio.run(main())
+
+
+def test_verbs_with_a_limit_are_verbs_of_an_agent() -> None:
+    assert [verb for verb in cluster._LIMITS_S if not hasattr(NodeAgent, verb)] == []
+
+
+class TwoNodes(LocalNodes):
+    """This machine and another node, whose agent can be stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(NodeAgent)
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+
+    async def alive(self) -> list[NodeInfo]:
+        return [*await super().alive(), NodeInfo("other", False, "127.0.0.2")]
+
+    def agent(self, node_id: str, *, settings: dict[str, str]) -> cluster.Call:
+        call = super().agent(node_id, settings=settings)
+
+        async def may_stop(verb: str, **arguments: Any) -> Any:
+            if node_id == "other":
+                await answered(asyncio.ensure_future(self.goes_on.wait()), "other", 0.5)
+            return await call(verb, **arguments)
+
+        return may_stop
+
+
+def test_an_agent_that_stops_is_lost_and_met_again_and_nobody_waits_for_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "_MEET_S", 0.01)
+    monkeypatch.setattr(fleet, "_WATCH_S", 0.1)
+    monkeypatch.setattr(fleet, "_MAX_MISSES", 2)
+    joined = []
+
+    async def main() -> None:
+        nodes = TwoNodes()
+        followed = Fleet(
+            nodes,
+            settings.to_environment(),
+            on_node=lambda info, _: joined.append(info.node_id),
+            on_final=lambda *_: None,
+            on_outdated=lambda _: None,
+        )
+        try:
+            await followed.look_at_nodes()
+            assert all(node.site and node.watcher for node in followed.nodes.values())
+            nodes.goes_on.clear()
+            while followed.nodes["other"].watcher:
+                await followed.news(followed.version, 1)
+            looks = 0
+            while followed.nodes["other"].error is None:
+                await followed.look_at_nodes()
+                await followed.look_at_disks()
+                looks += 1
+            assert looks > 4  # two misses last a second
+            assert followed.nodes["other"].error["type"] == "ManagerUnavailable"
+            assert followed.nodes["local"].watcher is not None
+            nodes.goes_on.set()
+            while followed.nodes["other"].error is not None:
+                await followed.look_at_nodes()
+            assert followed.nodes["other"].site == followed.nodes["local"].site
+            assert joined == []
+        finally:
+            await followed.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("name", ["OutOfDiskError", "ObjectStoreFullError", "RaySystemError"])
+def test_what_ray_cannot_bring_from_a_node_may_come_from_another(name: str) -> None:
+    from ray import exceptions
+
+    async def main() -> None:
+        broken: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        broken.set_exception(getattr(exceptions, name)("no space"))
+        with pytest.raises(ManagerUnavailable, match="no space"):
+            await RayPeers().take(broken)
+
+    asyncio.run(main())

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,12 @@ def test_of_two_askers_the_later_attempt_counts_and_one_may_leave(gate: Gate) ->
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff", b'{"attempt": "1"}', b'{"attempt": true}', b"{}"]
+    "content",
+    [
+        *(b"", b"{", b"[]", b"\xff", b'{"attempt": "1"}', b'{"attempt": true}', b"{}"),
+        *(b"[" * 60_000, b'{"attempt": 1' + b" " * 2**16 + b"}"),
+    ],
+    ids=lambda content: repr(content[:20]),
 )
 def test_what_cannot_be_read_asks_for_nothing_and_is_written_again(
     gate: Gate, tmp_path: Path, content: bytes
@@ -100,6 +106,18 @@ def test_what_cannot_be_read_asks_for_nothing_and_is_written_again(
     assert gate.asked() == {}
     gate.ask(KEY, 1)
     assert gate.asked() == {KEY: 1}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_asks_for_nothing_and_keeps_nobody_waiting(
+    gate: Gate, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    gate.ask(KEY, 1)
+    make(tmp_path / "wanted" / "other")
+    make(tmp_path / "wanted" / f"{KEY}.refused")
+    assert gate.asked() == {KEY: 1}
+    assert gate.refusal(KEY, 1) is None
 
 
 def test_what_a_killed_writer_left_is_removed_and_never_taken_for_a_key(
@@ -152,6 +170,11 @@ def test_a_refusal_is_of_its_attempt_and_those_before(gate: Gate) -> None:
     assert [gate.refusal(KEY, n) for n in (1, 2, 3)] == ["no space", "no space", None]
     assert gate.refusal("other", 1) is None
     assert gate.asked() == {KEY: 2}  # who asked withdraws
+
+
+def test_a_reason_of_any_length_can_be_read(gate: Gate) -> None:
+    gate.refuse(KEY, 1, "\0" * 100_000)
+    assert (gate.refusal(KEY, 1) or "").startswith("\0\0")
 
 
 def test_a_late_refusal_of_an_earlier_attempt_takes_nothing_back(gate: Gate) -> None:
