@@ -19,25 +19,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_envs.batch import BatchState, Progress, RayBatchRunner
+    from ray_envs.client.in_memory import InMemoryEnvironmentProvider
+    from ray_envs.client.provider import EnvironmentProvider, RayEnvironmentProvider
+    from ray_envs.client.runner import BatchState, Progress, RayBatchRunner
     from ray_envs.errors import RayEnvsError
-    from ray_envs.in_memory import InMemoryEnvironmentProvider
     from ray_envs.models import BatchSpec, CaseSpec, EnvSpec, ItemResult
-    from ray_envs.provider import EnvironmentProvider, RayEnvironmentProvider
     from ray_envs.settings import Settings
 
 #: Where each public name lives; imported at first use, so that a read does not pay for a batch.
 _HOMES = {
     "BatchSpec": "models",
-    "BatchState": "batch",
+    "BatchState": "client.runner",
     "CaseSpec": "models",
     "EnvSpec": "models",
-    "EnvironmentProvider": "provider",
-    "InMemoryEnvironmentProvider": "in_memory",
+    "EnvironmentProvider": "client.provider",
+    "InMemoryEnvironmentProvider": "client.in_memory",
     "ItemResult": "models",
-    "Progress": "batch",
-    "RayBatchRunner": "batch",
-    "RayEnvironmentProvider": "provider",
+    "Progress": "client.runner",
+    "RayBatchRunner": "client.runner",
+    "RayEnvironmentProvider": "client.provider",
     "RayEnvsError": "errors",
     "Settings": "settings",
 }

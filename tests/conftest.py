@@ -18,17 +18,11 @@ settings.load_profile("ray_envs")
 
 #: Thousands of small files in each environment: in memory, where there is enough of it.
 _MEMORY, _ENOUGH_BYTES = "/dev/shm", 12 << 30
-#: Those on the embedded Ray of `tests/cluster/conftest.py`.
-_ON_ONE_CLUSTER = {
-    f"test_{name}.py"
-    for name in (
-        "batch_runner", "doors_of_ray", "handle_users", "lifecycle", "mended_faults",
-        "provider_contract",
-    )
-}  # fmt: skip
 _HOSTS, _CLUSTER = "tests/multihost/", "tests/cluster/"
+#: The tests on the embedded Ray of `tests/cluster/conftest.py`.
+_ON_ONE_CLUSTER = f"{_CLUSTER}client/"
 #: Who begins first: the longest.
-_ORDER = (_HOSTS, f"{_CLUSTER}test_cli.py", _CLUSTER, "tests/local/", "tests/unit/")
+_ORDER = (_HOSTS, f"{_CLUSTER}cli/test_commands.py", _CLUSTER, "tests/local/", "tests/unit/")
 
 with suppress(OSError):
     free = min(shutil.disk_usage(_MEMORY).free, psutil.virtual_memory().available)
@@ -52,9 +46,7 @@ class _ByFile(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        if file.startswith(_HOSTS):
-            return _HOSTS
-        return _CLUSTER if file.removeprefix(_CLUSTER) in _ON_ONE_CLUSTER else file
+        return next((f for f in (_HOSTS, _ON_ONE_CLUSTER) if file.startswith(f)), file)
 
     def _assign_work_unit(self, node: Any) -> None:
         if self.nodes.index(node) >= 2:

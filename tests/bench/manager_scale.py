@@ -23,10 +23,10 @@ import psutil  # type: ignore[import-untyped]
 import ray
 
 from ray_envs import EnvSpec, RayEnvironmentProvider, Settings
-from ray_envs.cluster import find_manager
+from ray_envs.cluster.cluster import find_manager
+from ray_envs.manager.registry import Registry
 from ray_envs.models import EnvId, VariantRecord
-from ray_envs.registry import Registry
-from ray_envs.store import Store
+from ray_envs.node.store import Store
 
 LOCKS = 100
 #: How many calls of a pipelined round are on their way at once.

@@ -26,9 +26,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import count
 
+from ray_envs.decisions.planning import Build, Wish, pause_s, plan
+from ray_envs.decisions.targets import Need, NodeView
 from ray_envs.models import NodeEnvState, Phase
-from ray_envs.planning import Build, Wish, pause_s, plan
-from ray_envs.targets import Need, NodeView
 
 SITE = "linux"
 

@@ -25,9 +25,9 @@ import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs 
 import pytest
 import tomlkit
 
-from ray_envs.registry import Registry
+from ray_envs.manager.registry import Registry
+from ray_envs.node.store import Store
 from ray_envs.settings import Settings
-from ray_envs.store import Store
 
 #: Where this Python's own commands are: `ray-envs`, `ray`, `uv`.
 BIN = Path(sys.executable).parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ray_envs.cli import cli
+from ray_envs.cli.main import cli
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -19,12 +19,12 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
 import pytest
 
-from ray_envs import locks, resolving
-from ray_envs.agent import NodeAgent
-from ray_envs.builder import Builder, this_platform, this_target
+from ray_envs.decisions import locks, resolving
 from ray_envs.models import BuildRequest, Definition, NodeEnvState
+from ray_envs.node.agent import NodeAgent
+from ray_envs.node.store import Store
+from ray_envs.node.uv import Builder, this_platform, this_target
 from ray_envs.settings import Settings
-from ray_envs.store import Store
 from ray_envs.testing import FakeUv
 
 RAY = version("ray")
@@ -157,7 +157,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def settings(root: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings for impatient people."""
-    monkeypatch.setattr("ray_envs.making._RETRY_PAUSE_S", 0.01)
+    monkeypatch.setattr("ray_envs.node.provisioning._RETRY_PAUSE_S", 0.01)
     return Settings(root=root, lock_timeout_s=60, tick_s=0.5, uv_retries=2, build_niceness=0)
 
 
@@ -165,7 +165,7 @@ def settings(root: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 def fake_uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeUv:
     """The uv of every Builder that this test makes."""
     fake = FakeUv(tmp_path / "fake-uv")
-    monkeypatch.setattr("ray_envs.builder.uv.find_uv_bin", lambda: str(fake.executable))
+    monkeypatch.setattr("ray_envs.node.uv.uv.find_uv_bin", lambda: str(fake.executable))
     return fake
 
 

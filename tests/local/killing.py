@@ -118,9 +118,9 @@ def perform(job: dict[str, Any]) -> None:
     """Perform the verb of `job`, in this very process; its answer is written to a file."""
     import uv
 
-    from ray_envs.agent import NodeAgent
-    from ray_envs.cluster import LocalNodes
-    from ray_envs.manager import EnvManager
+    from ray_envs.cluster.cluster import LocalNodes
+    from ray_envs.manager.manager import EnvManager
+    from ray_envs.node.agent import NodeAgent
 
     os.environ.update(job["environ"])
     if job["uv"]:
@@ -142,7 +142,7 @@ def perform(job: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Perform the jobs that stdin names, a child each: tells its pid, and how it ended."""
-    import ray_envs.manager  # noqa: F401  # a child has it already
+    import ray_envs.manager.manager  # noqa: F401  # a child has it already
 
     for line in sys.stdin:
         pid = os.fork()

@@ -17,12 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ray_envs.agent import NodeAgent
-from ray_envs.cluster import LocalNodes, Nodes
-from ray_envs.manager import EnvManager
+from ray_envs.cluster.cluster import LocalNodes, Nodes
+from ray_envs.manager.manager import EnvManager
 from ray_envs.models import Definition, EnvId
+from ray_envs.node.agent import NodeAgent
+from ray_envs.node.store import Store
 from ray_envs.settings import Settings
-from ray_envs.store import Store
 from ray_envs.testing import FakeUv
 from tests.local.conftest import broken_promises, processes_of, wait_until
 
@@ -185,11 +185,11 @@ def _bytes(path: Path) -> bytes:
 #: Calls one verb in a process of its own, and prints its answer.
 _PROCESS = """\
 import asyncio, json, sys
-from ray_envs import builder
-from ray_envs.agent import NodeAgent
-from ray_envs.cluster import LocalNodes
+from ray_envs.node import uv as builder
+from ray_envs.node.agent import NodeAgent
+from ray_envs.cluster.cluster import LocalNodes
 from ray_envs.errors import RayEnvsError
-from ray_envs.manager import EnvManager
+from ray_envs.manager.manager import EnvManager
 settings, uv, verb, arguments = json.loads(sys.argv[1])
 builder.uv.find_uv_bin = lambda: uv
 
@@ -226,7 +226,7 @@ def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
 _LOCK = """\
 import asyncio, sys
 from pathlib import Path
-from ray_envs.files import locked
+from ray_envs.disk.files import locked
 
 async def main():
     async with locked(Path(sys.argv[1]), what="it", timeout_s=60):

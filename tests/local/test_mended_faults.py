@@ -16,14 +16,15 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
 import pytest
 
-from ray_envs import cli, cli_run, locks
-from ray_envs import registry as registry_module
-from ray_envs.agent import NodeAgent
-from ray_envs.cluster import LocalNodes
-from ray_envs.code import source_sha256
-from ray_envs.display import rendered, results_table
+from ray_envs.cli import main, run
+from ray_envs.cli.display import rendered, results_table
+from ray_envs.client.code_folder import source_sha256
+from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.decisions import locks
 from ray_envs.errors import InvalidInput, StorageFailed
-from ray_envs.manager import EnvManager
+from ray_envs.manager import registry as registry_module
+from ray_envs.manager.manager import EnvManager
+from ray_envs.manager.registry import Registry
 from ray_envs.models import (
     BatchSpec,
     Definition,
@@ -33,7 +34,7 @@ from ray_envs.models import (
     Target,
     VariantRecord,
 )
-from ray_envs.registry import Registry
+from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
 
 V = EnvId.parse("v")
@@ -126,7 +127,7 @@ def results(tmp_path: Path) -> Path:
 def test_results_with_windows_line_ends_are_kept_whole(results: Path) -> None:
     content = line("one") + b"\r\n" + line("two") + b"\r\n"
     results.write_bytes(content)
-    with cli_run._results_file(results, resume=True) as (_, done):
+    with run._results_file(results, resume=True) as (_, done):
         assert [result.case_id for result in done] == ["one", "two"]
     assert results.read_bytes() == content
 
@@ -135,7 +136,7 @@ def test_a_line_that_was_torn_inside_a_letter_is_cut(results: Path) -> None:
     whole = line("one") + b"\n"
     torn = line("two").partition("é".encode())[0] + "é".encode()[:1]
     results.write_bytes(whole + torn)
-    with cli_run._results_file(results, resume=True) as (log, done):
+    with run._results_file(results, resume=True) as (log, done):
         assert [result.case_id for result in done] == ["one"]
         log.write(line("three") + b"\n")
     assert results.read_bytes() == whole + line("three") + b"\n"
@@ -146,9 +147,9 @@ def test_a_last_result_without_its_newline_counts_only_if_the_file_keeps_it(
 ) -> None:
     """An editor may leave it so; what is skipped now must be known to the next `--resume` too."""
     results.write_bytes(line("one") + b"\n" + line("two"))
-    with cli_run._results_file(results, resume=True) as (_, done):
+    with run._results_file(results, resume=True) as (_, done):
         counted = [result.case_id for result in done]
-    with cli_run._results_file(results, resume=True) as (_, done):
+    with run._results_file(results, resume=True) as (_, done):
         assert [result.case_id for result in done] == counted
 
 
@@ -156,7 +157,7 @@ def test_an_os_error_of_the_run_is_not_renamed_to_one_of_the_results_file(result
     mine = OSError(errno.EIO, "something else")
     with (
         pytest.raises(OSError, match="something else") as caught,
-        cli_run._results_file(results, resume=False),
+        run._results_file(results, resume=False),
     ):
         raise mine
     assert caught.value is mine
@@ -166,14 +167,14 @@ def test_an_os_error_of_the_run_is_not_renamed_to_one_of_the_results_file(result
 def test_an_interrupted_run_without_results_leaves_no_empty_file(
     results: Path, resume: bool
 ) -> None:
-    with pytest.raises(KeyboardInterrupt), cli_run._results_file(results, resume=resume):
+    with pytest.raises(KeyboardInterrupt), run._results_file(results, resume=resume):
         raise KeyboardInterrupt
     assert list(results.parent.iterdir()) == []
 
 
 def test_a_device_is_refused_as_results_file_and_stays() -> None:
     null = Path(os.devnull)
-    with pytest.raises(InvalidInput, match="not a file"), cli_run._results_file(null, resume=False):
+    with pytest.raises(InvalidInput, match="not a file"), run._results_file(null, resume=False):
         pytest.fail("it was accepted")
     assert stat.S_ISCHR(null.stat().st_mode)
 
@@ -285,7 +286,7 @@ def handler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("handler")
 def test_a_second_interrupt_does_not_end_the_end() -> None:
-    signal.signal(signal.SIGINT, cli._interrupted_once)
+    signal.signal(signal.SIGINT, main._interrupted_once)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -1,0 +1,250 @@
+"""What people see of a batch: progress while environments are prepared and items run, then tables.
+
+Progress goes to stderr: a live display on a terminal, plain lines elsewhere. Only shows; `cli_run`
+decides what is shown and where data goes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ray_envs.models import BatchSpec, ItemResult
+
+if TYPE_CHECKING:
+    from ray_envs.client.runner import Progress
+
+_KEY_SHOWN = 10
+_NODE_SHOWN = 8
+_TEXT_SHOWN = 20
+#: The width of tables where stdout is not a terminal: nothing is cut there.
+_FILE_WIDTH = 200
+#: How many lines of an error are shown in place; the results file has all.
+_ERROR_LINES = 12
+
+
+def rendered(table: Table) -> str:
+    """`table` as text for stdout: as wide as a terminal is; elsewhere nothing is cut."""
+    is_terminal = sys.stdout.isatty()
+    console = Console(
+        file=io.StringIO(),
+        width=shutil.get_terminal_size().columns if is_terminal else _FILE_WIDTH,
+        force_terminal=is_terminal,
+    )
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+class _PatientConsole(Console):
+    """A console whose reader may go away: the batch goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+class RunDisplay:
+    """Shows a batch while it runs; a context manager.
+
+    Args:
+        batch: what runs.
+        stream: where to; by default stderr.
+    """
+
+    def __init__(self, batch: BatchSpec) -> None:
+        self._batch = batch
+        self._console = _PatientConsole(stderr=True)
+        self._live: Live | None = None
+        self._phases: dict[str, str] = {}
+        self._progress: Progress | None = None
+        self._said: dict[str, str] = {}
+        #: The variants and nodes of which it was told that they will not come together.
+        self._missing: set[tuple[str, str]] = set()
+        self._began = time.monotonic()
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=8,
+                transient=True, redirect_stdout=False,
+            )  # fmt: skip
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def variant(self, variant_id: str, phase: str, detail: str = "") -> None:
+        """What a variant's environment is doing now."""
+        self._phases[variant_id] = f"{phase}  {detail}".rstrip()
+        if self._live is None and self._said.get(variant_id) != phase:
+            self._said[variant_id] = phase
+            self.say(f"[{self._elapsed()}] {variant_id}: {phase} {detail}".rstrip())
+
+    def statuses(self, statuses: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over the statuses that `prepare` reports."""
+        for name, status in statuses.items():
+            variant_id = name.removeprefix(f"{self._batch.name}/")
+            states = list(status["nodes"].values())
+            busy = [s for s in states if s["phase"] not in ("ready", "failed")]
+            state = busy[0] if busy else states[0] if states else {"phase": "waiting"}
+            phase = str(state["phase"])
+            if len(states) > 1:
+                ready = sum(s["phase"] == "ready" for s in states)
+                phase += f" ({ready} of {len(states)} nodes ready)"
+                self._tell_failures(variant_id, states)
+            self.variant(variant_id, phase, str(state.get("progress", "")))
+
+    def _tell_failures(self, variant_id: str, states: Iterable[Mapping[str, Any]]) -> None:
+        """Name, once, each node that a variant does not run on: the others hide it."""
+        for state in states:
+            if state["phase"] == "failed":
+                where, error = state.get("address", ""), state.get("error") or {}
+                if (variant_id, where) not in self._missing:
+                    self._missing.add((variant_id, where))
+                    self.say(f"note: {variant_id} is not on {where}: {error.get('message', '')}")
+
+    def item(self, result: ItemResult, progress: Progress, *, is_earlier: bool = False) -> None:
+        """One item has ended, or is known from an earlier run."""
+        self._progress = progress
+        if self._live is None:
+            how = "ok" if result.ok else f"FAILED {result.error.type if result.error else ''}"
+            over = progress.completed + progress.failed
+            self.say(
+                f"[{self._elapsed()}] {over}/{progress.total} {result.variant_id} × "
+                f"{result.case_id}: {how} ({result.duration_s:.2f} s"
+                f"{', in an earlier run' if is_earlier else ''})"
+            )
+
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._began:6.1f} s"
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for variant_id, phase in self._phases.items():
+            mark = "✓" if phase.startswith("ready") else "✗" if phase.startswith("failed") else "…"
+            table.add_row(mark, variant_id, Text(phase, overflow="ellipsis", no_wrap=True))
+        lines: list[Any] = [table]
+        if self._progress is not None:
+            p = self._progress
+            eta = "" if p.eta_s is None else f"   about {p.eta_s:.0f} s left"
+            lines.append(
+                Text(
+                    f"{p.completed} done, {p.failed} failed, {p.in_progress} running, "
+                    f"{p.total} in all   {p.elapsed_s:.0f} s{eta}"
+                )
+            )
+        return Group(*lines)
+
+
+def metric_of(result: ItemResult, name: str | None) -> float | None:
+    """The number that a result is compared by: the named one, else the first in its value."""
+    value = result.value
+    if isinstance(value, Mapping):
+        candidates = [value.get(name)] if name else list(value.values())
+    else:
+        candidates = [value]
+    numbers = [v for v in candidates if isinstance(v, int | float) and not isinstance(v, bool)]
+    return float(numbers[0]) if numbers else None
+
+
+def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
+    """Variant × case: metric and seconds, the environment's key, the node; the best is marked."""
+    by_item = {(r.variant_id, r.case_id): r for r in results}
+    best = {case.id: _best(batch, by_item, case.id) for case in batch.cases}
+    table = Table(
+        title=f"{batch.name}: {batch.metric or 'value'} (* best), seconds", title_justify="left"
+    )
+    table.add_column("variant")
+    for case in batch.cases:
+        table.add_column(case.id, justify="right")
+    table.add_column("environment")
+    table.add_column("node")
+    for variant in batch.variants:
+        row = [by_item.get((variant.id, case.id)) for case in batch.cases]
+        cells = [_cell(r, batch.metric, best[c.id]) for r, c in zip(row, batch.cases, strict=True)]
+        there = [r for r in row if r is not None]
+        table.add_row(
+            variant.id,
+            *cells,
+            _joined((r.key for r in there), _KEY_SHOWN),
+            _joined((r.node_id for r in there), _NODE_SHOWN),
+        )
+    return table
+
+
+def _best(
+    batch: BatchSpec, by_item: Mapping[tuple[str, str], ItemResult], case_id: str
+) -> float | None:
+    """The highest number of a case; None where nothing differs."""
+    row = [by_item.get((variant.id, case_id)) for variant in batch.variants]
+    numbers = [metric_of(r, batch.metric) for r in row if r is not None and r.ok]
+    known = {number for number in numbers if number is not None}
+    return max(known) if len(known) > 1 else None
+
+
+def _cell(result: ItemResult | None, metric: str | None, best: float | None) -> Text:
+    if result is None:
+        return Text("not run", style="dim")
+    if not result.ok:
+        return Text(result.error.type if result.error else "failed", style="red")
+    number = metric_of(result, metric)
+    shown = _text(result, metric) if number is None else f"{number:.4g}"
+    is_best = number is not None and number == best
+    return Text(
+        f"{shown}{'*' if is_best else ' '} {result.duration_s:6.2f} s",
+        style="bold green" if is_best else "",
+    )
+
+
+def _text(result: ItemResult, metric: str | None) -> str:
+    """What a cell shows where there is no number: a text, or that the metric is missing."""
+    value = result.value.get(metric) if isinstance(result.value, Mapping) else result.value
+    if isinstance(value, str):
+        return value[:_TEXT_SHOWN]
+    return f"no {metric}" if metric and value is None else "ok"
+
+
+def _joined(values: Iterable[str | None], length: int) -> str:
+    return ", ".join(sorted({value[:length] for value in values if value})) or "-"
+
+
+def failures(results: Sequence[ItemResult]) -> list[str]:
+    """One paragraph for each different failure: which items, and the first lines of why."""
+    groups: dict[tuple[str, str, str], list[ItemResult]] = {}
+    for result in results:
+        if result.error is not None:
+            same = (result.variant_id, result.error.type, result.error.message)
+            groups.setdefault(same, []).append(result)
+    paragraphs = []
+    for (variant_id, kind, message), items in groups.items():
+        lines = message.splitlines() or [""]
+        shown = "\n  ".join(lines[:_ERROR_LINES] + (["…"] if len(lines) > _ERROR_LINES else []))
+        cases = ", ".join(item.case_id for item in items)
+        frames = re.findall(r'File "(.*)", line (\d+), in', items[0].error.traceback)  # type: ignore[union-attr]
+        where = f" ({os.path.basename(frames[-1][0])}:{frames[-1][1]})" if frames else ""
+        paragraphs.append(f"{variant_id} × {cases}: {kind}: {shown}{where}")
+    return paragraphs

@@ -1,0 +1,259 @@
+"""`ray-envs run`: every variant of a batch file with every case, a table, and a results file.
+
+Reads its input completely before it changes anything; `console` has what all commands share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from ray_envs.cli.console import complain, in_background, json_option, put, put_json, say
+from ray_envs.errors import (
+    InvalidId,
+    InvalidInput,
+    InvalidPackages,
+    RayEnvsError,
+    ResolutionFailed,
+    StorageFailed,
+    UvFailed,
+)
+from ray_envs.models import ItemResult, split_entrypoint
+from ray_envs.settings import Settings
+
+if TYPE_CHECKING:
+    from ray_envs.cli.display import RunDisplay
+    from ray_envs.client.provider import RayEnvironmentProvider
+    from ray_envs.models import BatchSpec
+
+_SOME_FAILED = 1
+
+#: What keeps one variant from being created while the others run.
+_OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, InvalidId)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="The JSONL file; by default <name>.results.jsonl in this folder.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Skip what the results file has already for the same environment and arguments.",
+)
+@click.option(
+    "--address",
+    help="A Ray cluster; by default RAY_ADDRESS, one on this machine, or a local Ray.",
+)
+@json_option
+def run(file: Path, results: Path | None, resume: bool, address: str | None, as_json: bool) -> int:
+    """Run the batch FILE: every variant with every case.
+
+    \b
+    Example: ray-envs run envs/sklearn-upgrade/batch.toml --resume
+    Exit code: 0 all items succeeded, 1 some failed, others: nothing could run.
+    """
+    from ray_envs.client.code_folder import check_entrypoint
+    from ray_envs.client.inputs import read_batch, read_definition
+
+    settings = Settings.from_environment()
+    batch = read_batch(file)
+    base = file.resolve().parent
+    code = None if batch.code is None else base / batch.code
+    check_entrypoint(batch, code)
+    module = split_entrypoint(batch.entrypoint, where=str(file))[0].split(".")[0]
+    if code is None and ((base / f"{module}.py").exists() or (base / module).is_dir()):
+        raise InvalidInput(
+            f"the module {module!r} lies beside the batch file, but workers do not see it",
+            where=str(file),
+            hint='add: code = "."',
+        )
+    for number, variant in enumerate(batch.variants):
+        read_definition(variant.env_spec(), base, where=f"variants[{number}]")
+    path = results or Path(f"{batch.name}.results.jsonl")
+    from ray_envs.cluster.cluster import embeds
+
+    if embeds(address):  # the root is this machine's: say now that it cannot be used
+        from ray_envs.node.store import Store
+
+        Store(settings).set_up()
+    with _results_file(path, resume=resume) as (log, done):
+        ended = _run_batch(batch, base, code, settings, address, log, done)
+    failed = [result for result in ended if not result.ok]
+    if as_json:
+        put_json(_summary(batch, ended, path))
+    else:
+        from ray_envs.cli.display import failures, rendered, results_table
+
+        put(rendered(results_table(batch, ended)))
+        for paragraph in failures(ended):
+            complain(paragraph)
+        say(f"ray-envs: results in {path}, with full tracebacks")
+    if not failed:
+        return 0
+    if any(result.attempts for result in ended):
+        return _SOME_FAILED
+    return _exit_code(failed[0])
+
+
+def _summary(batch: BatchSpec, ended: Sequence[ItemResult], path: Path) -> dict[str, Any]:
+    return {
+        "name": batch.name,
+        "total": len(ended),
+        "ok": sum(result.ok for result in ended),
+        "failed": sum(not result.ok for result in ended),
+        "results_file": str(path),
+        "results": [result.model_dump(mode="json") for result in ended],
+    }
+
+
+def _exit_code(result: ItemResult) -> int:
+    from ray_envs.errors import all_errors
+
+    codes = {cls.__name__: cls.exit_code for cls in all_errors()}
+    return codes.get(result.error.type if result.error else "", _SOME_FAILED)
+
+
+def _run_batch(
+    batch: BatchSpec,
+    base: Path,
+    code: Path | None,
+    settings: Settings,
+    address: str | None,
+    log: IO[bytes],
+    done: Sequence[ItemResult],
+) -> list[ItemResult]:
+    from ray_envs.cli.display import RunDisplay
+    from ray_envs.client.provider import RayEnvironmentProvider
+    from ray_envs.client.runner import RayBatchRunner
+
+    kept = {id(result) for result in done}
+    ended: list[ItemResult] = []
+    # Ray prints what workers print to our stdout; data alone belongs there.
+    with contextlib.redirect_stdout(sys.stderr), RunDisplay(batch) as display:
+        for variant in batch.variants:
+            display.variant(variant.id, "waiting for Ray")
+        try:
+            with RayEnvironmentProvider.connect(address, settings=settings) as provider:
+                keys, failed = _create_all(batch, base, provider, display)
+                runner = RayBatchRunner(provider)
+                for result in runner.run_batch(
+                    batch,
+                    code=code,
+                    done=done,
+                    keys=keys,
+                    failed=failed,
+                    on_status=display.statuses,
+                ):
+                    ended.append(result)
+                    if id(result) not in kept:
+                        _append(log, result)
+                    display.item(result, runner.progress(), is_earlier=id(result) in kept)
+        except KeyboardInterrupt:
+            total = len(batch.variants) * len(batch.cases)
+            raise KeyboardInterrupt(
+                f"interrupted: {len(ended)} of {total} items ended; go on with --resume"
+            ) from None
+    return ended
+
+
+def _create_all(
+    batch: BatchSpec, base: Path, provider: RayEnvironmentProvider, display: RunDisplay
+) -> tuple[dict[str, str], dict[str, RayEnvsError]]:
+    """Define every variant of the batch at once.
+
+    Returns the key of each variant, and the reason for each that cannot be created.
+    """
+
+    def create(variant: Any) -> str | RayEnvsError:
+        name = f"{batch.name}/{variant.id}"
+        display.variant(variant.id, "locking")
+        try:
+            status = provider.create(name, variant.env_spec(), replace=True, base=base)
+        except _OF_ONE_VARIANT as exc:
+            display.variant(variant.id, "failed", exc.message)
+            return exc
+        return str(status["key"])
+
+    creating = [in_background(create, variant) for variant in batch.variants]
+    made = {v.id: future.result() for v, future in zip(batch.variants, creating, strict=True)}
+    return (
+        {name: key for name, key in made.items() if isinstance(key, str)},
+        {name: error for name, error in made.items() if isinstance(error, RayEnvsError)},
+    )
+
+
+def _append(log: IO[bytes], result: ItemResult) -> None:
+    """One line more in the results file; ASCII, so that no text of a payload can break it."""
+    line = json.dumps(result.model_dump(mode="json")).encode()
+    try:
+        log.write(line + b"\n")
+        log.flush()
+    except OSError as exc:
+        raise StorageFailed(
+            f"cannot write results to {log.name}: {exc.strerror}",
+            hint="free space there, then go on with --resume",
+        ) from exc
+
+
+@contextlib.contextmanager
+def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[bytes], list[ItemResult]]]:
+    """The results file, open for appending, and what it holds already (with `resume`).
+
+    Without `resume`, earlier results are kept once more as `<path>.previous`.
+    """
+    from ray_envs.client.inputs import read_results
+    from ray_envs.disk.files import kind_of, storage_errors
+
+    if kind_of(path) not in ("file", "missing"):
+        raise InvalidInput(f"{path} is not a file", hint="give a regular file with --results")
+    done = read_results(path) if resume else []
+    try:
+        log = path.open("ab")
+    except OSError as exc:
+        raise InvalidInput(
+            f"cannot write results to {path}: {exc.strerror}",
+            hint="give another file with --results",
+        ) from exc
+    with log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(
+                f"another run is writing to {path}", hint="give another file with --results"
+            ) from None
+        with storage_errors("keep the earlier results"):
+            held = path.read_bytes()
+            if resume:  # a run that was killed may have left half a line, or a whole one
+                whole = held.rfind(b"\n") + 1
+                if _is_result(held[whole:]):
+                    log.write(b"\n")
+                else:
+                    log.truncate(whole)
+            elif held:
+                path.with_name(path.name + ".previous").write_bytes(held)
+                log.truncate(0)
+        try:
+            yield log, done
+        finally:
+            if os.fstat(log.fileno()).st_size == 0:
+                path.unlink(missing_ok=True)
+
+
+def _is_result(line: bytes) -> bool:
+    try:
+        ItemResult.model_validate_json(line)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,271 @@
+"""What people write, read and checked: specs, batch files, earlier results.
+
+Never the code that a batch names: `code`, next door, judges it. Requirement strings are judged by
+`resolving`, below; `files` reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from ray_envs.decisions.resolving import requirement_lines
+from ray_envs.disk.files import check_folder, kind_of, read_bytes
+from ray_envs.errors import InvalidId, InvalidInput
+from ray_envs.models import (
+    BatchSpec,
+    CaseSpec,
+    Definition,
+    EnvId,
+    EnvSpec,
+    ItemResult,
+    checked_id,
+    nearest_hint,
+    split_entrypoint,
+    validated,
+)
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same code under its name before 3.11; not there when checked on a newer Python
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+
+# -- specs -----------------------------------------------------------------------------------------
+
+
+def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition:
+    """`spec` with the texts of the files that it names in it.
+
+    Args:
+        spec: what was asked.
+        base: the folder that `spec.project` and `spec.requirements` are relative to.
+        where: the table that holds the spec, as in "variants[1]", for what is said of its packages.
+
+    Raises:
+        InvalidInput: a file or folder is missing, unreadable, not UTF-8, or not TOML.
+        InvalidPackages: a requirement cannot be accepted.
+    """
+    packages = requirement_lines(spec.packages, where=f"{where}.packages" if where else "packages")
+    pyproject: str | None = None
+    uv_lock: str | None = None
+    if spec.requirements is not None:
+        file = base / spec.requirements
+        if kind_of(file) == "folder":
+            raise InvalidInput(
+                "the requirements file is a folder",
+                where=str(file),
+                hint="for a folder with a pyproject.toml write project = … instead",
+            )
+        packages += requirement_lines(_read_text(file), where=str(file))
+    if spec.project is not None:
+        folder = base / spec.project
+        names_its_file = folder.name in ("pyproject.toml", "uv.lock")
+        check_folder(
+            folder,
+            "the project folder",
+            where=str(folder),
+            if_file="name the folder that holds it"
+            if names_its_file
+            else "for a requirements file write requirements = … instead",
+        )
+        pyproject = _read_text(folder / "pyproject.toml")
+        _toml(pyproject, where=str(folder / "pyproject.toml"))
+        if kind_of(folder / "uv.lock") != "missing":
+            uv_lock = _read_text(folder / "uv.lock")
+    shared = {name: getattr(spec, name) for name in Definition.model_fields if hasattr(spec, name)}
+    return Definition(
+        **{**shared, "packages": packages, "pyproject": pyproject, "uv_lock": uv_lock}
+    )
+
+
+# -- batch files -----------------------------------------------------------------------------------
+
+
+def read_batch(path: Path) -> BatchSpec:
+    """The batch that the file `path` describes; its `code` is still relative to that file.
+
+    The files that its variants name are not read here: see `read_definition`.
+
+    Raises:
+        InvalidInput: no such file, not TOML, an unknown key, a wrong type, an empty matrix,
+            a duplicate id, a malformed entrypoint, an argument that is not JSON, no code folder.
+        InvalidId: the name, a variant id or a case id is not allowed.
+    """
+    where = str(path)
+    data = _toml(_read_text(path), where=where)
+    for table in ("variants", "cases"):
+        _check_table(data, table, where=where)
+    batch = validated(BatchSpec, data, where=where)
+    _check_ids(batch, where=where)
+    split_entrypoint(batch.entrypoint, where=where)
+    for index, case in enumerate(batch.cases):
+        _check_arguments(case, f"cases[{index}]", where=where)
+    if batch.code is not None:
+        check_folder(
+            path.parent / batch.code,
+            f"code: the folder {batch.code!r}",
+            where=where,
+            if_file="name the folder that holds the module",
+        )
+    return batch
+
+
+def _check_table(data: dict[str, Any], table: str, *, where: str) -> None:
+    rows = data.get(table)
+    if isinstance(rows, dict):
+        raise InvalidInput(
+            f"{table}: one table where a list of tables is needed",
+            where=where,
+            hint=f"write [[{table}]] with two brackets",
+        )
+    if rows is None:
+        unknown = [key for key in data if key not in BatchSpec.model_fields]
+        for key in difflib.get_close_matches(table, unknown, n=1):
+            raise InvalidInput(
+                f"unknown key {key!r}", where=where, hint=nearest_hint(key, BatchSpec.model_fields)
+            )
+    if rows is None or rows == []:
+        example = 'id = "old" and packages = ["…"]' if table == "variants" else 'id = "first"'
+        raise InvalidInput(
+            f"an empty matrix: there are no {table}",
+            where=where,
+            hint=f"add a [[{table}]] table with {example}",
+        )
+
+
+def _check_ids(batch: BatchSpec, *, where: str) -> None:
+    _check_id(batch.name, "batch", where=f"{where}: name")
+    for table, kind, ids in (
+        ("variants", "variant", [variant.id for variant in batch.variants]),
+        ("cases", "case", [case.id for case in batch.cases]),
+    ):
+        for index, value in enumerate(ids):
+            _check_id(value, kind, where=f"{where}: {table}[{index}].id")
+            if value in ids[:index]:
+                raise InvalidInput(
+                    f"{table}[{index}]: the {kind} id {value!r} is that of "
+                    f"{table}[{ids.index(value)}] too",
+                    where=where,
+                    hint=f"give every {kind} an id of its own",
+                )
+    for index, variant in enumerate(batch.variants):
+        try:  # the two ids are one folder name together
+            EnvId(workflow_id=batch.name, node_id=variant.id)
+        except InvalidId as err:
+            raise err.about(where=f"{where}: variants[{index}].id") from None
+
+
+def _check_id(value: str, kind: str, *, where: str) -> None:
+    try:
+        checked_id(value, kind=kind)
+    except InvalidId as err:
+        raise err.about(where=where) from None
+
+
+def _check_arguments(case: CaseSpec, at: str, *, where: str) -> None:
+    for index, value in enumerate(case.args):
+        _check_json(value, f"{at}.args[{index}]", where=where)
+    for name, value in case.kwargs.items():
+        if not name.isidentifier():
+            raise InvalidInput(
+                f"{at}.kwargs: {name!r} cannot be the name of an argument",
+                where=where,
+                hint="use letters, digits and _",
+            )
+        _check_json(value, f"{at}.kwargs.{name}", where=where)
+
+
+def _check_json(value: Any, at: str, *, where: str) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_json(inner, f"{at}.{name}", where=where)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_json(inner, f"{at}[{index}]", where=where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InvalidInput(
+            f"{at}: {value} is not a JSON value",
+            where=where,
+            hint="give a finite number or a string",
+        )
+    elif not isinstance(value, str | int | float):
+        raise InvalidInput(
+            f"{at}: {value} is a TOML {type(value).__name__}, not a JSON value",
+            where=where,
+            hint=f'write it as a string: "{value}"',
+        )
+
+
+# -- results of an earlier run ---------------------------------------------------------------------
+
+
+def read_results(path: Path) -> list[ItemResult]:
+    """The items that an earlier run wrote to `path`, in order; none, if there is no such file.
+
+    A last line without its newline that cannot be read was torn by a kill, and is ignored.
+
+    Raises:
+        InvalidInput: any other line is damaged, or the file cannot be read.
+    """
+    if kind_of(path) == "missing":
+        return []
+    *lines, last = read_bytes(path).split(b"\n")
+    found = [
+        _result(line, where=f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if last.strip():
+        with contextlib.suppress(InvalidInput):
+            found.append(_result(last, where=str(path)))
+    return found
+
+
+def _result(line: bytes, *, where: str) -> ItemResult:
+    hint = "remove the line, or run without resuming"
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        raise InvalidInput(
+            "a damaged result: the line is not JSON", where=where, hint=hint
+        ) from None
+    try:
+        return validated(ItemResult, data, where=where)
+    except InvalidInput as err:
+        raise InvalidInput(
+            f"not the result of an item: {err.message}", where=where, hint=hint
+        ) from None
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> str:
+    """The text of `path`, its line ends as `\\n` and without a byte order mark."""
+    content = read_bytes(path)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        line = content.count(b"\n", 0, err.start) + 1
+        raise InvalidInput(
+            f"line {line} is not UTF-8", where=str(path), hint="save the file as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n")
+
+
+def _toml(text: str, *, where: str) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        raise InvalidInput(
+            f"not valid TOML: {err}", where=where, hint="mend that line; strings need quotes"
+        ) from None
+    except RecursionError:
+        raise InvalidInput("not valid TOML: nested too deeply", where=where) from None
+    return data

@@ -1,0 +1,173 @@
+"""From one definition to the next: packages added, removed or upgraded, and what that changed.
+
+Pure: values in, values out. `resolving`, below, says what a requirement is; `resolver` locks what
+comes out of here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tomlkit
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from ray_envs.decisions import resolving
+from ray_envs.errors import InvalidInput, InvalidPackages
+from ray_envs.models import Definition
+
+Diff = dict[str, Any]
+
+
+def added(definition: Definition, packages: Iterable[str] | str, *, where: str) -> Definition:
+    """`definition` with `packages` in it; a requirement of the same name is replaced.
+
+    A bare name leaves a requirement that is there already as it is.
+
+    Args:
+        definition: what is there.
+        packages: requirement strings, or a requirements text.
+        where: the option or call that they come from, for messages.
+
+    Raises:
+        InvalidPackages: none are given, or one cannot be accepted.
+    """
+    lines = _given(packages, where=where)
+    there = {_name(line) for line in _declared(definition)}
+    new = [line for line in lines if not (_is_bare(line) and _name(line) in there)]
+    kept = _without(definition, {_name(line) for line in new})
+    return kept.model_copy(
+        update={"packages": resolving.requirement_lines([*kept.packages, *new], where=where)}
+    )
+
+
+def removed(definition: Definition, packages: Iterable[str] | str, *, where: str) -> Definition:
+    """`definition` without the requirements that `packages` name.
+
+    Raises:
+        InvalidPackages: none are given, or one is not declared (the nearest one is named).
+    """
+    lines = _given(packages, where=where)
+    there = {_name(line) for line in _declared(definition)}
+    for line in lines:
+        if _name(line) not in there:
+            raise InvalidPackages(
+                f"{_name(line)!r} is not declared here",
+                where=where,
+                hint=_near(_name(line), there, "`ray-envs deps` shows what is declared; a package "
+                "that another one needs goes with that one"),
+            )  # fmt: skip
+    return _without(definition, {_name(line) for line in lines})
+
+
+def upgraded(
+    definition: Definition,
+    packages: Iterable[str] | str,
+    locked: Mapping[str, str],
+    *,
+    where: str,
+) -> tuple[Definition, tuple[str, ...]]:
+    """The definition to lock, and the names that the lock may move; none means all.
+
+    Args:
+        definition: what is there.
+        packages: names, or requirements that take the place of the declared ones.
+        locked: the versions that are locked now, by name.
+        where: the option or call that the packages come from, for messages.
+
+    Raises:
+        InvalidPackages: one cannot be accepted, or is not in the environment.
+    """
+    lines = _given(packages, where=where) if packages else ()
+    for line in lines:
+        if _name(line) not in locked:
+            raise InvalidPackages(
+                f"{_name(line)!r} is not in this environment",
+                where=where,
+                hint=_near(_name(line), locked, "add it with `ray-envs add`"),
+            )
+    new = [line for line in lines if not _is_bare(line)]
+    if new:
+        definition = added(definition, new, where=where)
+    return definition, tuple(sorted({_name(line) for line in lines}))
+
+
+def inherited(packages: Iterable[str], versions: Mapping[str, str]) -> tuple[str, ...]:
+    """`packages`, where those without a version take the one that `versions` has for them."""
+    lines = []
+    for line in packages:
+        requirement = Requirement(line)
+        version = versions.get(canonicalize_name(requirement.name))
+        if version is not None and not requirement.specifier and requirement.url is None:
+            requirement.specifier = SpecifierSet(f"=={version}")
+        lines.append(str(requirement))
+    return resolving.requirement_lines(lines)
+
+
+def diff(before: Mapping[str, str], after: Mapping[str, str]) -> Diff:
+    """What differs between two sets of packages (name to version), as plain data.
+
+    Returns:
+        `added` and `removed` (name to version), and `changed` (name to [old, new]).
+    """
+    return {
+        "added": {n: v for n, v in sorted(after.items()) if n not in before},
+        "removed": {n: v for n, v in sorted(before.items()) if n not in after},
+        "changed": {
+            n: [before[n], v] for n, v in sorted(after.items()) if n in before and before[n] != v
+        },
+    }
+
+
+def _given(packages: Iterable[str] | str, *, where: str) -> tuple[str, ...]:
+    lines = resolving.requirement_lines(packages, where=where)
+    if not lines:
+        raise InvalidPackages("no packages are given", where=where, hint="name at least one")
+    return lines
+
+
+def _declared(definition: Definition) -> tuple[str, ...]:
+    """The requirements of a definition: its own, and those of its project's [project] table."""
+    own = resolving.declared(definition.pyproject) if definition.pyproject else ()
+    return (*definition.packages, *own)
+
+
+def _without(definition: Definition, names: set[str]) -> Definition:
+    """`definition` without the requirements of these names, also in its project's text."""
+    update: dict[str, Any] = {
+        "packages": tuple(line for line in definition.packages if _name(line) not in names)
+    }
+    text = definition.pyproject
+    if text is not None and any(_name(line) in names for line in resolving.declared(text)):
+        document = tomlkit.parse(text)
+        array: Any = document["project"]["dependencies"]
+        for index in reversed(range(len(array))):
+            if _name(str(array[index])) in names:
+                array.pop(index)
+        update["pyproject"] = document.as_string()
+        if any(_name(line) in names for line in resolving.declared(update["pyproject"])):
+            raise InvalidInput(
+                "the layout of the project is too unusual to be edited",
+                where="pyproject.toml",
+                hint="change the file and create the variant again with replace",
+            )
+    return definition.model_copy(update=update)
+
+
+def _name(line: str) -> str:
+    return str(canonicalize_name(Requirement(line).name))
+
+
+def _is_bare(line: str) -> bool:
+    requirement = Requirement(line)
+    return not (
+        requirement.specifier or requirement.url or requirement.extras or requirement.marker
+    )
+
+
+def _near(name: str, known: Iterable[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise

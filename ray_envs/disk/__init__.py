@@ -1,0 +1,5 @@
+"""Runs in every process of ours that writes files or starts child processes.
+
+In: paths and bytes, command lines. Out: durable files, locks, ended processes. It knows no variant
+and no environment; it never leaves a half-written file or a child that outlives its parent.
+"""

@@ -1,0 +1,142 @@
+"""Runs one child process to its end; the only module that starts one.
+
+A child has a time-out and its own process group, is nice to the running tasks, and dies with this
+process. What it writes comes line by line and without credentials. `builder` and `bytecode`, above,
+know commands and what their exit codes mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_envs.decisions.policy import redacted
+from ray_envs.errors import StorageFailed, UvFailed
+
+_DETAIL_LINES = 40
+#: How much of a child's output is read at once, in bytes.
+_CHUNK = 65536
+_PR_SET_PDEATHSIG = 1
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a child ended."""
+
+    code: int
+    #: What it wrote to both of its streams, credentials redacted.
+    output: str
+
+
+async def run(
+    command: list[str],
+    cwd: Path,
+    *,
+    timeout_s: float,
+    niceness: int,
+    environ: Mapping[str, str] | None = None,
+    stdin: str = "",
+    on_line: Progress | None = None,
+    hint: str = "",
+) -> Ended:
+    """Run `command` to its end, whatever its exit code.
+
+    Args:
+        command: the executable and its arguments.
+        cwd: the folder it works in.
+        timeout_s: after so many seconds its whole group is killed.
+        niceness: added to its niceness.
+        environ: all of its variables; by default those of this process.
+        stdin: what it may read.
+        on_line: called with each line as it comes.
+        hint: what to change where the time was too short.
+
+    Raises:
+        StorageFailed: it cannot be started.
+        UvFailed: it did not end in time; `detail` is its last words.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=cwd,
+            env=environ,
+            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_dying_with_parent(niceness),
+        )
+    except OSError as exc:
+        raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
+    lines: list[str] = []
+
+    def tell(raw: bytes) -> None:
+        line = redacted(raw.decode("utf-8", "replace").rstrip())
+        lines.append(line)
+        if on_line is not None:
+            on_line(line)
+
+    async def talk() -> None:
+        if process.stdin is not None:
+            with suppress(BrokenPipeError, ConnectionResetError):  # it ended before it read all
+                process.stdin.write(stdin.encode())
+                await process.stdin.drain()
+            process.stdin.close()
+        assert process.stdout is not None
+        rest = b""
+        while chunk := await process.stdout.read(_CHUNK):
+            *whole, rest = (rest + chunk).split(b"\n")
+            for raw in whole:
+                tell(raw)
+        if rest:
+            tell(rest)
+        await process.wait()
+
+    try:
+        await asyncio.wait_for(talk(), timeout_s)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise UvFailed(
+            f"{os.path.basename(command[0])} did not end within {timeout_s:g} s",
+            detail=last_words("\n".join(lines)),
+            hint=hint,
+        ) from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):  # the group: uv's build backends too
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+    assert process.returncode is not None
+    return Ended(process.returncode, "\n".join(lines))
+
+
+def last_words(output: str) -> str:
+    """The last lines of a child, without those of uv that say which interpreter it used."""
+    lines = [line for line in output.splitlines() if line and not line.startswith("Using CPython")]
+    return "\n".join(lines[-_DETAIL_LINES:])
+
+
+def _dying_with_parent(niceness: int) -> Callable[[], None]:
+    """What the child does before its command: a lower priority, and death with its parent."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    parent = os.getpid()
+
+    def prepare() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died between fork and prctl
+                os._exit(1)
+        os.nice(niceness)
+
+    return prepare
+
+
+__all__ = ["Ended", "Progress", "last_words", "run"]

@@ -1,0 +1,241 @@
+"""Collects environments that nobody wants, holds or was promised, on every node.
+
+Gathers what `collecting` needs, tells the agents what may go, and prunes uv's cache.
+The agents have the last word: what is held when the exclusive lock is asked for stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from ray_envs.cluster.cluster import Nodes
+from ray_envs.decisions import collecting
+from ray_envs.decisions.collecting import EnvUse, Limits, Verdict
+from ray_envs.errors import RayEnvsError, StorageFailed
+from ray_envs.events import EventKind
+from ray_envs.manager.fleet import Node
+from ray_envs.manager.leases import Leases
+from ray_envs.manager.operations import Change, Operations
+from ray_envs.manager.reconciler import Reconciler
+from ray_envs.manager.registry import Registry
+from ray_envs.models import Generation, VariantRecord
+from ray_envs.settings import Settings
+
+_HOUR_S = 3600.0
+
+Planned = tuple[Verdict, EnvUse]
+
+
+class Collector:
+    """The collection of one cluster's environments.
+
+    Args:
+        settings: budgets, and how many generations are kept.
+        cluster: which jobs and detached actors live.
+        registry: the generations that are kept.
+        reconciler: the nodes, and what is being prepared.
+        leases: to whom keys are promised.
+        operations: keeps the rows and tells events.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        cluster: Nodes,
+        registry: Registry,
+        reconciler: Reconciler,
+        leases: Leases,
+        operations: Operations,
+    ) -> None:
+        self._settings = settings
+        self._cluster = cluster
+        self._registry = registry
+        self._reconciler = reconciler
+        self._leases = leases
+        self._operations = operations
+        self._next_at = time.monotonic() + settings.gc_interval_s
+
+    async def turn(self) -> None:
+        """End the leases of dead jobs and, when it is time, collect; a part of the loop."""
+        await self.end_leases()
+        interval_s = self._settings.gc_interval_s
+        if interval_s > 0 and time.monotonic() >= self._next_at:
+            self._next_at = time.monotonic() + interval_s
+            await self.collect(dry_run=False)
+
+    async def end_leases(self) -> None:
+        """Forget the promises to jobs that have ended, unless a detached actor has them now."""
+        # Before the cluster is asked: a job that begins meanwhile is not in its answer.
+        holders = self._leases.jobs()
+        dead = holders - await self._cluster.living_jobs() if holders else set()
+        if dead:
+            given = "\n".join(await self._cluster.given_to_detached())
+            self._leases.end(dead, [key for key in self._leases.all() if key in given])
+
+    async def plan(
+        self, *, idle_hours: float | None = None, include_current: bool = False
+    ) -> list[Planned]:
+        """One verdict for each directory of each node that answers, with what it is about."""
+        await self.end_leases()
+        hours = self._settings.idle_hours if idle_hours is None else idle_hours
+        limits = Limits(
+            idle_s=hours * _HOUR_S,
+            max_bytes=self._settings.max_bytes,
+            max_inodes=self._settings.max_inodes,
+        )
+        found: list[Planned] = []
+        for node in self._reconciler.fleet.healthy():
+            told = await node.call("inventory")
+            uses = {}
+            for plain in told["uses"]:
+                use = EnvUse.model_validate({**plain, "node_id": node.info.node_id})
+                uses[use.key] = use
+            verdicts = collecting.plan_collection(
+                uses.values(),
+                wanted=self.wanted(include_current=include_current),
+                leases=self._leases.all(),
+                busy=self._busy(),
+                limits=limits,
+                now=told["now"],  # the node's own clock, as the last uses
+            )
+            found += [(verdict, uses[verdict.key]) for verdict in verdicts]
+        return found
+
+    async def collect(
+        self,
+        *,
+        dry_run: bool,
+        idle_hours: float | None = None,
+        include_current: bool = False,
+        prune_cache: bool = True,
+    ) -> dict[str, Any]:
+        """See `EnvManager.cleanup`."""
+        async with self._operations.on_store() as change:
+            planned = await self.plan(idle_hours=idle_hours, include_current=include_current)
+            doomed = [(verdict, use) for verdict, use in planned if verdict.collect]
+            kept = [verdict for verdict, _ in planned if not verdict.collect]
+            deleted: list[dict[str, Any]] = []
+            freed_bytes = 0
+            if not dry_run:
+                change.begin(keys=sorted({verdict.key for verdict, _ in doomed}))
+                change.say(EventKind.CLEANUP_STARTED, environments=len(doomed))
+                for node in self._reconciler.fleet.healthy():
+                    mine = [each for each in doomed if each[0].node_id == node.info.node_id]
+                    gone, stayed = await self._discard(
+                        change, node, mine, include_current=include_current
+                    )
+                    deleted += gone
+                    kept += stayed
+                    if prune_cache:
+                        freed_bytes += await self._prune(change, node)
+                freed_bytes += sum(row["freed_bytes"] for row in deleted)
+                change.note(deleted=len(deleted), freed_bytes=freed_bytes)
+                change.succeed(
+                    EventKind.CLEANUP_COMPLETED, deleted=len(deleted), freed_bytes=freed_bytes
+                )
+            else:
+                deleted = [verdict.model_dump(mode="json") for verdict, _ in doomed]
+                freed_bytes = sum(verdict.bytes for verdict, _ in doomed)
+        return {
+            "dry_run": dry_run,
+            "deleted": deleted,
+            "freed_bytes": freed_bytes,
+            "kept": [verdict.model_dump(mode="json") for verdict in kept],
+            **({} if dry_run else {"operation_id": change.row.operation_id}),
+        }
+
+    async def _discard(
+        self, change: Change, node: Node, doomed: list[Planned], *, include_current: bool
+    ) -> tuple[list[dict[str, Any]], list[Verdict]]:
+        """Collect on one node; returns what went, and what had to stay after all."""
+        gone: list[dict[str, Any]] = []
+        stayed: list[Verdict] = []
+        for verdict, use in doomed:
+            key = verdict.key
+            # Somebody may have asked for it since the plan was made.
+            wanted = self.wanted(include_current=include_current)
+            if key in self._busy() or key in self._leases.all() or key in wanted:
+                stayed.append(_kept(verdict, "it was asked for meanwhile"))
+                continue
+            was_wanted = self._reconciler.wishes.drop(key)  # or the loop would make it again
+            try:
+                freed = await node.call("collect", key=key, planned=use.model_dump(mode="json"))
+            except RayEnvsError as exc:
+                stayed.append(_kept(verdict, exc.message))
+                if was_wanted:
+                    self._reconciler.wishes.want(key)
+                continue
+            self._reconciler.fleet.forget_state(node, key)
+            self._reconciler.wishes.outdate(key)
+            gone.append({**verdict.model_dump(mode="json"), "freed_bytes": int(freed)})
+            change.say(
+                EventKind.COLLECTED,
+                key=key,
+                node_id=node.info.node_id,
+                because=verdict.because,
+                freed_bytes=int(freed),
+            )
+        await self._reconciler.fleet.announce()
+        return gone, stayed
+
+    async def _prune(self, change: Change, node: Node) -> int:
+        """Prune uv's cache on a node, within what no lock needs; returns the freed bytes."""
+        try:
+            told = await node.call("prune_cache", needed=self._needed())
+        except RayEnvsError as exc:  # uv is busy: the next collection does it
+            change.told(str(exc))
+            return 0
+        change.told(told["output"])
+        return int(told["freed_bytes"])
+
+    def wanted(self, *, include_current: bool = False) -> dict[str, str]:
+        """Why each key is wanted by a variant; with `include_current`, only the pinned ones are."""
+        found: dict[str, str] = {}
+        for folder in self._reconciler.damaged:  # doubt keeps
+            why = f"a generation of the definition in {folder}, which cannot be read"
+            found.update(dict.fromkeys(self._registry.keys_in(folder), why))
+        for name, record in self._reconciler.variants.items():
+            if record.is_pinned or not include_current:
+                word = "pinned" if record.is_pinned else "current"
+                found.setdefault(
+                    record.current.key, f"{word} generation {record.current.number} of {name}"
+                )
+                for made in self.kept(record):
+                    found.setdefault(made.key, f"kept generation {made.number} of {name}")
+        return found
+
+    def kept(self, record: VariantRecord) -> Iterable[Generation]:
+        """The older generations that are kept to roll back to; all where it is pinned."""
+        older = [number for number in record.numbers if number != record.current.number]
+        if not record.is_pinned:
+            older = older[max(0, len(older) - self._settings.keep_generations + 1) :]
+        for number in older:
+            with suppress(StorageFailed):  # one that cannot be read cannot be rolled back to
+                yield self._registry.generation(record.env_id, number)
+
+    def _busy(self) -> set[str]:
+        """The keys that are being made somewhere, or prepared for a change."""
+        busy = {generation.key for generation in self._reconciler.staged.values()}
+        busy |= {key for key, count in self._reconciler.awaited.items() if count > 0}
+        for node in self._reconciler.fleet.healthy():
+            busy |= {key for key, state in node.states.items() if not state.phase.is_final}
+        return busy
+
+    def _needed(self) -> dict[str, list[str]]:
+        """The versions of each package that some kept generation has."""
+        needed: dict[str, set[str]] = {}
+        for generation in self._reconciler.staged.values():
+            for name, version in generation.packages.items():
+                needed.setdefault(name, set()).add(version)
+        for record in self._reconciler.variants.values():
+            for generation in (record.current, *self.kept(record)):
+                for name, version in generation.packages.items():
+                    needed.setdefault(name, set()).add(version)
+        return {name: sorted(versions) for name, versions in needed.items()}
+
+
+def _kept(verdict: Verdict, because: str) -> Verdict:
+    return verdict.model_copy(update={"collect": False, "because": because})

@@ -1,0 +1,113 @@
+"""Which environments are wanted on the cluster's nodes, and how often each was asked for.
+
+Verbs write wishes, the loop makes them true (`reconciler`). Kept on disk, so that a manager that
+restarts goes on with what it was at: nodes that join later get what was asked for before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from ray_envs.disk.files import write_atomically
+from ray_envs.models import Key, Model
+
+
+class _Kept(Model):
+    """What the file holds."""
+
+    wanted: tuple[Key, ...] = ()
+    attempts: dict[Key, int] = Field(default_factory=dict)
+    epochs: dict[Key, int] = Field(default_factory=dict)
+
+
+class Wishes:
+    """The wishes of one cluster, by environment key.
+
+    Args:
+        path: the file that keeps them; None to keep them in this process only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._wanted: set[str] = set()
+        self._attempts: dict[str, int] = {}
+        #: Also of keys that are not wanted now.
+        self._epochs: dict[str, int] = {}
+        #: Rises with every change.
+        self.version = 0
+        self._is_held = False
+
+    def load(self) -> None:
+        """Take over what an earlier life has kept; what cannot be read is asked for again."""
+        if self._path is not None:
+            with suppress(OSError, ValidationError):
+                kept = _Kept.model_validate_json(self._path.read_bytes())
+                self._wanted |= set(kept.wanted)
+                self._attempts = {**kept.attempts, **self._attempts}
+                self._epochs = {**kept.epochs, **self._epochs}
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """The changes in the block are written together."""
+        before, self._is_held = self.version, True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            if self.version != before:
+                self._keep()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._wanted
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def attempt(self, key: str) -> int:
+        """How often `key` was asked for again after a failure."""
+        return self._attempts.get(key, 0)
+
+    def epoch(self, key: str) -> int:
+        """A number that is another one since a node lost `key`, or has it after a failure.
+
+        It stands in the runtime_env: each node's Ray remembers for ever how a runtime_env went.
+        """
+        return self._epochs.get(key, 0)
+
+    def want(self, key: str, *, failed: int | None = None) -> None:
+        """Want `key`; also where attempts up to the number `failed` have failed."""
+        if key not in self._wanted or failed is not None:
+            self._wanted.add(key)
+            if failed is not None:  # it may be from before this file was lost
+                self._attempts[key] = max(self.attempt(key), failed) + 1
+            self._write()
+
+    def outdate(self, key: str) -> None:
+        """Begin another epoch of `key`."""
+        self._epochs[key] = self.epoch(key) + 1
+        self._write()
+
+    def drop(self, key: str) -> bool:
+        """Stop wanting `key`; returns whether it was wanted."""
+        if key not in self._wanted:
+            return False
+        self._wanted.discard(key)
+        self._write()
+        return True
+
+    def _write(self) -> None:
+        self.version += 1
+        if not self._is_held:
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._path is not None:
+            kept = _Kept(
+                wanted=tuple(sorted(self._wanted)), attempts=self._attempts, epochs=self._epochs
+            )
+            with suppress(OSError):  # a full disk: they hold as long as this process
+                write_atomically(self._path, kept.model_dump_json() + "\n", is_durable=False)

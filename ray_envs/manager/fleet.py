@@ -1,0 +1,297 @@
+"""The live nodes of a cluster, as their agents describe them. Knows no variants.
+
+`manager` says what is wanted; this follows every agent and tells that something is new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_envs.cluster.cluster import Call, NodeInfo, Nodes
+from ray_envs.errors import ManagerUnavailable, RayEnvsError, WrongEnvironment, from_dict
+from ray_envs.models import NodeEnvState, Phase, Target
+
+#: How long one long-poll of an agent lasts before it is asked again.
+_WATCH_S = 5.0
+#: How many looks in a row an agent may miss before its node counts as failed. A guess.
+_MAX_MISSES = 6
+#: How long the other nodes wait for those that are being met.
+_MEET_S = 2.0
+#: After how long a worker that waits for an environment may have given up; see `plugin`.
+_PATIENCE_S = 300.0
+
+
+@dataclass(slots=True)
+class Node:
+    """A live node, as its agent last described it."""
+
+    info: NodeInfo
+    call: Call
+    site: str = ""
+    error: dict[str, str] | None = None
+    #: Whether Ray asks us there before it starts a worker in one of our environments.
+    has_gate: bool = False
+    #: What it runs: the versions of ray_envs and uv.
+    software: dict[str, str] = field(default_factory=dict)
+    states: dict[str, NodeEnvState] = field(default_factory=dict)
+    #: The keys of `states` that are ready, and the rest of it.
+    ready: frozenset[str] = frozenset()
+    others: dict[str, NodeEnvState] = field(default_factory=dict)
+    #: Keys that workers wait for there, with the attempt that they belong to.
+    asked: dict[str, int] = field(default_factory=dict)
+    #: The last end of each build that was told to whoever listens.
+    told: dict[str, NodeEnvState] = field(default_factory=dict)
+    watcher: asyncio.Task[None] | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it lacks what environments need, ray_envs itself for one: it gets none."""
+        return self.error is not None and self.error["type"] == WrongEnvironment.__name__
+
+    def may_have(self, site: str) -> bool:
+        """Whether environments for `site` belong there, as far as is known yet."""
+        return self.site == site or (not self.site and not self.is_bare)
+
+    def know(self, states: dict[str, NodeEnvState]) -> None:
+        """Believe this of every environment there."""
+        self.states = states
+        self.ready = frozenset(key for key, s in states.items() if s.phase is Phase.READY)
+        self.others = {key: s for key, s in states.items() if s.phase is not Phase.READY}
+
+    def know_one(self, state: NodeEnvState) -> None:
+        """Believe this of one environment there."""
+        self.know({**self.states, state.key: state})
+
+
+class Fleet:
+    """Follows the nodes of a cluster.
+
+    Args:
+        cluster: who answers about nodes.
+        settings: for the agents, as `Settings.to_environment` writes them.
+        on_node: told when a node has joined (true) or was lost (false), after the first look.
+        on_final: told when an environment that was being made has become ready, or has failed.
+        on_outdated: told the key of an environment that a node has lost, or has after a failure:
+            what Ray remembers of its runtime_env there is not true any more.
+    """
+
+    def __init__(
+        self,
+        cluster: Nodes,
+        settings: dict[str, str],
+        *,
+        on_node: Callable[[NodeInfo, bool], None],
+        on_final: Callable[[NodeInfo, NodeEnvState], None],
+        on_outdated: Callable[[str], None],
+    ) -> None:
+        self._cluster = cluster
+        self._settings = settings
+        self._on_node = on_node
+        self._on_final = on_final
+        self._on_outdated = on_outdated
+        self._has_looked = False
+        self.nodes: dict[str, Node] = {}
+        #: Rises with every news; `news` waits for it.
+        self.version = 0
+        self._changed = asyncio.Condition()
+        #: Set when there is something to do: a new wish, or an agent that was lost.
+        self.wake_up = asyncio.Event()
+        self._is_stopping = False
+        #: How often in a row an agent could not be met.
+        self._misses: dict[str, int] = {}
+        #: Those that are being met now.
+        self._meetings: dict[str, asyncio.Task[None]] = {}
+
+    def head(self) -> Node:
+        """The head node, where uv resolves.
+
+        Raises:
+            RayEnvsError: it is not there, or its agent reported an error.
+        """
+        for node in self.nodes.values():
+            if node.info.is_head:
+                if node.error is not None:
+                    raise from_dict(node.error)
+                return node
+        raise ManagerUnavailable(
+            "the head node of the cluster is not there", hint="try again when it has joined"
+        )
+
+    def is_gated(self) -> bool:
+        """Whether every live node asks us before a worker starts: tasks may then go to any."""
+        return bool(self.nodes) and all(node.has_gate for node in self.nodes.values())
+
+    def healthy(self) -> list[Node]:
+        """The nodes whose agent answers."""
+        return [node for node in self.nodes.values() if node.error is None]
+
+    async def news(self, seen: int, timeout_s: float) -> None:
+        """Return once `version` is above `seen`, or after `timeout_s` seconds."""
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            async with self._changed:
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self.version > seen), timeout_s
+                )
+
+    async def announce(self) -> None:
+        """Tell whoever waits for news that there are some."""
+        self.version += 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def look_at_nodes(self) -> None:
+        """Meet the nodes that have joined and those whose agent was lost.
+
+        The first look waits until each has answered or missed; later ones go on without those
+        that take long, which are known as soon as they answer.
+        """
+        alive = {info.node_id: info for info in await self._cluster.alive()}
+        for node_id in self._meetings.keys() - alive.keys():
+            self._meetings.pop(node_id).cancel()
+        for node_id in self.nodes.keys() - alive.keys():
+            lost = self.nodes.pop(node_id)
+            if lost.watcher is not None:
+                lost.watcher.cancel()
+            self._on_node(lost.info, False)
+            await self.announce()
+        if self._has_looked:
+            for node_id in alive.keys() - self.nodes.keys() - self._meetings.keys():
+                self._on_node(alive[node_id], True)
+        for node_id, info in alive.items():
+            known = self.nodes.get(node_id)
+            if node_id not in self._meetings and (known is None or known.watcher is None):
+                self._meetings[node_id] = asyncio.create_task(self._meet(info))
+        if self._meetings:
+            limit_s = _MEET_S if self._has_looked else None
+            await asyncio.wait(set(self._meetings.values()), timeout=limit_s)
+        self._has_looked = True
+        over = {node_id: task for node_id, task in self._meetings.items() if task.done()}
+        for node_id in over:
+            del self._meetings[node_id]
+        await asyncio.gather(*over.values())
+
+    async def _meet(self, info: NodeInfo) -> None:
+        node = Node(info, self._cluster.agent(info.node_id, settings=self._settings))
+        try:
+            told = await node.call("describe")
+            target = Target.model_validate(told["target"])
+            node.site = site_name(told["platform"]["name"], target)
+            node.error = told["error"]
+            node.has_gate = told["has_gate"]
+            node.software = told["software"]
+            self._hear(node, told)
+            known = self.nodes.get(info.node_id)
+            node.told = known.told if known else dict(node.states)  # what ended before us is old
+            self._tell_ends(node)
+            if node.error is None:
+                node.watcher = asyncio.create_task(self._watch(node, int(told["version"])))
+            self._misses.pop(info.node_id, None)
+        except Exception as exc:
+            error = exc if isinstance(exc, RayEnvsError) else RayEnvsError(f"no agent: {exc}")
+            misses = self._misses[info.node_id] = self._misses.get(info.node_id, 0) + 1
+            if misses >= _MAX_MISSES or not error.retryable:  # until then, it may be restarting
+                node.error = error.about(node_id=info.node_id).to_dict()
+        known = self.nodes.get(info.node_id)
+        self.nodes[info.node_id] = node
+        if known is None or _facts(known) != _facts(node):  # a bare node is met at each look
+            await self.announce()
+            self.wake_up.set()  # the look may have gone on without it
+
+    def lose(self, node: Node) -> None:
+        """Forget what an agent told that does not answer; the next look meets it again."""
+        watcher, node.watcher = node.watcher, None
+        node.know({})
+        node.asked = {}
+        node.site = ""  # until it is met nothing is built there
+        self.version += 1
+        if watcher is not None and watcher is not asyncio.current_task():
+            watcher.cancel()
+        self.wake_up.set()
+
+    async def _watch(self, node: Node, seen: int) -> None:
+        """Follow one agent for as long as it answers; the next tick meets it again after that."""
+        try:
+            while not self._is_stopping:
+                told = await node.call("watch", seen=seen, timeout_s=_WATCH_S)
+                if told["version"] != seen:
+                    seen = told["version"]
+                    self._hear(node, told)
+                    self._tell_ends(node)
+                    await self.announce()
+        except Exception:  # it has died, and restarts; what its node has is not known till then
+            self.lose(node)
+            await self.announce()
+
+    def _hear(self, node: Node, told: Mapping[str, Any]) -> None:
+        """Take over what an agent told of its environments, and of who waits for them."""
+        before = node.ready
+        node.know(_states(told["states"]))
+        for key in before - node.ready:
+            self._on_outdated(key)
+        if told["asked"] != node.asked or before - node.ready:
+            node.asked = dict(told["asked"])
+            self.wake_up.set()
+
+    def _tell_ends(self, node: Node) -> None:
+        """Tell of each build that has ended since the last time."""
+        for key, state in node.states.items():
+            if state.phase.is_final and state.duration_s and node.told.get(key) != state:
+                before = node.told.get(key)
+                has_failed = before is not None and before.phase is Phase.FAILED
+                if state.phase is Phase.READY and (has_failed or state.duration_s > _PATIENCE_S):
+                    self._on_outdated(key)
+                node.told[key] = state
+                self._on_final(node.info, state)
+                self.wake_up.set()  # others may have waited for what this node has now
+
+    def forget_state(self, node: Node, key: str) -> None:
+        """Stop believing what a node's agent told of `key`: its disk has changed."""
+        node.know({other: state for other, state in node.states.items() if other != key})
+        self.version += 1
+
+    async def look_at_disks(self) -> None:
+        """Ask every agent what its disk has now: whoever asks may start a worker there at once."""
+
+        async def look(node: Node) -> None:
+            with suppress(Exception):  # a dead agent is the watcher's business
+                told = await node.call("watch", seen=-1, timeout_s=0)
+                if _states(told["states"]) != node.states:
+                    self._hear(node, told)
+                    self.version += 1
+                    self._tell_ends(node)
+
+        # A node without a watcher is being met.
+        await asyncio.gather(*(look(node) for node in self.nodes.values() if node.watcher))
+
+    async def stop(self) -> None:
+        """Stop following the agents and, where one lives in this process, end its builds."""
+        self._is_stopping = True
+        await ended(set(self._meetings.values()))
+        await ended({node.watcher for node in self.nodes.values() if node.watcher is not None})
+        await self._cluster.stop()
+
+
+async def ended(tasks: set[asyncio.Task[Any]]) -> None:
+    """Cancel `tasks` until they have ended: before Python 3.12, wait_for may swallow a cancel."""
+    while tasks:
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=1)
+
+
+def _facts(node: Node) -> tuple[Any, ...]:
+    return node.site, node.error, node.has_gate, node.software, node.states, node.asked
+
+
+def site_name(platform: str, target: Target) -> str:
+    """What a node is, as far as an environment must match it."""
+    return f"{platform} python {target.python} ray {target.ray}"
+
+
+def _states(told: Iterable[Mapping[str, Any]]) -> dict[str, NodeEnvState]:
+    states = (NodeEnvState.model_validate(state) for state in told)
+    return {state.key: state for state in states}

@@ -1,0 +1,103 @@
+"""Who was promised an environment that no process of his holds yet.
+
+A lease belongs to a job and ends with it, or with the last detached actor that was given the
+environment. It is kept on disk: a manager that restarts knows its promises.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from ray_envs.disk.files import storage_errors, write_atomically
+from ray_envs.errors import StorageFailed
+
+#: A lease by its holder: the job, and the session of Ray that the job is one of.
+Holders = dict[str, str]
+_SHAPE = TypeAdapter(dict[str, Holders])
+
+
+class Leases:
+    """The leases of one root, by environment key.
+
+    Args:
+        path: the file that keeps them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._leases: dict[str, Holders] | None = None
+
+    def take(self, key: str, *, job_id: str, session: str, variant_id: str) -> None:
+        """Promise `key` to a job; again and again costs nothing.
+
+        Raises:
+            StorageFailed: the promise cannot be kept over a restart; it is made all the same.
+        """
+        leases = self._all()
+        holder = f"{session}/{job_id}"
+        if holder not in leases.setdefault(key, {}):
+            leases[key][holder] = variant_id
+            self._write()
+
+    def of(self, key: str, *, but_job: str | None = None) -> list[str]:
+        """The jobs that were promised `key`, without `but_job`."""
+        jobs = {holder.rpartition("/")[2] for holder in self._all().get(key, {})}
+        return sorted(jobs - {but_job})
+
+    def all(self) -> dict[str, str]:
+        """Who was promised each key, in words."""
+        return {
+            key: "job " + ", ".join(self.of(key)) for key, holders in self._all().items() if holders
+        }
+
+    def jobs(self) -> set[str]:
+        """`session/job` of everybody who holds a lease."""
+        return {holder for holders in self._all().values() for holder in holders}
+
+    def end(self, dead: Iterable[str], kept_keys: Iterable[str] = ()) -> list[str]:
+        """End the leases of `dead` (`session/job`); returns the keys that nobody has now.
+
+        Args:
+            dead: the jobs that have ended.
+            kept_keys: keys that a detached actor was given: its restart needs them.
+        """
+        leases, keep, gone = self._all(), set(kept_keys), set(dead)
+        freed, is_changed = [], False
+        for key, holders in list(leases.items()):
+            if key in keep:
+                continue
+            rest = {holder: name for holder, name in holders.items() if holder not in gone}
+            is_changed = is_changed or rest != holders
+            leases[key] = rest
+            if not rest:
+                del leases[key]
+                freed.append(key)
+        if is_changed:
+            with suppress(StorageFailed):  # a file that still has them only keeps more
+                self._write()
+        return freed
+
+    def _all(self) -> dict[str, Holders]:
+        if self._leases is None:
+            with storage_errors("read the leases"):
+                try:
+                    text = self._path.read_bytes()
+                except FileNotFoundError:
+                    text = b"{}"
+            try:
+                self._leases = _SHAPE.validate_json(text)
+            except ValueError as exc:
+                raise StorageFailed(
+                    f"{self._path} is damaged",
+                    hint="remove it when no job runs in an environment of this root",
+                ) from exc
+        return self._leases
+
+    def _write(self) -> None:
+        with storage_errors("write the leases"):
+            write_atomically(self._path, json.dumps(self._leases, indent=1) + "\n")

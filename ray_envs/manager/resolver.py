@@ -1,0 +1,218 @@
+"""From a definition to a generation: checks, uv's resolution, and the key. Writes nothing.
+
+`manager` decides when; `resolving` and `locks` say what the texts mean; uv runs on the head node's
+agent. Equal resolutions are asked for once: at the same time they share one uv, later they reuse
+the lock that a variant has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import distributions
+from typing import Any
+
+from packaging.utils import canonicalize_name
+
+from ray_envs.decisions import edits, locks, policy, resolving
+from ray_envs.errors import RayEnvsError, ResolutionFailed
+from ray_envs.manager.fleet import Fleet
+from ray_envs.manager.registry import Registry
+from ray_envs.models import Definition, Generation, Platform, Target, VariantRecord, validated
+from ray_envs.node.uv import index_settings
+from ray_envs.settings import Settings
+
+#: The operations whose lock must keep every pin of the user's own uv.lock.
+_KEEPS_PINS = ("create", "import")
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A generation that nobody has written yet, with its texts."""
+
+    generation: Generation
+    pyproject: str
+    uv_lock: str
+    #: What uv said; empty where it was not asked.
+    output: str = ""
+    #: The variant whose lock was used again, if one was.
+    same_lock: VariantRecord | None = None
+
+
+class Resolver:
+    """Makes generations for one cluster.
+
+    Args:
+        settings: the cluster's policy.
+        registry: where known locks are.
+        fleet: its head node runs uv.
+        known: finds a variant whose current lock came from the same fingerprint.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        fleet: Fleet,
+        *,
+        platform: Platform,
+        target: Target,
+        known: Callable[[str], VariantRecord | None],
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._fleet = fleet
+        self._platform = platform
+        self._target = target
+        self._known = known
+        self._resolving: dict[str, asyncio.Task[tuple[str, str]]] = {}
+
+    def checked(self, spec: Mapping[str, Any], *, where: str) -> Definition:
+        """`spec` as a definition that may be locked here.
+
+        Raises:
+            InvalidInput, InvalidPackages: it cannot be accepted, or the policy forbids it.
+        """
+        definition = validated(Definition, dict(spec), where=where)
+        packages = resolving.requirement_lines(definition.packages, where=where)
+        if definition.inherit_versions:
+            packages = edits.inherited(packages, _versions_here())
+        resolving.check_python(definition.python, self._target, where=where)
+        if definition.uv_lock is not None:
+            locks.check_lock(definition.uv_lock)
+        definition = definition.model_copy(update={"packages": packages})
+        return policy.check_definition(definition, self._settings, where=where)
+
+    def fits(self, generation: Generation) -> bool:
+        """Whether a generation was locked for the Ray, Python and platform of this cluster."""
+        return generation.target == self._target and generation.platform == self._platform.name
+
+    async def resolve(
+        self,
+        definition: Definition,
+        *,
+        number: int,
+        made_by: str,
+        base_lock: str | None = None,
+        upgrade: Iterable[str] | None = None,
+    ) -> Resolved:
+        """Lock `definition` for this cluster.
+
+        Args:
+            definition: a result of `checked`.
+            number: of the generation.
+            made_by: the operation.
+            base_lock: the lock whose pins are kept where they can be; by default the user's own.
+            upgrade: names whose pins may move; none of them means all; None keeps all.
+
+        Raises:
+            ResolutionFailed: nothing satisfies it, or the user's own pins would have to move.
+            UvFailed, StorageFailed: uv could not work.
+            InvalidPackages: the policy forbids what uv found.
+        """
+        project = resolving.project_text(definition, self._target)
+        base = definition.uv_lock if base_lock is None else base_lock
+        names = None if upgrade is None else tuple(upgrade)
+        fingerprint = resolving.fingerprint(
+            project,
+            base if names is None else f"upgrade {names}\n{base}",
+            definition,
+            self._target,
+            index_settings=index_settings(),
+        )
+        known = None if names is not None else self._with_lock_of(fingerprint)
+        if known is None:
+            same_lock = None
+            uv_lock, output = await self._shared(fingerprint, project, base, definition, names)
+        else:
+            (same_lock, uv_lock), output = known, ""
+        policy.check_lock(uv_lock, self._settings, only_binary=definition.only_binary)
+        if made_by in _KEEPS_PINS:
+            self._check_pins(definition, uv_lock)
+        packages = locks.installed(
+            uv_lock, self._platform, extras=definition.extras, groups=definition.groups
+        )
+        generation = Generation(
+            number=number,
+            definition=definition,
+            made_by=made_by,
+            key=locks.key_of(
+                packages,
+                self._target,
+                self._platform,
+                build_options=resolving.build_options(project),
+            ),
+            lock_sha256=locks.lock_sha256(uv_lock),
+            fingerprint=fingerprint,
+            target=self._target,
+            platform=self._platform.name,
+            created_at=datetime.now(timezone.utc),
+            packages={package.name: package.version for package in packages},
+        )
+        return Resolved(generation, project, uv_lock, output, same_lock)
+
+    def _check_pins(self, definition: Definition, uv_lock: str) -> None:
+        if definition.uv_lock is None or definition.allow_moved_pins:
+            return
+        moved = locks.moved_pins(definition.uv_lock, uv_lock, self._platform)
+        if moved:
+            raise ResolutionFailed(
+                f"with ray {self._target.ray} in it, the project moves pins of its uv.lock",
+                detail="\n".join(moved),
+                hint="lock the project with this ray in it, or set allow_moved_pins = true",
+            )
+
+    def _with_lock_of(self, fingerprint: str) -> tuple[VariantRecord, str] | None:
+        """A variant that was locked from the same fingerprint, and the text of its lock."""
+        record = self._known(fingerprint)
+        if record is not None:
+            with suppress(RayEnvsError):
+                text = self._registry.lock_text(record.env_id, record.current.number)[1]
+                if locks.lock_sha256(text) == record.current.lock_sha256:
+                    return record, text
+        return None
+
+    async def _shared(
+        self,
+        fingerprint: str,
+        project: str,
+        base: str | None,
+        definition: Definition,
+        upgrade: tuple[str, ...] | None,
+    ) -> tuple[str, str]:
+        """uv's lock and words; equal questions at once share one uv."""
+        task = self._resolving.get(fingerprint)
+        if task is None:
+            task = asyncio.create_task(self._ask_uv(project, base, definition, upgrade))
+            self._resolving[fingerprint] = task
+            task.add_done_callback(lambda _: self._resolving.pop(fingerprint, None))
+        return await asyncio.shield(task)
+
+    async def _ask_uv(
+        self,
+        project: str,
+        base: str | None,
+        definition: Definition,
+        upgrade: tuple[str, ...] | None,
+    ) -> tuple[str, str]:
+        answer = await self._fleet.head().call(
+            "lock",
+            pyproject=project,
+            uv_lock=base,
+            exclude_newer=definition.exclude_newer,
+            only_binary=definition.only_binary,
+            upgrade=None if upgrade is None else list(upgrade),
+        )
+        return str(answer["uv_lock"]), str(answer["output"])
+
+
+def _versions_here() -> dict[str, str]:
+    """The versions of the cluster's own environment, by name."""
+    return {
+        str(canonicalize_name(found.metadata["Name"])): found.version
+        for found in distributions()
+        if found.metadata["Name"]
+    }

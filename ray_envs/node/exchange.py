@@ -1,0 +1,220 @@
+"""Wheels from node to node: one agent sends, others receive, in pieces, through Ray's objects.
+
+What a pack is says `packs`, and whether what came is what was sent, `transfer`. Here is who is
+asked, in which order, and what becomes of a sender that dies in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from ray_envs.cluster.cluster import Call
+from ray_envs.decisions.packs import Manifest, Wheel, why_not
+from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError, StorageFailed
+from ray_envs.models import Installed, validated
+from ray_envs.node import transfer
+from ray_envs.node.transfer import Receiving
+from ray_envs.node.uv_cache import UvCache
+
+#: How many pieces a sender keeps in Ray's object store for further receivers.
+_KEPT_CHUNKS = 16
+#: How many manifests a sender remembers between two pieces.
+_KEPT_MANIFESTS = 64
+#: How many wheels a node receives at once; each with one piece on its way, and one being written.
+_AT_ONCE = 3
+#: How long a sender may take to answer. Large wheels are hashed before their first piece.
+_PATIENCE_S = 120.0
+
+Say = Callable[[str], None]
+
+
+class Peers(Protocol):
+    """How agents reach each other, and share what several of them want."""
+
+    def peer(self, node_id: str) -> Call:
+        """A function that calls a verb of another node's agent."""
+
+    async def put(self, data: bytes) -> Any:
+        """Something small that stands for `data`, and that other nodes can be sent."""
+
+    async def take(self, ref: Any) -> bytes:
+        """The data that `ref` stands for."""
+
+
+class Exchange:
+    """The wheels of one node's uv cache, given to other nodes and taken from them.
+
+    Args:
+        cache: of this node.
+        peers: how other nodes are reached.
+    """
+
+    def __init__(self, cache: UvCache, peers: Peers) -> None:
+        self._cache = cache
+        self._peers = peers
+        self._manifests: OrderedDict[str, Manifest] = OrderedDict()
+        self._chunks: OrderedDict[tuple[str, int], asyncio.Task[Any]] = OrderedDict()
+
+    # -- giving -----------------------------------------------------------------------------
+
+    async def offers(self, packages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of `packages` that this node can send."""
+        asked = [Installed.model_validate(package) for package in packages]
+        wheels = await asyncio.to_thread(transfer.offers, self._cache, asked)
+        return [wheel.model_dump(mode="json") for wheel in wheels]
+
+    async def manifest(self, wheel: Mapping[str, Any]) -> dict[str, Any]:
+        """What there is to send of one of the `offers`."""
+        asked = Wheel.model_validate(wheel)
+        made = await asyncio.to_thread(transfer.manifest, self._cache, asked)
+        self._manifests[made.identity] = made
+        if len(self._manifests) > _KEPT_MANIFESTS:
+            self._manifests.popitem(last=False)
+        return made.model_dump(mode="json")
+
+    async def chunk(self, wheel: Mapping[str, Any], identity: str, number: int) -> list[Any]:
+        """A piece of what the manifest of that identity describes, as a reference in a list.
+
+        Whoever asks for the same piece soon after is given the same reference: Ray then takes it
+        from any node that has it already.
+        """
+        if identity not in self._manifests:  # this process is younger than the manifest
+            await self.manifest(wheel)
+        made = self._manifests.get(identity)
+        if made is None:
+            raise StorageFailed("the wheel is another one than was offered", hint="ask again")
+        place = (identity, number)
+        if place not in self._chunks:
+            self._chunks[place] = asyncio.ensure_future(self._put(made, number))
+            if len(self._chunks) > _KEPT_CHUNKS:
+                self._chunks.popitem(last=False)
+        task = self._chunks[place]
+        try:
+            return [await asyncio.shield(task)]
+        except Exception:
+            self._chunks.pop(place, None)
+            raise
+
+    async def _put(self, made: Manifest, number: int) -> Any:
+        data = await asyncio.to_thread(transfer.read_chunk, self._cache, made, number)
+        return await self._peers.put(data)
+
+    # -- taking -----------------------------------------------------------------------------
+
+    async def fetch(
+        self, packages: Iterable[Installed], peers: Iterable[str], say: Say
+    ) -> list[str]:
+        """Take from `peers`, one after the other, what this node lacks of `packages`.
+
+        Returns:
+            Why something could not be had from them, in words; empty if nothing is lacking.
+
+        Raises:
+            StorageFailed: this node cannot write what it is sent.
+        """
+        reasons: list[str] = []
+        lacking = await asyncio.to_thread(transfer.missing, self._cache, packages)
+        for node_id in peers:
+            if not lacking:
+                break
+            try:
+                reasons += await self._fetch_from(node_id, lacking, say)
+            except StorageFailed:
+                raise
+            except RayEnvsError as exc:
+                reasons.append(f"node {node_id[:12]}: {exc}")
+            lacking = await asyncio.to_thread(transfer.missing, self._cache, lacking)
+        if not lacking:
+            return []
+        names = ", ".join(package.name for package in lacking[:5])
+        return [*reasons, f"no other node gave {names}" + (", …" if len(lacking) > 5 else "")]
+
+    async def lacking(self, packages: Iterable[Installed]) -> list[Installed]:
+        """Those of `packages` that uv would not find in this node's cache."""
+        return await asyncio.to_thread(transfer.missing, self._cache, packages)
+
+    async def _fetch_from(self, node_id: str, lacking: list[Installed], say: Say) -> list[str]:
+        call = self._peers.peer(node_id)
+        asked = [package.model_dump(mode="json") for package in lacking]
+        told = await _soon(call("offers", packages=asked))
+        wheels = [validated(Wheel, each, where=f"node {node_id[:12]}") for each in told]
+        wheels = [wheel for wheel in wheels if wheel.package in lacking]
+        total, done, is_silent, reasons = sum(wheel.total_bytes for wheel in wheels), 0, False, []
+        slots = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(wheel: Wheel) -> None:
+            nonlocal done, is_silent
+            reason = why_not(wheel, transfer.made_here())
+            if reason:
+                reasons.append(reason)
+                return
+            async with slots:
+                if is_silent:  # the next node is asked for it
+                    return
+                try:
+                    async for size in self._receive(call, wheel):
+                        done += size
+                        say(f"{wheel} from node {node_id[:12]}: {_mib(done)} of {_mib(total)} MiB")
+                except StorageFailed:  # this node's own disk: no other sender helps
+                    raise
+                except RayEnvsError as exc:
+                    is_silent = is_silent or isinstance(exc, ManagerUnavailable)
+                    reasons.append(f"node {node_id[:12]}: {exc}")
+
+        receiving = [asyncio.ensure_future(one(wheel)) for wheel in wheels]
+        try:
+            await asyncio.gather(*receiving)
+        finally:
+            for task in receiving:
+                task.cancel()
+            await asyncio.gather(*receiving, return_exceptions=True)
+        return reasons
+
+    async def _receive(self, call: Call, wheel: Wheel) -> Any:
+        """Take one wheel, a piece ahead of what is written; yields how many bytes have come."""
+        plain = wheel.model_dump(mode="json")
+        made = Manifest.parse(await _soon(call("manifest", wheel=plain)))
+        if made.wheel.package != wheel.package:
+            raise InvalidInput(f"it sends {made.wheel} for {wheel}")
+
+        async def piece(number: int) -> bytes:
+            told = await call("chunk", wheel=plain, identity=made.identity, number=number)
+            return await self._peers.take(told[0])
+
+        receiving = await asyncio.to_thread(Receiving(self._cache, made).__enter__)
+        ahead: asyncio.Task[bytes] | None = None
+        try:
+            for number in range(made.chunk_count):
+                task = ahead or asyncio.ensure_future(piece(number))
+                following = number + 1 < made.chunk_count
+                ahead = asyncio.ensure_future(piece(number + 1)) if following else None
+                data = await _soon(task)
+                await asyncio.to_thread(receiving.write, data)
+                yield len(data)
+            await asyncio.to_thread(receiving.commit)
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+            await asyncio.to_thread(receiving.__exit__)
+
+
+async def _soon(asked: Any) -> Any:
+    """What a sender answers, unless it takes too long: a link may be cut, and Ray waits for it.
+
+    Raises:
+        ManagerUnavailable: it does not answer, and nothing more is to be asked of it.
+        InvalidInput: it cannot give this: another one may.
+    """
+    try:
+        return await asyncio.wait_for(asked, _PATIENCE_S)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise ManagerUnavailable(f"it did not answer within {_PATIENCE_S:g} s") from None
+    except StorageFailed as exc:  # the sender's disk, not ours
+        raise InvalidInput(exc.message, detail=exc.detail) from exc
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f}"

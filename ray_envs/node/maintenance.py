@@ -1,0 +1,246 @@
+"""What one node does with environments after they were built: check, mend, collect, prune.
+
+`agent` has the actor and builds; this works on the same store, under the same locks. Decides
+nothing about what may go: that is `planning`, and the exclusive hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray_envs.decisions.collecting import EnvUse
+from ray_envs.errors import EnvironmentInUse, RayEnvsError
+from ray_envs.models import BuildRequest, EnvRecord, Target
+from ray_envs.node import wheels
+from ray_envs.node.probing import probe
+from ray_envs.node.store import Store
+from ray_envs.node.uv import Builder, uv_version
+from ray_envs.node.uv_cache import UvCache
+from ray_envs.node.wheels import Damage
+from ray_envs.settings import Settings
+
+#: How often the last use of held environments is renewed. Short against any idle limit.
+_RENEW_S = 60.0
+#: How long uv may take to answer whether it reaches the package index.
+_INDEX_TIMEOUT_S = 60.0
+#: What is damaged where nothing of an environment counts any more.
+_GONE = Damage(package="", path=".", kind="missing")
+#: How many damaged files are told; a wiped disk has all of them.
+_TOLD = 50
+
+
+class Upkeep:
+    """The upkeep of one node's store.
+
+    Args:
+        settings: the node's.
+        store: its environments.
+        builder: its uv.
+    """
+
+    def __init__(self, settings: Settings, store: Store, builder: Builder) -> None:
+        self._settings = settings
+        self._store = store
+        self._builder = builder
+        self._cache = UvCache(store.cache, lock_timeout_s=settings.lock_timeout_s)
+        self._renewed_at = 0.0
+
+    async def renew(self) -> None:
+        """Say of held environments that they are used now, once in a while."""
+        if time.monotonic() - self._renewed_at > _RENEW_S:
+            self._renewed_at = time.monotonic()
+            await asyncio.to_thread(self._store.renew_held)
+
+    async def inventory(self) -> dict[str, Any]:
+        """Every directory of the store as `uses`, and `now`, by the same clock."""
+        uses = await asyncio.to_thread(self._store.inventory)
+        return {"now": time.time(), "uses": [use.model_dump(mode="json") for use in uses]}
+
+    async def collect(self, key: str, *, planned: EnvUse) -> int:
+        """Remove an environment; returns the bytes that were freed.
+
+        Args:
+            key: the environment.
+            planned: what the plan to remove it was made from.
+
+        Raises:
+            EnvironmentInUse: a living process holds it, or somebody has used or built it since.
+            LockTimeout: somebody is building it.
+        """
+        async with self._store.lock(key):
+            there = await asyncio.to_thread(self._store.use, key)
+            if there is None:
+                return 0
+            if there.last_used_at > planned.last_used_at or there.is_ready > planned.is_ready:
+                raise EnvironmentInUse(f"the environment {key} was used meanwhile", key=key)
+            return await asyncio.to_thread(self._store.discard, key) or 0
+
+    async def prune_cache(self, needed: Mapping[str, list[str]]) -> dict[str, Any]:
+        """Remove from uv's cache what neither `needed` nor an environment of this node has.
+
+        Raises:
+            LockTimeout: uv works for longer than we wait.
+        """
+        keep = {name: set(versions) for name, versions in needed.items()}
+        for record in (await asyncio.to_thread(self._store.records)).values():
+            for name, version in record.packages.items():
+                keep.setdefault(name, set()).add(version)
+        entries, freed = await asyncio.to_thread(self._cache.forget_unneeded, keep)
+        output = await self._builder.prune_cache()
+        return {"entries": entries, "freed_bytes": freed, "output": output}
+
+    async def check(self, request: BuildRequest, *, repair: bool) -> dict[str, Any]:
+        """Compare an environment with its wheels' RECORDs, and mend it where that is wanted.
+
+        Returns:
+            `is_ready`: whether it has a record. `damage`: what was found. `left`: what is still
+            damaged. `sharers`: the keys of environments with the same damaged files.
+            `is_discarded`: whether it was given up, and has to be built again. `error`: it can
+            only be built again, and a living process holds it.
+        """
+        key, store = request.key, self._store
+        began = time.monotonic()
+        async with store.lock(key):
+            record = store.record(key)
+            damage, left, shared, is_discarded = [_GONE], [_GONE], [], False
+            error = None
+            if record is None and repair:  # `agent` clears what is left of it, and builds
+                left, is_discarded = [], True
+            elif record is not None:
+                damage = await self._damage(record, request)
+                left = damage
+                shared = await self._sharers(key, request, damage)
+                if damage and repair:
+                    try:
+                        left, is_discarded = await self._mend(request, damage)
+                    except EnvironmentInUse as exc:
+                        error = exc.to_dict()
+        return {
+            "is_ready": record is not None,
+            "damage": [each.model_dump() for each in damage[:_TOLD]],
+            "damaged_files": len(damage),
+            "left": [each.model_dump() for each in left[:_TOLD]],
+            "sharers": shared,
+            "is_discarded": is_discarded,
+            "error": error,
+            "duration_s": time.monotonic() - began,
+        }
+
+    async def _damage(self, record: EnvRecord, request: BuildRequest) -> list[Damage]:
+        """What is wrong with a ready environment, its interpreter included."""
+        site = self._store.site_packages(record.key, request.target.python_minor)
+        found = []
+        try:
+            found = await asyncio.to_thread(wheels.inspect, site, packages=record.packages)
+        except RayEnvsError:  # the folder itself is gone
+            found = [_GONE]
+        try:
+            with self._store.no_use(record.key):
+                await self._builder.verify(self._store.python(record.key), request, site)
+        except (RayEnvsError, OSError):
+            found.append(Damage(package="", path="../../../bin/python", kind="changed"))
+        return found
+
+    async def _sharers(self, key: str, request: BuildRequest, damage: list[Damage]) -> list[str]:
+        minor = request.target.python_minor
+        others = {
+            self._store.site_packages(other, minor): other
+            for other in await asyncio.to_thread(self._store.records)
+            if other != key
+        }
+        site = self._store.site_packages(key, minor)
+        found = await asyncio.to_thread(wheels.sharers, site, damage, others)
+        return sorted(others[path] for path in found)
+
+    async def _mend(self, request: BuildRequest, damage: list[Damage]) -> tuple[list[Damage], bool]:
+        """Mend in place as far as that goes, else give the environment up; the caller locks.
+
+        Returns what is left, and whether it has to be built again.
+        """
+        key, store = request.key, self._store
+        site = store.site_packages(key, request.target.python_minor)
+        odd: set[str] = set()
+        try:
+            _, to_fetch = await asyncio.to_thread(wheels.mend, site, damage, self._cache)
+            if to_fetch:
+                await self._fetch(request)
+                # A wheel that was just fetched and differs from its own RECORD was published so.
+                _, again = await asyncio.to_thread(wheels.mend, site, damage, self._cache)
+                odd = set(again)
+        except (RayEnvsError, OSError):  # no network, a folder that is gone: build it again
+            pass
+        record = store.record(key)
+        left = await self._damage(record, request) if record is not None else damage
+        # A file that a payload left stays; a package that the lock does not have is another
+        # environment than was promised.
+        beyond = [
+            each
+            for each in left
+            if (each.package if each.kind == "extra" else each.package not in odd)
+        ]
+        if not beyond:
+            return left, False
+        try:
+            await asyncio.to_thread(store.discard, key)
+        except EnvironmentInUse as exc:
+            raise EnvironmentInUse(
+                f"the environment {key} is damaged and in use: it cannot be built again now",
+                key=key,
+                detail="\n".join(
+                    [
+                        *(f"{each.kind} {each.package} {each.path}" for each in beyond[:9]),
+                        exc.detail,
+                    ]
+                ),
+                hint="end the processes that `ray-envs explain` names, then sync again",
+            ) from exc
+        return [], True
+
+    async def _fetch(self, request: BuildRequest) -> None:
+        """Fetch into uv's cache whatever it lacks of a lock."""
+        files = {"pyproject.toml": request.pyproject, "uv.lock": request.uv_lock}
+        with self._store.scratch(files) as project:
+            venv = project / ".venv"
+            await self._builder.sync(project, venv, request, is_offline=False)
+            site = venv / "lib" / f"python{request.target.python_minor}" / "site-packages"
+            late = self._builder.without_bytecode(site, before=time.time())
+            async with self._store.compile_lock():
+                await self._builder.compile(site, late)
+
+    async def users(self, keys: list[str]) -> dict[str, list[dict[str, Any]]]:
+        """Which processes hold each key; keys that nobody holds are left out."""
+        found = {key: await asyncio.to_thread(self._store.users, key) for key in keys}
+        return {key: users for key, users in found.items() if users}
+
+    async def probe(self, expected: Target, actual: Target, index_project: str) -> list[Any]:
+        """What the node can do; see `probing`. With `index_project`, also ask the package index."""
+        found = await asyncio.to_thread(
+            probe,
+            self._store.root,
+            self._store.cache,
+            self._store.folder,
+            min_free_bytes=self._settings.min_free_bytes,
+            expected=expected,
+            actual=actual,
+            uv=uv_version(),
+        )
+        told = [each.model_dump() for each in found]
+        if index_project:
+            told.append(await self._index_probe(index_project))
+        return told
+
+    async def _index_probe(self, pyproject: str) -> dict[str, Any]:
+        name = "package index"
+        if os.environ.get("UV_OFFLINE", "0") not in ("", "0", "false"):
+            return {"name": name, "ok": True, "value": "not asked: UV_OFFLINE is set", "hint": ""}
+        try:
+            with self._store.scratch({"pyproject.toml": pyproject}) as project:
+                await self._builder.check_index(project, _INDEX_TIMEOUT_S)
+        except RayEnvsError as exc:
+            last = (exc.detail or exc.message).strip().splitlines()[-1]
+            return {"name": name, "ok": False, "value": last, "hint": exc.hint}
+        return {"name": name, "ok": True, "value": "answers", "hint": ""}

@@ -1,0 +1,470 @@
+"""uv's commands and this node's interpreter; knows exit codes, not why something is built.
+
+`agent` decides when, `store` where. `processes`, below, runs what is asked for here; byte-code in
+uv's cache is a module of its own, `bytecode`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import uv
+from packaging.markers import default_environment
+from packaging.tags import sys_tags
+from packaging.utils import canonicalize_name
+
+from ray_envs.decisions.policy import redacted
+from ray_envs.disk import processes
+from ray_envs.disk.processes import Ended, Progress, last_words
+from ray_envs.errors import InvalidInput, InvalidPackages, ResolutionFailed, UvFailed
+from ray_envs.models import RAY_GROUP, BuildRequest, Platform, Target
+from ray_envs.node import bytecode
+from ray_envs.settings import Settings
+from ray_envs.worker.inside import INSTALLED_AS
+
+#: uv's exit code where it works as meant but the answer is no: nothing satisfies the requirements.
+_UV_SAYS_NO = 1
+#: What uv says in a resolution without an answer because an index did not let it in.
+_NOT_LET_IN = ("(401 Unauthorized)", "403 Forbidden")
+#: What uv says where a package would have to be built and may not be; it has no exit code for it.
+_NO_WHEEL = "`--no-build`"
+#: What uv says where a package is known to do harm; it has no exit code for it.
+_MALWARE = "Malware detected"
+_LOCK_HINT = "raise RAY_ENVS_UV_LOCK_TIMEOUT_S"
+_SYNC_HINT = "raise RAY_ENVS_UV_SYNC_TIMEOUT_S"
+_INDEX_HINT = "is the package index reachable from this node? see uv's words above"
+_CREDENTIALS_HINT = (
+    "the index wants credentials: set UV_INDEX_<NAME>_USERNAME and UV_INDEX_<NAME>_PASSWORD on the "
+    "nodes, or put them into a netrc file there"
+)
+_ONLY_BINARY_HINT = (
+    "publish a wheel of it, choose a version that has one, or allow builds "
+    "(only_binary of the spec, RAY_ENVS_ONLY_BINARY)"
+)
+_FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
+
+#: What uv must not take over from the process that calls us: it names other projects and modes.
+_NOT_FOR_UV = (
+    "UV_PROJECT", "UV_PROJECT_ENVIRONMENT", "UV_WORKING_DIR", "UV_WORKING_DIRECTORY",
+    "UV_FROZEN", "UV_LOCKED", "UV_NO_SYNC", "UV_ISOLATED", "UV_PYTHON", "UV_DEV", "UV_NO_DEV",
+    "UV_NO_GROUP", "UV_NO_DEFAULT_GROUPS", "UV_COMPILE_BYTECODE", "UV_CACHE_DIR", "UV_NO_CACHE",
+    "UV_ENV_FILE", "UV_RUN_RECURSION_DEPTH", "UV_EXCLUDE_NEWER", "UV_PREVIEW", "VIRTUAL_ENV",
+    "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "CONDA_PREFIX",
+)  # fmt: skip
+
+#: What uv takes from the process that calls us and that decides what a resolution finds.
+_INDEX_SETTINGS = (
+    "UV_BUILD_CONSTRAINT", "UV_CONFIG_FILE", "UV_CONSTRAINT", "UV_DEFAULT_INDEX", "UV_EXCLUDE",
+    "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_FORK_STRATEGY", "UV_INDEX", "UV_INDEX_STRATEGY",
+    "UV_INDEX_URL", "UV_NO_BINARY", "UV_NO_BINARY_PACKAGE", "UV_NO_BUILD",
+    "UV_NO_BUILD_PACKAGE", "UV_NO_CONFIG", "UV_NO_INDEX", "UV_NO_SOURCES",
+    "UV_NO_SOURCES_PACKAGE", "UV_NO_SYSTEM_CONFIG", "UV_OVERRIDE", "UV_PRERELEASE",
+    "UV_RESOLUTION", "UV_TORCH_BACKEND",
+)  # fmt: skip
+
+
+def base_python() -> str:
+    """The interpreter that environments are made from: this one's, outside any environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+@cache
+def this_platform() -> Platform:
+    """Where environments of this node are installed; the same for the life of the process."""
+    libc = "".join(platform.libc_ver()) or platform.release()
+    markers = {name: str(value) for name, value in default_environment().items()}
+    # The kernel's release says nothing about which wheels fit and differs from node to node.
+    markers.update(platform_release="", platform_version="")
+    return Platform(
+        markers=markers,
+        tags=tuple(str(tag) for tag in sys_tags()),
+        name=f"{sys.platform}-{platform.machine()}-{libc}",
+    )
+
+
+def this_target(ray_version: str) -> Target:
+    """What environments of this node must match."""
+    return Target(python=platform.python_version(), ray=ray_version)
+
+
+@cache
+def uv_version() -> str:
+    """The version of the uv that this module runs."""
+    from importlib.metadata import version
+
+    return version("uv")
+
+
+def index_settings() -> dict[str, str]:
+    """The UV_* variables of this process that decide a resolution, for `resolving.fingerprint`.
+
+    Without credentials: an index is the same one after its password has changed.
+    """
+    found = {name: os.environ.get(name, "") for name in _INDEX_SETTINGS}
+    return {name: redacted(value) for name, value in found.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """A resolution, and what uv said about it."""
+
+    #: The text of the uv.lock.
+    text: str
+    output: str
+
+
+class Builder:
+    """uv, as one node uses it.
+
+    Args:
+        settings: time-outs, niceness and policy.
+        cache: uv's cache folder; on the file system of the store, or links become copies.
+        uv_command: the uv to run, in place of the one that the `uv` package carries.
+    """
+
+    def __init__(
+        self, settings: Settings, cache: Path, *, uv_command: tuple[str, ...] | None = None
+    ) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._uv = uv_command or (uv.find_uv_bin(),)
+
+    async def lock(
+        self,
+        project: Path,
+        *,
+        exclude_newer: str | None = None,
+        upgrade: Iterable[str] | None = None,
+        only_binary: bool = False,
+        on_line: Progress | None = None,
+    ) -> str:
+        """The text of the uv.lock that `resolve` makes."""
+        locked = await self.resolve(
+            project,
+            exclude_newer=exclude_newer,
+            upgrade=upgrade,
+            only_binary=only_binary,
+            on_line=on_line,
+        )
+        return locked.text
+
+    async def resolve(
+        self,
+        project: Path,
+        *,
+        exclude_newer: str | None = None,
+        upgrade: Iterable[str] | None = None,
+        only_binary: bool = False,
+        on_line: Progress | None = None,
+    ) -> Locked:
+        """Resolve the pyproject.toml in `project`.
+
+        A uv.lock that is already there is kept where it satisfies the project, also where one of
+        its packages has no wheel and `only_binary` is set: `policy.check_lock` refuses that.
+
+        Args:
+            project: the folder; its uv.lock is written.
+            exclude_newer: distributions that were uploaded later do not exist.
+            upgrade: packages whose pins in the uv.lock do not count; empty for all of them.
+            only_binary: packages that have no wheel do not exist.
+            on_line: called with each line of uv as it comes.
+
+        Raises:
+            ResolutionFailed: nothing satisfies the requirements; `detail` is uv's explanation.
+            UvFailed: uv could not work: index not reachable, time-out.
+        """
+        command = ["lock", *_newer(exclude_newer), *_no_build(only_binary)]
+        if upgrade is not None:
+            names = list(upgrade)
+            command += [f"--upgrade-package={name}" for name in names] or ["--upgrade"]
+        ended = await self._run_uv(
+            command,
+            project,
+            timeout_s=self._settings.uv_lock_timeout_s,
+            hint=_LOCK_HINT,
+            on_line=on_line,
+        )
+        if ended.code == _UV_SAYS_NO:
+            hint = "change the requirements; every environment also holds the cluster's Ray"
+            if any(words in ended.output for words in _NOT_LET_IN):
+                hint = _CREDENTIALS_HINT
+            elif only_binary and _NO_WHEEL in ended.output:
+                hint = _ONLY_BINARY_HINT
+            raise ResolutionFailed(
+                "uv found no packages that satisfy the requirements",
+                detail=last_words(ended.output),
+                hint=hint,
+            )
+        if ended.code:
+            raise _failed("uv lock", ended)
+        return Locked((project / "uv.lock").read_text(encoding="utf-8"), ended.output)
+
+    async def sync(
+        self,
+        project: Path,
+        venv: Path,
+        request: BuildRequest,
+        *,
+        is_offline: bool,
+        on_line: Progress | None = None,
+    ) -> str:
+        """Install what the lock in `project` names into `venv`, exactly; returns uv's words.
+
+        Raises:
+            InvalidPackages: a package is known to do harm.
+            ResolutionFailed: a package has no wheel for this node, and may not be built.
+            UvFailed: uv ended with an error; offline, most often a wheel is not in the cache.
+        """
+        command = ["sync", "--frozen", "--no-install-project"]
+        command += _selection(request.extras, request.groups)
+        command += [*_newer(request.exclude_newer), *_no_build(request.only_binary)]
+        environ = {"UV_PROJECT_ENVIRONMENT": str(venv)}
+        if is_offline:
+            command += ["--offline"]
+            # The check needs the network; offline it would refuse what is in the cache.
+            environ["UV_MALWARE_CHECK"] = "0"
+        elif self._settings.malware_check:
+            environ["UV_MALWARE_CHECK"] = "1"
+        ended = await self._run_uv(
+            command,
+            project,
+            timeout_s=self._settings.uv_sync_timeout_s,
+            hint=_SYNC_HINT,
+            on_line=on_line,
+            environ=environ,
+        )
+        if ended.code and _MALWARE in ended.output:
+            raise InvalidPackages(
+                "a package of the environment is known malware",
+                detail=last_words(ended.output),
+                hint="choose another version or package; nothing was installed",
+            )
+        if ended.code and request.only_binary and _NO_WHEEL in ended.output:
+            raise ResolutionFailed(
+                "a package has no wheel for this node, and none may be built",
+                detail=last_words(ended.output),
+                hint=_ONLY_BINARY_HINT,
+            )
+        if ended.code:
+            raise _failed("uv sync", ended)
+        return ended.output
+
+    async def export(
+        self,
+        project: Path,
+        *,
+        extras: Iterable[str] = (),
+        groups: Iterable[str] = (),
+        format: Literal["requirements", "pylock"] = "requirements",
+    ) -> str:
+        """What the lock in `project` pins, in a form that other tools read; the same every time.
+
+        Args:
+            project: the folder with pyproject.toml and uv.lock.
+            extras: of the project, as for the environment.
+            groups: of the project; the cluster's Ray is always there.
+            format: a requirements file with hashes, or a pylock.toml (PEP 751).
+
+        Raises:
+            UvFailed: uv ended with an error.
+        """
+        # To a file: whatever uv warns of is not part of it.
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, _FORMATS[format])
+            command = ["export", "--frozen", "--offline", "--no-emit-project", "--no-header"]
+            command += ["--format", _FORMATS[format], "--output-file", str(file)]
+            command += _selection(extras, groups)
+            ended = await self._run_uv(
+                command, project, timeout_s=self._settings.uv_lock_timeout_s, hint=_LOCK_HINT
+            )
+            if ended.code:
+                raise _failed("uv export", ended, hint="see uv's words above")
+            return file.read_text(encoding="utf-8")
+
+    async def prune_cache(self) -> str:
+        """Remove from uv's cache what nothing there refers to; returns uv's words.
+
+        Waits for every uv that uses the cache. Environments keep their links.
+
+        Raises:
+            UvFailed: uv ended with an error, or had to wait for too long.
+        """
+        self._cache.mkdir(parents=True, exist_ok=True)
+        ended = await self._run_uv(
+            ["cache", "prune"],
+            self._cache.parent,  # uv refuses to work inside its cache
+            timeout_s=self._settings.uv_sync_timeout_s,
+            hint=_SYNC_HINT,
+            has_python=False,
+        )
+        if ended.code:
+            raise _failed("uv cache prune", ended, hint="see uv's words above")
+        return ended.output
+
+    async def check_index(self, project: Path, timeout_s: float) -> None:
+        """Nothing, if the package index answers for the project in `project` now.
+
+        What the cache knows of Ray does not count, and nothing is written.
+
+        Raises:
+            UvFailed: it does not, or not within `timeout_s` seconds.
+        """
+        ended = await self._run_uv(
+            ["lock", "--dry-run", "--refresh-package", "ray"],
+            project,
+            timeout_s=timeout_s,
+            hint=_INDEX_HINT,
+        )
+        if ended.code:
+            raise _failed("uv lock", ended)
+
+    def without_bytecode(self, site_packages: Path, *, before: float) -> list[str]:
+        """See `bytecode.without_bytecode`."""
+        return bytecode.without_bytecode(site_packages, before=before)
+
+    async def compile(self, site_packages: Path, dist_infos: Iterable[str]) -> bool:
+        """See `bytecode.compile_wheels`; the caller holds the node's compile lock."""
+        return await bytecode.compile_wheels(
+            self._cache, site_packages, dist_infos, python=base_python(), settings=self._settings
+        )
+
+    async def verify(self, python: Path, request: BuildRequest, site_packages: Path) -> None:
+        """Check that the environment starts, takes its hold, and has the promised versions.
+
+        Versions are read from metadata: importing ray would cost as much as the whole build.
+
+        Raises:
+            UvFailed: it does not, although uv reported success.
+        """
+        installed = set()
+        for entry in os.scandir(site_packages):
+            name, dot, _ = entry.name.rpartition(".dist-info")
+            if dot and os.path.exists(os.path.join(entry.path, "RECORD")):
+                installed.add(canonicalize_name(name.rpartition("-")[0]))
+        missing = {canonicalize_name(name) for name in request.packages} - installed
+        if missing:
+            raise UvFailed(f"uv reported success but did not install {', '.join(sorted(missing))}")
+        ended = await self._run(
+            [
+                str(python), "-I", "-c",
+                f"import sys, {INSTALLED_AS} as i;"
+                "print(i.hold_fd is not None, *sys.version_info[:3])",
+            ],
+            site_packages,
+            timeout_s=60,
+        )  # fmt: skip
+        said, wanted = ended.output.strip(), "True " + request.target.python.replace(".", " ")
+        if ended.code or said != wanted:
+            raise UvFailed(
+                f"the new interpreter says {said!r} (exit code {ended.code}), not {wanted!r}"
+            )
+
+    async def try_start(self, python: Path, env_vars: dict[str, str]) -> None:
+        """Start `python` with these variables, as a worker would be.
+
+        Raises:
+            InvalidInput: it does not start; `detail` is what it said.
+        """
+        ended = await self._run(
+            [str(python), "-c", ""], python.parent, timeout_s=60, environ=env_vars
+        )
+        if ended.code:
+            raise InvalidInput(
+                f"the interpreter does not start with env_vars {', '.join(sorted(env_vars))}",
+                detail=last_words(ended.output),
+                hint="mend or remove the variable that it names",
+            )
+
+    async def _run_uv(
+        self,
+        command: list[str],
+        cwd: Path,
+        *,
+        timeout_s: float,
+        hint: str,
+        on_line: Progress | None = None,
+        environ: dict[str, str] | None = None,
+        has_python: bool = True,
+    ) -> Ended:
+        """Run a command of uv; all but those of the cache take the interpreter of this node."""
+        command = [*self._uv, *command, "--color", "never", "--no-progress"]
+        if has_python:
+            command += ["--python", base_python()]
+        return await self._run(
+            command,
+            cwd,
+            timeout_s=timeout_s,
+            hint=hint,
+            on_line=on_line,
+            environ={
+                "UV_CACHE_DIR": str(self._cache),
+                "UV_PYTHON_DOWNLOADS": "never",
+                **(environ or {}),
+            },
+        )
+
+    async def _run(
+        self,
+        command: list[str],
+        cwd: Path,
+        *,
+        timeout_s: float,
+        hint: str = "",
+        on_line: Progress | None = None,
+        environ: dict[str, str] | None = None,
+    ) -> Ended:
+        clean = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_UV}
+        return await processes.run(
+            command,
+            cwd,
+            timeout_s=timeout_s,
+            niceness=self._settings.build_niceness,
+            environ={**clean, **(environ or {})},
+            on_line=on_line,
+            hint=hint,
+        )
+
+
+def _newer(date: str | None) -> list[str]:
+    return ["--exclude-newer", date] if date else []
+
+
+def _no_build(only_binary: bool) -> list[str]:
+    return ["--no-build"] if only_binary else []
+
+
+def _selection(extras: Iterable[str], groups: Iterable[str]) -> list[str]:
+    """The options that choose from a lock: the cluster's Ray, and what was asked for."""
+    command = ["--no-default-groups", "--group", RAY_GROUP]
+    for group in groups:
+        command += ["--group", group]
+    for extra in extras:
+        command += ["--extra", extra]
+    return command
+
+
+def _failed(command: str, ended: Ended, *, hint: str = _INDEX_HINT) -> UvFailed:
+    return UvFailed(
+        f"{command} ended with exit code {ended.code}",
+        detail=last_words(ended.output),
+        hint=hint,
+    )
+
+
+__all__ = [
+    "Builder",
+    "Locked",
+    "base_python",
+    "index_settings",
+    "this_platform",
+    "this_target",
+    "uv_version",
+]

@@ -1,0 +1,530 @@
+"""From what was asked to what uv resolves: accepted, refused by name, equal for equal wishes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import tomlkit
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.requirements import Requirement
+
+from ray_envs.decisions import resolving
+from ray_envs.errors import InvalidInput, InvalidPackages
+from ray_envs.models import Definition, Target
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+TARGET = Target(python="3.11.7", ray="2.60.0")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def definition(pyproject: str | None = None, **options: Any) -> Definition:
+    return Definition(pyproject=pyproject, **options)
+
+
+def project(body: str = "", dependencies: str = '["six"]') -> str:
+    return f'[project]\nname = "x"\nversion = "1"\ndependencies = {dependencies}\n{body}'
+
+
+# -- requirements
+
+
+def test_comments_blank_lines_continuations_and_order_do_not_matter() -> None:
+    text = "\ufeff# a comment \\\nPandas\n\n  six # trailing\nscikit_learn>=1,\\\n<2\nsix\n"
+    expected = ("pandas", "scikit-learn<2,>=1", "six")
+    assert resolving.requirement_lines(text) == expected
+    assert (
+        resolving.requirement_lines(reversed(["Pandas", "six", "scikit_learn>=1,<2"])) == expected
+    )
+    assert resolving.requirement_lines(text.replace("\n", "\r\n")) == expected
+    assert resolving.requirement_lines("numpy\\") == ("numpy",)
+    assert resolving.requirement_lines("") == ()
+
+
+def test_a_comma_separates_requirements_only_where_it_is_not_part_of_one() -> None:
+    assert resolving.requirement_lines("numpy,pandas") == ("numpy", "pandas")
+    assert resolving.requirement_lines("numpy>=1,<2") == ("numpy<2,>=1",)
+    assert resolving.requirement_lines("x[a,b],y") == ("x[a,b]", "y")
+
+
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [
+        ("--index-url=https://h/simple", "UV_DEFAULT_INDEX"),
+        ("--extra-index-url https://h/simple", "tool.uv.index"),
+        ("-e .", "wheel"),
+        ("-e.", "wheel"),
+        ("-r more.txt", 'requirements = "more.txt"'),
+        ("-rmore.txt", 'requirements = "more.txt"'),
+        ("-c c.txt", "constraint-dependencies"),
+        ("--pre", "leave it out"),
+        ("-", "leave it out"),
+        ("six==1.16.0 --hash=sha256:00", "uv.lock pins"),
+        ('six --config-settings="a=b"', "leave them out"),
+        ("./x", "wheel"),
+        ("/x", "wheel"),
+        (".", "wheel"),
+        ("C:\\x", "wheel"),
+        ("libs/x", "wheel"),
+        ("x-1-py3-none-any.whl", "wheel"),
+        ("x @ file:///srv/x.whl", "wheel"),
+        ("x @ ./x", "wheel"),
+        ("x @ x.whl", "wheel"),
+        ("x @ git+file:///srv/x", "wheel"),
+        ("x @ git+https://h/x", "<commit>"),
+        ("x @ git+https://h/x@main", "<commit>"),
+        ("x @ git+https://h/x@0123456", "<commit>"),
+        (f"x @ hg+https://h/x@{COMMIT}", "git+https"),
+        ("https://h/x.whl", "name @ URL"),
+        (f"git+https://h/x@{COMMIT}", "name @ URL"),
+        ("numpy=>1", "numpy>=1.26"),
+        ("numpy, pandas", "numpy>=1.26"),
+        (",", "numpy>=1.26"),
+    ],
+)
+def test_what_other_nodes_could_not_install_is_refused_with_a_way_out(
+    entry: str, hint: str
+) -> None:
+    with pytest.raises(InvalidPackages) as caught:
+        resolving.requirement_lines(f"six\n{entry}\n", where="requirements.txt")
+    assert hint in caught.value.hint
+    assert caught.value.where == "requirements.txt"
+    assert repr(entry)[1:3] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "x @ https://me:s3cret@h/x.whl",
+        "x @ https://s3cret@h/x.whl",
+        "x @ https://me:s3c/s3cret@h/x.whl",
+        f"x @ git+https://s3cret@h/x@{COMMIT}",
+        f"x @ git+ssh://git:s3cret@h/x@{COMMIT}",
+        "https://me:s3cret@h/x.whl",
+        "https://me:a,s3cret@h/x.whl",
+        "--index-url=https://me:s3cret@h/simple",
+        "-ihttps://me:s3cret@h/simple",
+        "x @ file://me:s3cret@h/x.whl",
+    ],
+)
+def test_credentials_are_refused_and_never_repeated(entry: str) -> None:
+    with pytest.raises(InvalidPackages, match="credentials") as caught:
+        resolving.requirement_lines([entry])
+    assert "s3cret" not in f"{caught.value} {caught.value.to_dict()}"
+    assert "UV_INDEX_<NAME>_PASSWORD" in caught.value.hint
+
+
+def test_of_several_requirements_in_one_entry_the_wrong_one_is_named() -> None:
+    with pytest.raises(InvalidPackages, match="'<2' is not a requirement"):
+        resolving.requirement_lines("numpy,<2")
+
+
+def test_pinned_urls_are_accepted() -> None:
+    lines = (
+        f"a @ git+https://h/a.git@{COMMIT}#subdirectory=b",
+        f"b @ git+ssh://git@h/b@{COMMIT}",
+        "c @ https://h:8443/c-1-py3-none-any.whl",
+        "d @ https://[::1]:80/d-1-py3-none-any.whl",
+    )
+    assert resolving.requirement_lines(lines) == lines
+
+
+names = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,6}[A-Za-z0-9])?", fullmatch=True)
+versions = st.from_regex(r"[0-9]{1,2}(\.[0-9]{1,2}){0,2}", fullmatch=True)
+specifiers = st.lists(st.builds("{}{}".format, st.sampled_from([">=", "<", "!=", "=="]), versions))
+markers = st.sampled_from(["", "; python_version < '3.12'", " ; sys_platform=='linux'"])
+extras = st.lists(names, max_size=2).map(lambda e: f"[{','.join(e)}]" if e else "")
+requirements = st.builds("{}{}{}{}".format, names, extras, specifiers.map(",".join), markers)
+
+
+@given(st.lists(requirements, max_size=12), st.randoms())
+def test_canonical_requirements_are_a_fixed_point_whatever_the_order(
+    lines: list[str], random: Any
+) -> None:
+    canonical = resolving.requirement_lines(lines)
+    shuffled = [*lines, *lines]
+    random.shuffle(shuffled)
+    assert resolving.requirement_lines("\n".join(shuffled)) == canonical
+    assert resolving.requirement_lines("\n".join(canonical)) == canonical
+    assert {Requirement(line).specifier for line in canonical} == {
+        Requirement(line).specifier for line in lines
+    }
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_requirements_or_one_clear_error(text: str) -> None:
+    with contextlib.suppress(InvalidPackages):
+        lines = resolving.requirement_lines(text)
+        assert resolving.requirement_lines(lines) == lines
+
+
+# -- Python
+
+
+@pytest.mark.parametrize(
+    "wanted", [None, "3", "3.11", "3.11.7", ">=3.10,<3.12", "==3.11.*", " 3.11"]
+)
+def test_a_python_that_admits_the_clusters_interpreter_is_accepted(wanted: str | None) -> None:
+    resolving.check_python(wanted, TARGET, where="python")
+
+
+@pytest.mark.parametrize("wanted", ["3.12", "3.1", "3.11.8", ">=3.12", "<3.11", "2"])
+def test_another_python_is_refused_and_both_are_named(wanted: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        resolving.check_python(wanted, TARGET, where="python_version")
+    assert caught.value.where == "python_version"
+    assert wanted in caught.value.message
+    assert "3.11.7" in caught.value.message
+    assert "3.11" in caught.value.hint
+
+
+@pytest.mark.parametrize("wanted", ["", "  ", "python3.11", "three", "3.11.7.1", "3.x"])
+def test_a_python_that_is_no_version_is_refused(wanted: str) -> None:
+    with pytest.raises(InvalidInput, match="neither") as caught:
+        resolving.check_python(wanted, TARGET, where="python")
+    assert "3.11.7" in caught.value.hint
+
+
+# -- projects
+
+
+def test_a_package_list_becomes_a_project_that_is_never_installed_itself() -> None:
+    text = resolving.project_text(
+        definition(packages=("six", "Pandas<3; os_name=='posix'")), TARGET
+    )
+    assert tomllib.loads(text) == {
+        "project": {
+            "name": "ray-envs-environment",
+            "version": "0",
+            "requires-python": "==3.11.*",
+            "dependencies": ['pandas<3; os_name == "posix"', "six"],
+        },
+        "dependency-groups": {"ray-envs": ["ray==2.60.0"]},
+        "tool": {"uv": {"package": False}},
+    }
+    assert resolving.project_text(definition(), TARGET).count("dependencies = []") == 1
+
+
+OWN = """\
+# mine
+[project]
+name = "x"  # why
+version = "1"
+requires-python = ">=3.10"
+dependencies = [
+    # a reason
+    "six",  # another
+]
+
+[tool.ruff]
+line-length = 100
+
+[project.optional-dependencies]
+Fast_One = ["ujson"]
+
+[dependency-groups]
+check = ["iniconfig", { include-group = "more" }]
+more = []
+Ray_Envs = ["ray==1.0"]
+
+[tool.uv.sources]
+six = [{ index = "mine" }]
+"""
+
+
+def test_a_projects_own_text_is_kept_apart_from_what_must_be_ours() -> None:
+    text = resolving.project_text(
+        definition(OWN, packages=("idna", "six"), extras=("fast-one",), groups=("Check",)), TARGET
+    )
+    wanted = tomllib.loads(OWN)
+    wanted["project"] |= {"requires-python": "==3.11.*", "dependencies": ["six", "idna"]}
+    wanted["dependency-groups"]["Ray_Envs"] = ["ray==2.60.0"]
+    wanted["tool"]["uv"]["package"] = False
+    assert tomllib.loads(text) == wanted
+    assert {"# mine", "# why", "# a reason", "# another"} <= {
+        line[line.find("#") :] for line in text.splitlines()
+    }
+
+
+LAYOUTS = [
+    OWN,
+    OWN.replace("\n", "\r\n"),
+    project(),
+    '[project]\nname = "x"\nversion = "1"\n[project.urls]\na = "b"',
+    'project = {name="x", version="1"}\n',
+    'project.name = "x"\nproject.version = "1"\ntool.uv.offline = true\n',
+    '[project]\nname = "x"\ndynamic = ["version"]\n[tool]\nuv.offline = true\n[tool.z]\n',
+    "[tool.uv]\npackage = true\n[[tool.uv.index]]\nurl = 'https://h/s'\n[tool.z]\n" + project(),
+    "[tool.z]\n" + project("[tool.y]\n[build-system]\nrequires = []\n[tool.uv]\n[tool.q]\na = 1\n"),
+    project('[tool.uv]\npackage = 0\n[dependency-groups]\nray-envs = ["ray"]\n'),
+]
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_what_was_exported_comes_back_byte_for_byte(text: str) -> None:
+    once = resolving.project_text(definition(text, packages=("idna",)), TARGET)
+    assert once != text
+    assert "idna" in resolving.declared(once)
+    assert tomllib.loads(once)["tool"]["uv"]["package"] is False
+    assert resolving.project_text(definition(once), TARGET) == once
+    assert resolving.project_text(definition(once, packages=("idna",)), TARGET) == once
+
+
+def test_a_generated_project_comes_back_byte_for_byte() -> None:
+    text = resolving.project_text(definition(packages=("idna", "six>=1,<2")), TARGET)
+    assert resolving.project_text(definition(text), TARGET) == text
+
+
+def test_a_dynamic_version_is_fixed_because_its_build_backend_is_elsewhere() -> None:
+    own = '[project]\nname = "x"\ndynamic = ["version", "readme"]\n'
+    data = tomllib.loads(resolving.project_text(definition(own), TARGET))
+    assert (data["project"]["version"], data["project"]["dynamic"]) == ("0", ["readme"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "where"),
+    [
+        ("[project]\nname = x\n", "line 2", "pyproject.toml"),
+        ('[tool.x]\na = "b"\n', "[project]", "pyproject.toml"),
+        ('project = "x"\n', "no table", "pyproject.toml"),
+        (project('dynamic = ["dependencies"]\n'), "dynamic", "project"),
+        (project('dynamic = ["optional-dependencies"]\n'), "dynamic", "project"),
+        (project('requires-python = ">=3.12"\n'), "3.11.7", "project.requires-python"),
+        (project('requires-python = "new"\n'), "neither", "project.requires-python"),
+        (project('[tool.uv.sources]\na = { path = "../a" }\n'), "local", "tool.uv.sources.a"),
+        (project("[tool.uv.sources]\na = { workspace = true }\n"), "local", "tool.uv.sources.a"),
+        (project('[tool.uv.sources]\na = [{ path = "a" }]\n'), "local", "tool.uv.sources.a"),
+        (project('[tool.uv.sources]\na = { git = "https://h/a" }\n'), "commit", "sources.a"),
+        (
+            project('[tool.uv.sources]\na = { git = "https://h/a", rev = "v1" }'),
+            "commit",
+            "sources",
+        ),
+        (project('[tool.uv.sources]\na = ["x"]\n'), "no table", "tool.uv.sources.a"),
+        (project('[tool.uv.workspace]\nmembers = ["a"]\n'), "workspace", "tool.uv.workspace"),
+        (project("[tool.uv]\nconflicts = []\n"), "conflicts", "tool.uv.conflicts"),
+        (project("[[tool.uv.index]]\nurl = 'https://a:s3cret@h'\n"), "credentials", "tool.uv"),
+        (project("[tool.uv]\nindex-url = 'https://s3cret@h'\n"), "credentials", "tool.uv"),
+        (project("[tool.uv]\nextra-index-url=['https://s3cret@h']\n"), "credentials", "tool.uv"),
+        (project("[tool.uv.sources]\na={git='https://s3cret@h'}\n"), "credentials", "tool.uv"),
+        (project(dependencies='"six"'), "no list", "project.dependencies"),
+        (project(dependencies="[{}]"), "no string", "project.dependencies"),
+        (project("[dependency-groups]\na = [1]\n"), "no string", "dependency-groups.a"),
+        (project("[tool]\nuv = 1\n"), "no table", "pyproject.toml"),
+    ],
+)
+def test_a_project_that_other_nodes_could_not_reproduce_is_refused(
+    text: str, said: str, where: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        resolving.project_text(definition(text), TARGET)
+    assert said in caught.value.message
+    assert where in caught.value.where
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (project(dependencies='["a @ file:///a"]'), "project.dependencies"),
+        (project(dependencies='["a,b"]'), "project.dependencies"),
+        (project('optional-dependencies.z = ["./a"]\n'), "project.optional-dependencies.z"),
+        (project('[dependency-groups]\nz = ["a @ git+https://h/a"]\n'), "dependency-groups.z"),
+    ],
+)
+def test_dependencies_of_a_project_obey_the_rules_of_requirements(text: str, where: str) -> None:
+    with pytest.raises(InvalidPackages) as caught:
+        resolving.project_text(definition(text), TARGET)
+    assert caught.value.where == f"pyproject.toml: {where}"
+
+
+def test_a_source_that_is_pinned_is_accepted() -> None:
+    text = project(f'[tool.uv.sources]\nsix = {{ git = "https://h/six", rev = "{COMMIT}" }}\n')
+    assert COMMIT in resolving.project_text(definition(text), TARGET)
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"extras": ("fast-on",)}, "did you mean 'fast-one'?"),
+        ({"groups": ("chek",)}, "did you mean 'check'?"),
+    ],
+)
+def test_an_unknown_extra_or_group_names_the_nearest(options: dict[str, Any], hint: str) -> None:
+    with pytest.raises(InvalidInput, match="unknown") as caught:
+        resolving.project_text(definition(OWN, **options), TARGET)
+    assert caught.value.hint == hint
+
+
+def test_extras_and_pythons_are_checked_without_a_project_too() -> None:
+    with pytest.raises(InvalidInput, match="unknown extra") as caught:
+        resolving.project_text(definition(extras=("a",)), TARGET)
+    assert caught.value.hint == "the project declares no extras"
+    with pytest.raises(InvalidInput, match=r"3\.12"):
+        resolving.project_text(definition(python="3.12"), TARGET)
+
+
+def test_a_layout_that_cannot_be_edited_faithfully_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Forgetful:
+        def as_string(self) -> str:
+            return project()
+
+        def __contains__(self, name: str) -> bool:
+            return True
+
+        def __getitem__(self, name: str) -> Any:
+            return Forgetful()
+
+        def __setitem__(self, name: str, value: Any) -> None: ...
+
+    monkeypatch.setattr(tomlkit, "parse", lambda text: Forgetful())
+    with pytest.raises(InvalidInput, match="unusual"):
+        resolving.project_text(definition(project(dependencies="[]")), TARGET)
+
+    def confused(text: str) -> None:
+        raise tomlkit.exceptions.ParseError(1, 1)
+
+    monkeypatch.setattr(tomlkit, "parse", confused)
+    with pytest.raises(InvalidInput, match="unusual"):
+        resolving.project_text(definition(project()), TARGET)
+
+
+def test_declared_shows_the_projects_own_words() -> None:
+    assert resolving.declared(project(dependencies='["Six >= 1"]')) == ("Six >= 1",)
+    assert resolving.declared("") == ()
+    with pytest.raises(InvalidInput, match="TOML"):
+        resolving.declared("[")
+
+
+# -- fingerprints
+
+
+def fingerprint_of(
+    project: str,
+    user_lock: str | None,
+    asked: Definition,
+    target: Target = TARGET,
+    index_settings: Mapping[str, str] | None = None,
+) -> str:
+    return resolving.fingerprint(
+        project, user_lock, asked, target, index_settings=index_settings or {}
+    )
+
+
+def test_a_fingerprint_changes_with_what_decides_a_resolution_and_nothing_else() -> None:
+    same = [
+        definition(),
+        definition(env_vars={"A": "1"}),
+        definition(extras=("a",)),
+        definition(groups=("a",)),
+        definition(python="3.11"),
+    ]
+    assert len({fingerprint_of("p", None, each) for each in same}) == 1
+    other = [
+        fingerprint_of("p", None, definition()),
+        fingerprint_of("q", None, definition()),
+        fingerprint_of("p", "", definition()),
+        fingerprint_of("p", None, definition(exclude_newer="2026-01-01")),
+        fingerprint_of("p", None, definition(only_binary=True)),
+        fingerprint_of("p", None, definition(), Target(python="3.11.8", ray="2.60.0")),
+        fingerprint_of("p", None, definition(), Target(python="3.11.7", ray="2.60.1")),
+        fingerprint_of("p", None, definition(), index_settings={"UV_INDEX": "https://h"}),
+        fingerprint_of("p", None, definition(), index_settings={"UV_DEFAULT_INDEX": "https://h"}),
+        fingerprint_of("p", None, definition(), index_settings={"UV_INDEX": "https://i"}),
+    ]
+    assert len(set(other)) == len(other)
+    assert all(len(each) == 64 for each in other)
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_settings() -> None:
+    settings = {"UV_INDEX": "https://h", "UV_RESOLUTION": "lowest"}
+    turned = dict(reversed(settings.items()))
+    one, two = (
+        fingerprint_of("p", None, definition(), index_settings=each) for each in (settings, turned)
+    )
+    assert one == two
+
+
+# -- build options
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "no-binary = true",
+        'no-binary-package = ["six"]',
+        "no-build = true",
+        'no-build-package = ["six"]',
+        "no-build-isolation = true",
+        'no-build-isolation-package = ["six"]',
+        'config-settings = { a = "b" }',
+        'config-settings-package.six = { a = "b" }',
+        'extra-build-dependencies.six = ["setuptools<60"]',
+        'extra-build-variables.six = { A = "b" }',
+        'build-constraint-dependencies = ["setuptools<60"]',
+        "from-the-future = 2026-01-01",
+    ],
+)
+def test_what_changes_how_a_lock_is_installed_is_a_build_option(entry: str) -> None:
+    plain = project("[tool.uv]\npackage = false\n")
+    text = plain + entry + "\n"
+    assert resolving.build_options(plain) == ""
+    assert list(tomllib.loads(text)["tool"]["uv"]) == ["package", entry.split()[0].split(".")[0]]
+    assert entry.split()[0].split(".")[0] in resolving.build_options(text)
+    assert "package" not in json.loads(resolving.build_options(text))
+
+
+def test_what_chooses_a_lock_or_says_how_uv_works_is_no_build_option() -> None:
+    text = project("""[tool.uv]
+package = false
+managed = true
+required-version = ">=0.13"
+cache-dir = "/c"
+cache-keys = [{ file = "a" }]
+concurrent-builds = 1
+compile-bytecode = true
+link-mode = "copy"
+index-strategy = "first-index"
+extra-index-url = ["https://h"]
+no-index = false
+keyring-provider = "disabled"
+http-proxy = "http://h"
+resolution = "highest"
+prerelease = "allow"
+fork-strategy = "fewest"
+exclude-newer = 2026-01-01T00:00:00Z
+exclude-newer-package = { six = "2026-01-01" }
+python-preference = "system"
+default-groups = "all"
+dev-dependencies = []
+constraint-dependencies = ["six<2"]
+override-dependencies = ["six<2"]
+environments = ["sys_platform == 'linux'"]
+required-environments = []
+
+[[tool.uv.index]]
+url = "https://h"
+
+[tool.uv.sources]
+six = { index = "mine" }
+""")
+    assert resolving.build_options(text) == ""
+    assert resolving.build_options("") == ""
+
+
+def test_equal_build_options_have_equal_texts_whatever_their_order_and_layout() -> None:
+    one = '[tool.uv]\nno-build = true\nconfig-settings = { a = "1", b = "2" }\n'
+    two = '[tool]\nuv.config-settings = { b = "2", a = "1" }\nuv.no-build = true\n'
+    assert resolving.build_options(one) == resolving.build_options(two) != ""
+    assert resolving.build_options(one) == '{"config-settings":{"a":"1","b":"2"},"no-build":true}'
