@@ -19,8 +19,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray_envs.client.environments import EnvironmentProvider
     from ray_envs.client.in_memory import InMemoryEnvironmentProvider
-    from ray_envs.client.provider import EnvironmentProvider, RayEnvironmentProvider
+    from ray_envs.client.provider import RayEnvironmentProvider
     from ray_envs.client.runner import BatchState, Progress, RayBatchRunner
     from ray_envs.errors import RayEnvsError
     from ray_envs.models import BatchSpec, CaseSpec, EnvSpec, ItemResult
@@ -32,7 +33,7 @@ _HOMES = {
     "BatchState": "client.runner",
     "CaseSpec": "models",
     "EnvSpec": "models",
-    "EnvironmentProvider": "client.provider",
+    "EnvironmentProvider": "client.environments",
     "InMemoryEnvironmentProvider": "client.in_memory",
     "ItemResult": "models",
     "Progress": "client.runner",

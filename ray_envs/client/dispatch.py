@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from ray_envs.client.code_folder import pack_code
-from ray_envs.client.provider import EnvironmentProvider
+from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.cluster.cluster import by_value
 from ray_envs.decisions import placement
 from ray_envs.errors import (

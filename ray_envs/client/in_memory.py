@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
-from ray_envs.client.provider import EnvironmentProvider, Statuses, raise_status_error
+from ray_envs.client.environments import EnvironmentProvider
+from ray_envs.client.statuses import Statuses, raise_status_error
 from ray_envs.decisions import placement, resolving
 from ray_envs.errors import AlreadyExists, RayEnvsError
 from ray_envs.models import Definition, EnvId, Status
 from ray_envs.node.uv import this_target
+from ray_envs.verbs import CreateEnv, DeleteEnv
 
 
 class InMemoryEnvironmentProvider(EnvironmentProvider):
@@ -43,16 +45,8 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
     def list_variants(self) -> list[dict[str, Any]]:
         return [self._status(name) for name in sorted(self._defined_envs)]
 
-    def _create(
-        self,
-        env_id: EnvId,
-        definition: Definition,
-        *,
-        replace: bool,
-        wait_s: float,  # noqa: ARG002 - nothing takes time here
-        dry_run: bool,
-    ) -> Any:
-        name = str(env_id)
+    def _create(self, request: CreateEnv, definition: Definition) -> Any:
+        name, env_id = request.variant_id, EnvId.parse(request.variant_id)
         packages = resolving.requirement_lines(definition.packages, where=f"variant {name}")
         resolving.check_python(definition.python, self._target, where=f"variant {name}")
         definition = definition.model_copy(update={"packages": packages})
@@ -62,15 +56,15 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
             before = self._defined_envs.get(name)
             if before is not None and before[1] == definition:
                 return self._status(name)
-            if before is not None and not replace:
+            if before is not None and not request.replace:
                 raise AlreadyExists(
                     f"variant {name} exists with another spec",
                     variant_id=name,
                     hint="give replace=True for a new generation, or another id",
                 )
-            if not dry_run:
+            if not request.dry_run:
                 self._defined_envs[name] = (env_id, definition, before[2] + 1 if before else 1)
-        return {**self._status(name), "dry_run": dry_run}
+        return {**self._status(name), "dry_run": request.dry_run}
 
     def _status(self, name: str) -> dict[str, Any]:
         if name not in self._defined_envs:
@@ -121,16 +115,10 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
             **placement.EVERYWHERE,
         }
 
-    def _delete(
-        self,
-        env_id: EnvId,
-        *,
-        force: bool,  # noqa: ARG002 - nobody holds anything here
-        dry_run: bool,
-    ) -> dict[str, Any]:
-        name = str(env_id)
+    def _delete(self, request: DeleteEnv) -> dict[str, Any]:
+        name, is_dry = request.variant_id, request.dry_run
         with self._guard:
             is_there = name in self._defined_envs
-            if not dry_run:
+            if not is_dry:
                 self._defined_envs.pop(name, None)
-        return {"variant_id": name, "deleted": is_there and not dry_run, "dry_run": dry_run}
+        return {"variant_id": name, "deleted": is_there and not is_dry, "dry_run": is_dry}

@@ -1,6 +1,6 @@
-"""The verbs of a variant's whole life, as a program calls them; `provider` has them all.
+"""The verbs of a variant's whole life as typed methods. `provider` has them all.
 
-Thin: each is one verb of the EnvManager, with the time-out that suits it. Answers are plain data.
+Each asks for one verb of `verbs`, which holds the defaults and the limits. Answers are plain data.
 """
 
 from __future__ import annotations
@@ -8,44 +8,42 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ray_envs.client.connection import VERB_TIMEOUT_S
-from ray_envs.settings import Settings
+from ray_envs import verbs
+from ray_envs.verbs import DEFAULT
 
 Answer = dict[str, Any]
 Packages = Iterable[str] | str
 
-#: How long one long-poll for events lasts: short enough that the end of a subscription is noticed.
-_POLL_S = 2.0
+#: How long one long-poll lasts, in seconds: Ctrl-C and the end of a subscription are noticed soon.
+POLL_S = 2.0
 
 
 class Lifecycle(ABC):
     """What can be done with a variant besides running in it."""
 
-    _settings: Settings
-    #: Set by `close`: a subscription then ends without a word.
+    #: Set by `close`: a subscription then ends silently.
     _is_closed: bool = False
 
     @abstractmethod
-    def _call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
-        """What `EnvManager.<verb>` answers."""
+    def ask(self, request: verbs.Request) -> Any:
+        """The answer of the EnvManager to a request."""
 
     @abstractmethod
     def _address(self, variant_id: str) -> str:
-        """The address of a variant, by the name that our callers gave it."""
+        """The full id of a variant, for the id that the caller uses."""
 
     # -- changing ---------------------------------------------------------------------------
 
-    def add(self, variant_id: str, packages: Packages, *, dry_run: bool = False) -> Answer:
+    def add(self, variant_id: str, packages: Packages, *, dry_run: bool = DEFAULT) -> Answer:
         """Add packages as a new generation, which is prepared before it becomes current.
 
         Args:
             variant_id: the variant.
-            packages: requirements, or a requirements text.
+            packages: requirements, or the text of a requirements file.
             dry_run: only say what would change.
 
         Returns:
@@ -54,30 +52,39 @@ class Lifecycle(ABC):
 
         Raises:
             NotFound: the variant is not defined.
-            InvalidPackages: none are given, or one cannot be accepted.
-            ResolutionFailed: nothing satisfies them; the current generation is as it was.
+            InvalidPackages: no package is given, or one cannot be accepted.
+            ResolutionFailed: no versions satisfy them; the current generation stays.
         """
-        return self._edit("add_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
+        return self._ask(verbs.AddDeps, variant_id, packages=packages, dry_run=dry_run)
 
-    def update(self, variant_id: str, packages: Packages = (), *, dry_run: bool = False) -> Answer:
-        """Upgrade the named packages within what is declared, or all; see `add`."""
-        return self._edit("update_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
+    def update(
+        self, variant_id: str, packages: Packages = DEFAULT, *, dry_run: bool = DEFAULT
+    ) -> Answer:
+        """Upgrade the named packages, or all, within what is declared; see `add`."""
+        return self._ask(verbs.UpdateDeps, variant_id, packages=packages, dry_run=dry_run)
 
-    def remove(self, variant_id: str, packages: Packages, *, dry_run: bool = False) -> Answer:
-        """Remove declared packages, and what only they needed; see `add`."""
-        return self._edit("remove_deps", variant_id, packages=_plain(packages), dry_run=dry_run)
+    def remove(self, variant_id: str, packages: Packages, *, dry_run: bool = DEFAULT) -> Answer:
+        """Remove declared packages and what only they needed; see `add`."""
+        return self._ask(verbs.RemoveDeps, variant_id, packages=packages, dry_run=dry_run)
 
-    def sync(self, variant_id: str, *, dry_run: bool = False) -> Answer:
-        """Make every node match the lock: check, mend, build; see `EnvManager.sync_env`."""
-        return self._change("sync_env", variant_id, dry_run=dry_run)
+    def sync(self, variant_id: str, *, dry_run: bool = DEFAULT) -> Answer:
+        """Make every node match the variant's lock: check each file, repair, build.
 
-    def rollback(self, variant_id: str, to: int | None = None, *, dry_run: bool = False) -> Answer:
+        Returns:
+            `status`, `nodes`, `checks` (what was found on each node), `stdout`, `stderr`,
+            `exit_code`, `duration_s`.
+        """
+        return self._ask(verbs.SyncEnv, variant_id, dry_run=dry_run)
+
+    def rollback(
+        self, variant_id: str, to: int | None = DEFAULT, *, dry_run: bool = DEFAULT
+    ) -> Answer:
         """Make the previous generation, or generation `to`, the current one.
 
         Raises:
-            InvalidInput: there is none, or it was locked for another cluster.
+            InvalidInput: there is no such generation, or it was locked for another cluster.
         """
-        return self._edit("rollback_env", variant_id, to=to, dry_run=dry_run)
+        return self._ask(verbs.RollbackEnv, variant_id, to=to, dry_run=dry_run)
 
     def import_project(
         self,
@@ -85,107 +92,95 @@ class Lifecycle(ABC):
         *,
         pyproject: str,
         uv_lock: str,
-        options: Mapping[str, Any] | None = None,
-        replace: bool = False,
-        wait_s: float = 0,
-        dry_run: bool = False,
+        options: Mapping[str, Any] = DEFAULT,
+        replace: bool = DEFAULT,
+        wait_s: float = DEFAULT,
+        dry_run: bool = DEFAULT,
     ) -> Answer:
-        """The way back from `export`: the same lock, byte for byte, and the same key."""
-        return self._change(
-            "import_env",
+        """Define a variant from an `export`: the same lock, byte for byte, and the same key."""
+        return self._ask(
+            verbs.ImportEnv,
             variant_id,
             pyproject=pyproject,
             uv_lock=uv_lock,
-            options=dict(options or {}),
+            options=options,
             replace=replace,
             wait_s=wait_s,
             dry_run=dry_run,
         )
 
-    def pin(self, variant_id: str, *, is_pinned: bool = True) -> Answer:
+    def pin(self, variant_id: str, *, is_pinned: bool = DEFAULT) -> Answer:
         """Keep every environment of a variant from being collected, or allow it again."""
-        return self._change("pin_env", variant_id, is_pinned=is_pinned)
+        return self._ask(verbs.PinEnv, variant_id, is_pinned=is_pinned)
 
     def gc(
         self,
         *,
-        idle_hours: float | None = None,
-        dry_run: bool = False,
-        include_current: bool = False,
+        idle_hours: float | None = DEFAULT,
+        dry_run: bool = DEFAULT,
+        include_current: bool = DEFAULT,
     ) -> Answer:
-        """Collect environments that nobody wants, holds or was promised.
+        """Delete unused environments on every node.
+
+        Args:
+            idle_hours: hours without use; by default `RAY_ENVS_IDLE_HOURS`.
+            dry_run: only say what would be deleted.
+            include_current: also those of current generations; they are built again on demand.
 
         Returns:
-            `deleted` and `kept`, each with its reason, and `freed_bytes`.
+            `deleted` and `kept`, each environment with its reason, and `freed_bytes`.
         """
-        answer: Answer = self._call(
-            "cleanup",
-            within_s=self._patience_s(),
-            idle_hours=idle_hours,
-            dry_run=dry_run,
-            include_current=include_current,
+        return self._ask(
+            verbs.Cleanup, idle_hours=idle_hours, dry_run=dry_run, include_current=include_current
         )
-        return answer
 
-    def doctor(self, *, repair: bool = False, variant_id: str | None = None) -> Answer:
-        """Examine every node and environment, and mend what is damaged where that is wanted."""
-        name = None if variant_id is None else self._address(variant_id)
-        answer: Answer = self._call(
-            "doctor", within_s=self._patience_s(), repair=repair, variant_id=name
-        )
-        return answer
+    def doctor(self, *, repair: bool = DEFAULT, variant_id: str | None = None) -> Answer:
+        """Examine every node and environment; with `repair`, repair what is damaged."""
+        return self._ask(verbs.Doctor, variant_id, repair=repair)
 
     # -- reading ----------------------------------------------------------------------------
 
     def deps(self, variant_id: str) -> Answer:
         """`dependencies` as declared, and `locked_versions`."""
-        return self._read("list_deps", variant_id)
+        return self._ask(verbs.ListDeps, variant_id)
 
     def generations(self, variant_id: str) -> list[Answer]:
-        """Every generation, oldest first, with what it changed."""
-        found: list[Answer] = self._call("list_generations", variant_id=self._address(variant_id))
+        """Every generation, oldest first, with the packages that it changed."""
+        found: list[Answer] = self.ask(verbs.ListGenerations(variant_id=self._address(variant_id)))
         return found
 
-    def diff(self, variant_id: str, from_: int, to: int | None = None) -> Answer:
-        """The packages that differ between two generations."""
-        return self._read("diff_env", variant_id, from_=from_, to=to)
+    def diff(self, variant_id: str, from_: int, to: int | None = DEFAULT) -> Answer:
+        """The packages that differ between two generations; `to` is by default the current one."""
+        return self._ask(verbs.DiffEnv, variant_id, from_=from_, to=to)
 
     def export(
-        self, variant_id: str, format: str = "project", *, generation: int | None = None
+        self, variant_id: str, format: str = DEFAULT, *, generation: int | None = DEFAULT
     ) -> Answer:
-        """A generation as `files`: texts by name; see `EnvManager.export_env`."""
-        return self._read("export_env", variant_id, format=format, generation=generation)
+        """A generation as `files`, texts by name; `format` is project, requirements or pylock."""
+        return self._ask(verbs.ExportEnv, variant_id, format=format, generation=generation)
 
     def explain(self, variant_id: str) -> Answer:
-        """Why a variant is as it is; see `EnvManager.explain`."""
-        return self._read("explain", variant_id)
+        """The state of a variant on each node with its reason, its users, and what gc does."""
+        return self._ask(verbs.Explain, variant_id)
 
     def operations(self, **filters: Any) -> Answer:
-        """The operations that match, newest first; see `EnvManager.get_operations`."""
-        answer: Answer = self._call("get_operations", **filters)
-        return answer
+        """The operations that match, newest first, as `rows`; see `verbs.GetOperations`."""
+        return self._ask(verbs.GetOperations, **filters)
 
     def delete_operations(self, **filters: Any) -> int:
-        """Delete operations that have ended and match; see `EnvManager.delete_operations`."""
-        return int(self._call("delete_operations", **filters)["deleted"])
+        """Delete operations that have ended and match; see `verbs.DeleteOperations`."""
+        return int(self._ask(verbs.DeleteOperations, **filters)["deleted"])
 
     def events(
         self,
-        since: int = 0,
+        since: int = DEFAULT,
         *,
-        kinds: Iterable[str] = (),
+        kinds: Iterable[str] = DEFAULT,
         variant_id: str | None = None,
-        timeout_s: float = 0,
+        timeout_s: float = DEFAULT,
     ) -> Answer:
-        """`events` after number `since`, and `next`; see `EnvManager.events`."""
-        answer: Answer = self._call(
-            "events",
-            since=since,
-            kinds=list(kinds),
-            variant_id=None if variant_id is None else self._address(variant_id),
-            timeout_s=timeout_s,
-        )
-        return answer
+        """`events` after number `since`, and `next`, the `since` of the next call."""
+        return self._ask(verbs.Events, variant_id, since=since, kinds=kinds, timeout_s=timeout_s)
 
     def subscribe(
         self, handler: Callable[[Answer], None], *, kinds: Iterable[str] = ()
@@ -204,7 +199,7 @@ class Lifecycle(ABC):
             nonlocal position
             while not is_over.is_set():
                 try:
-                    told = self.events(position, kinds=wanted, timeout_s=_POLL_S)
+                    told = self.events(position, kinds=wanted, timeout_s=POLL_S)
                 except Exception as exc:  # closed, or gone for good: the door has tried again
                     if not self._is_closed:
                         print(f"ray_envs: no more events: {exc}", file=sys.stderr)
@@ -222,34 +217,17 @@ class Lifecycle(ABC):
         def end() -> None:
             is_over.set()
             if thread is not threading.current_thread():
-                thread.join(2 * _POLL_S)
+                thread.join(2 * POLL_S)
 
         return end
 
     # -- shared -----------------------------------------------------------------------------
 
-    def _change(self, verb: str, variant_id: str, **arguments: Any) -> Answer:
-        answer: Answer = self._call(
-            verb,
-            within_s=self._patience_s(),
-            variant_id=self._address(variant_id),
-            **arguments,
-        )
+    def _ask(
+        self, kind: type[verbs.Request], variant_id: str | None = None, **arguments: Any
+    ) -> Answer:
+        """Ask for a verb; a variant is addressed by the id that the caller uses."""
+        if variant_id is not None:
+            arguments["variant_id"] = self._address(variant_id)
+        answer: Answer = self.ask(verbs.request_of(kind, arguments))
         return answer
-
-    def _edit(self, verb: str, variant_id: str, **arguments: Any) -> Answer:
-        """A change that must not be done twice, although a lost answer makes the door ask again."""
-        return self._change(verb, variant_id, operation_id=uuid.uuid4().hex, **arguments)
-
-    def _read(self, verb: str, variant_id: str, **arguments: Any) -> Answer:
-        answer: Answer = self._call(verb, variant_id=self._address(variant_id), **arguments)
-        return answer
-
-    def _patience_s(self) -> float:
-        """How long a change may take: whoever is first, the resolution, and the builds."""
-        settings = self._settings
-        return settings.lock_timeout_s + settings.uv_lock_timeout_s + settings.prepare_timeout_s
-
-
-def _plain(packages: Packages) -> list[str] | str:
-    return packages if isinstance(packages, str) else list(packages)

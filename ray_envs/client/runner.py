@@ -21,7 +21,8 @@ from typing import Any
 from ray_envs.client.code_folder import source_sha256
 from ray_envs.client.connection import RESTART_S, impatient
 from ray_envs.client.dispatch import Flight, Item, Payload, check_key, not_run, plain_function
-from ray_envs.client.provider import EnvironmentProvider, Statuses
+from ray_envs.client.environments import EnvironmentProvider
+from ray_envs.client.statuses import Statuses
 from ray_envs.cluster.cluster import is_client
 from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError
 from ray_envs.models import BatchSpec, CaseSpec, ItemResult, RunDefaults, validated

@@ -524,7 +524,7 @@ def start_manager(settings: dict[str, str]) -> Any:
     address = ray.get_runtime_context().gcs_address
     environ = {k: v for k, v in os.environ.items() if not k.startswith((*_OF_THE_JOB, "RAY_ENVS_"))}
     environ.update(settings, **{_UV_RUN_HOOK: "0"})
-    code = "import sys; from ray_envs.manager.manager import start; start(sys.argv[1])"
+    code = "import sys; from ray_envs.manager.start import start; start(sys.argv[1])"
     command = [sys.executable, "-I", "-c", code, address]
     try:
         done = subprocess.run(
