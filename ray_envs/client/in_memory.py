@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ray_envs.client.provider import EnvironmentProvider, Statuses, raise_status_error
-from ray_envs.decisions import placement, resolving
+from ray_envs.decisions import placement, requirements
 from ray_envs.errors import AlreadyExists, RayEnvsError
 from ray_envs.models import Definition, EnvId, Status
 from ray_envs.node.uv import this_target
@@ -53,8 +53,8 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
         dry_run: bool,
     ) -> Any:
         name = str(env_id)
-        packages = resolving.requirement_lines(definition.packages, where=f"variant {name}")
-        resolving.check_python(definition.python, self._target, where=f"variant {name}")
+        packages = requirements.requirement_lines(definition.packages, where=f"variant {name}")
+        requirements.check_python(definition.python, self._target, where=f"variant {name}")
         definition = definition.model_copy(update={"packages": packages})
         if name in self._failures:
             raise self._failures[name]

@@ -10,11 +10,11 @@ import contextlib
 import difflib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from ray_envs.decisions.resolving import requirement_lines
+from ray_envs.decisions.requirements import requirement_lines
+from ray_envs.decisions.toml import parsed_toml
 from ray_envs.disk.files import check_folder, kind_of, read_bytes
 from ray_envs.errors import InvalidId, InvalidInput
 from ray_envs.models import (
@@ -30,10 +30,7 @@ from ray_envs.models import (
     validated,
 )
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # the same code under its name before 3.11; not there when checked on a newer Python
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+_TOML_HINT = "mend that line; strings need quotes"
 
 
 # -- specs -----------------------------------------------------------------------------------------
@@ -75,7 +72,7 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
             else "for a requirements file write requirements = … instead",
         )
         pyproject = _read_text(folder / "pyproject.toml")
-        _toml(pyproject, where=str(folder / "pyproject.toml"))
+        parsed_toml(pyproject, where=str(folder / "pyproject.toml"), hint=_TOML_HINT)
         if kind_of(folder / "uv.lock") != "missing":
             uv_lock = _read_text(folder / "uv.lock")
     shared = {name: getattr(spec, name) for name in Definition.model_fields if hasattr(spec, name)}
@@ -98,7 +95,7 @@ def read_batch(path: Path) -> BatchSpec:
         InvalidId: the name, a variant id or a case id is not allowed.
     """
     where = str(path)
-    data = _toml(_read_text(path), where=where)
+    data = parsed_toml(_read_text(path), where=where, hint=_TOML_HINT)
     for table in ("variants", "cases"):
         _check_table(data, table, where=where)
     batch = validated(BatchSpec, data, where=where)
@@ -257,15 +254,3 @@ def _read_text(path: Path) -> str:
             f"line {line} is not UTF-8", where=str(path), hint="save the file as UTF-8"
         ) from None
     return text.replace("\r\n", "\n")
-
-
-def _toml(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as err:
-        raise InvalidInput(
-            f"not valid TOML: {err}", where=where, hint="mend that line; strings need quotes"
-        ) from None
-    except RecursionError:
-        raise InvalidInput("not valid TOML: nested too deeply", where=where) from None
-    return data

@@ -21,7 +21,7 @@ from ray_envs.client.connection import VERB_TIMEOUT_S, Door, LocalDoor, RayDoor
 from ray_envs.client.inputs import read_definition
 from ray_envs.client.lifecycle import Lifecycle
 from ray_envs.cluster import bootstrap, cluster
-from ray_envs.decisions import placement, resolving
+from ray_envs.decisions import placement, requirements
 from ray_envs.decisions.planning import may_pass
 from ray_envs.errors import (
     EnvironmentNotReady,
@@ -457,7 +457,7 @@ class EnvironmentProvider(ABC):
         if not isinstance(spec, EnvSpec):
             data = dict(spec)
             if isinstance(data.get("packages"), str):
-                data["packages"] = resolving.requirement_lines(data["packages"], where=where)
+                data["packages"] = requirements.requirement_lines(data["packages"], where=where)
             spec = validated(EnvSpec, data, where=where)
         if self._base_packages:
             spec = spec.model_copy(update={"packages": (*spec.packages, *self._base_packages)})
