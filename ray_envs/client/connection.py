@@ -28,24 +28,24 @@ VERB_TIMEOUT_S = 60.0
 RESTART_S = 60.0
 _AGAIN_S = 0.5
 
-#: How long any verb may take; see `impatient`.
-_patience_s: ContextVar[float] = ContextVar("patience_s", default=math.inf)
+#: How long any verb may take; see `call_limit`.
+_call_limit_s: ContextVar[float] = ContextVar("call_limit_s", default=math.inf)
 
 
 @contextmanager
-def impatient(patience_s: float) -> Iterator[None]:
+def call_limit(limit_s: float) -> Iterator[None]:
     """No verb that this thread calls of a cluster's manager in the block takes longer.
 
     For whoever has something else to do while the manager is away.
     """
-    token = _patience_s.set(patience_s)
+    token = _call_limit_s.set(limit_s)
     try:
         yield
     finally:
-        _patience_s.reset(token)
+        _call_limit_s.reset(token)
 
 
-class Door(Protocol):
+class Connection(Protocol):
     """How verbs of an EnvManager are called."""
 
     def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any: ...
@@ -56,7 +56,7 @@ class Door(Protocol):
     def close(self) -> None: ...
 
 
-class RayDoor:
+class ActorConnection:
     """The EnvManager actor of a cluster; `on_close` is called once, at the end."""
 
     def __init__(self, handle: Any, *, on_close: Callable[[], None] | None = None) -> None:
@@ -68,7 +68,7 @@ class RayDoor:
     def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
         import ray
 
-        within_s = min(within_s, _patience_s.get())
+        within_s = min(within_s, _call_limit_s.get())
         deadline = time.monotonic() + min(within_s, RESTART_S)
         while True:
             asked = getattr(self._handle, verb).remote(**arguments)
@@ -106,7 +106,7 @@ class RayDoor:
             self._on_close = None
 
 
-class LocalDoor:
+class LocalConnection:
     """The same EnvManager as an object in this process: this machine only, and no Ray."""
 
     def __init__(self, settings: Settings) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ray_envs.client.connection import VERB_TIMEOUT_S, Door, LocalDoor, RayDoor
+from ray_envs.client.connection import VERB_TIMEOUT_S, ActorConnection, Connection, LocalConnection
 from ray_envs.client.inputs import read_definition
 from ray_envs.client.lifecycle import Lifecycle
 from ray_envs.cluster import bootstrap, cluster
@@ -554,7 +554,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         ...     ray.get(task.options(**envs.options("old")).remote())
     """
 
-    def __init__(self, door: Door, settings: Settings, **options: Any) -> None:
+    def __init__(self, door: Connection, settings: Settings, **options: Any) -> None:
         super().__init__(**options)
         self._door = door
         self._settings = settings
@@ -601,7 +601,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
                 handle = cluster.create_manager(EnvManager, environment)
             else:
                 handle = cluster.start_manager(environment)
-        door = RayDoor(handle, on_close=None if was_connected else ray.shutdown)
+        door = ActorConnection(handle, on_close=None if was_connected else ray.shutdown)
         provider = cls(door, settings, **options)
         if is_embedded:  # its only node is this one, and its manager still starts
             return provider, {}
@@ -625,7 +625,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         address = Registry(settings).manager_address()
         if address is not None:
             return cls._opened(address, settings, options)[0]
-        return cls(LocalDoor(settings), settings, **options)
+        return cls(LocalConnection(settings), settings, **options)
 
     def close(self) -> None:
         self._is_closed = True

@@ -11,25 +11,22 @@ import json
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ray_envs.client.code_folder import source_sha256
-from ray_envs.client.connection import RESTART_S, impatient
-from ray_envs.client.dispatch import Flight, Item, Payload, check_key, not_run, plain_function
+from ray_envs.client.dispatch import Dispatcher, check_key
+from ray_envs.client.item_queue import ItemQueue
+from ray_envs.client.items import Item, not_run
+from ray_envs.client.payload import Payload, plain_function
 from ray_envs.client.provider import EnvironmentProvider, Statuses
 from ray_envs.cluster.cluster import is_client
-from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError
+from ray_envs.errors import InvalidInput, RayEnvsError
 from ray_envs.models import BatchSpec, CaseSpec, ItemResult, RunDefaults, validated
-
-#: How long a launch may wait for a manager that is away while results of other items come in, and
-#: the pause where there is nothing else to do.
-_PATIENCE_S = 15.0
-_PAUSE_S = 0.5
 
 _ENTRYPOINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -72,7 +69,8 @@ class RayBatchRunner:
         self._max_pending = max_pending
         self._state = BatchState.PENDING
         self._cancelled = threading.Event()
-        self._total = self._completed = self._failed = self._in_progress = 0
+        self._total = self._completed = self._failed = 0
+        self._dispatcher: Dispatcher | None = None
         self._started = self._ended = 0.0
 
     # -- running ------------------------------------------------------------------------------
@@ -206,76 +204,26 @@ class RayBatchRunner:
     ) -> Iterator[ItemResult]:
         if self._state is BatchState.RUNNING:
             raise InvalidInput("this runner is running a batch", hint="use a runner for each batch")
-        flight = Flight(Payload.of(function, code), self._provider, prefix)
+        dispatcher = Dispatcher(Payload.of(function, code), self._provider, prefix)
         self._state, self._started = BatchState.RUNNING, time.monotonic()
         self._cancelled.clear()
-        self._total, self._completed, self._failed, self._in_progress = len(items), 0, 0, 0
+        self._total, self._completed, self._failed = len(items), 0, 0
         is_over = False
         try:
             environments = self._fetched(items, prefix, keys, failed, on_status)
-            waiting: deque[Item] = deque()
-            known = {(r.variant_id, r.case_id, r.key, r.call_sha256): r for r in done if r.ok}
-            for item in items:
-                error = failed.get(item.variant_id)
-                if error is not None:
-                    yield self._counted(not_run(item, error))
-                    continue
-                item.environment = environments[item.variant_id]
-                item.fetched_at = time.monotonic()
-                earlier = known.get(
-                    (item.variant_id, item.case.id, item.environment["key"], item.call_sha256)
-                )
-                if earlier is not None:
-                    yield self._counted(earlier)
+            known, waiting = _parted(items, environments, failed, done)
+            self._dispatcher = dispatcher
+            queue = ItemQueue(dispatcher, waiting, self._max_pending, self._cancelled)
+            for result in chain(known, queue.results()):
+                if result.ok:
+                    self._completed += 1
                 else:
-                    waiting.append(item)
-            warm: list[str] = []
-            results: deque[ItemResult] = deque()
-            #: Since when the manager does not answer.
-            away_at: float | None = None
-            while waiting or flight.items or results:
-                while waiting and len(flight.items) < self._max_pending:
-                    if results and away_at is not None:  # a launch may take long now
-                        break
-                    following = flight.next_of(waiting, warm)
-                    if following is None or self._cancelled.is_set():
-                        break
-                    waiting.remove(following)
-                    try:
-                        with impatient(_PATIENCE_S):
-                            if not flight.launch(following):
-                                waiting.append(following)
-                        away_at = None
-                    except ManagerUnavailable as exc:
-                        away_at = away_at or time.monotonic()
-                        if time.monotonic() - away_at > RESTART_S:
-                            results.append(not_run(following, exc))
-                        else:
-                            waiting.appendleft(following)
-                        break
-                    except RayEnvsError as exc:
-                        results.append(not_run(following, exc))
-                # After the launches: whoever reads us may take his time with a result.
-                while results:
-                    self._in_progress = len(flight.items)
-                    yield self._counted(results.popleft())
-                if self._cancelled.is_set():
-                    break
-                self._in_progress = len(flight.items)
-                warm = []
-                with impatient(_PATIENCE_S):
-                    for item, result in flight.ended():
-                        warm.append(item.environment["key"])
-                        if result is None:
-                            waiting.appendleft(item)
-                        else:
-                            results.append(result)
-                if away_at is not None and not flight.items:
-                    self._cancelled.wait(_PAUSE_S)
+                    self._failed += 1
+                yield result
             is_over = not self._cancelled.is_set()
         finally:
-            flight.cancel()
-            self._in_progress = 0
+            self._dispatcher = None
+            dispatcher.cancel()
             self._ended = time.monotonic()
             if not is_over:
                 self._state = BatchState.CANCELLED
@@ -315,13 +263,6 @@ class RayBatchRunner:
                 failed[name] = exc
         return environments
 
-    def _counted(self, result: ItemResult) -> ItemResult:
-        if result.ok:
-            self._completed += 1
-        else:
-            self._failed += 1
-        return result
-
     # -- watching and ending -------------------------------------------------------------------
 
     def status(self) -> BatchState:
@@ -335,7 +276,9 @@ class RayBatchRunner:
         end = time.monotonic() if is_running or not self._ended else self._ended
         elapsed = end - self._started if self._started else 0.0
         eta = elapsed / over * (self._total - over) if over else None
-        return Progress(self._total, self._completed, self._failed, self._in_progress, elapsed, eta)
+        dispatcher = self._dispatcher
+        in_progress = len(dispatcher.items) if dispatcher is not None else 0
+        return Progress(self._total, self._completed, self._failed, in_progress, elapsed, eta)
 
     def cancel(self) -> None:
         """End the batch: what runs is stopped, what waits is not started. From any thread."""
@@ -354,6 +297,30 @@ def _case(case: Sequence[Any] | Mapping[str, Any] | CaseSpec, number: int) -> Ca
     if isinstance(case, str):
         raise InvalidInput(f"case {number} is the string {case!r}", hint="give a list of arguments")
     return CaseSpec(id=f"case-{number}", args=tuple(case))
+
+
+def _parted(
+    items: Iterable[Item],
+    environments: Mapping[str, dict[str, Any]],
+    failed: Mapping[str, RayEnvsError],
+    done: Iterable[ItemResult],
+) -> tuple[list[ItemResult], list[Item]]:
+    """The results that are known already, and the items that have to run, with environments."""
+    earlier = {(r.variant_id, r.case_id, r.key, r.call_sha256): r for r in done if r.ok}
+    known: list[ItemResult] = []
+    waiting: list[Item] = []
+    for item in items:
+        name = item.variant_id
+        if name in failed:
+            known.append(not_run(item, failed[name]))
+            continue
+        item.environment, item.fetched_at = environments[name], time.monotonic()
+        result = earlier.get((name, item.case.id, item.environment["key"], item.call_sha256))
+        if result is not None:
+            known.append(result)
+        else:
+            waiting.append(item)
+    return known, waiting
 
 
 def _limits(defaults: RunDefaults, variant: Any) -> RunDefaults:
