@@ -1,6 +1,6 @@
-"""The code folder of a batch: what belongs to it, and the archive in which it travels.
+"""The code folder of a batch: which files belong to it, and the archive that workers get.
 
-`worker` unpacks what is packed here. `entrypoints` checks the function that the batch calls.
+The worker unpacks that archive. `entrypoints` checks the function that the batch calls.
 """
 
 from __future__ import annotations
@@ -15,16 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ray_envs.disk.files import (
-    check_folder,
-    entries_of,
-    has_vanished,
-    is_file,
-    unreadable,
-)
+from ray_envs.disk.files import check_folder, entries_of, has_vanished, is_file, unreadable
 from ray_envs.errors import InvalidInput
 
-#: What a code folder may weigh. A guess: code is kilobytes, and every worker receives all of it.
+#: The size limit of a code folder. A guess: code is kilobytes, and every worker gets all of it.
 CODE_LIMIT_BYTES = 100 * 1024 * 1024
 
 #: Never part of the code: version control, environments, caches, results.
@@ -39,7 +33,7 @@ _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def source_sha256(folder: Path) -> str:
-    """A hash of the Python files of a code folder: what a result depends on.
+    """Return a hash of the Python files of a code folder, on which a result depends.
 
     Other files do not count: a batch file in the folder changes with every new case.
     """
@@ -53,11 +47,12 @@ def source_sha256(folder: Path) -> str:
 
 
 def pack_code(folder: Path, *, limit_bytes: int = CODE_LIMIT_BYTES) -> tuple[str, bytes]:
-    """The archive of a code folder as (sha256 in hex, zip bytes), equal for equal content.
+    """Return the archive of a code folder as (sha256 in hex, zip bytes).
 
-    Equal on every machine: sorted names, one time stamp, one mode, and no compression, whose result
-    depends on the zlib that is installed. Left out: version control, caches, environments, result
-    files, links that lead outside or to folders, and whatever vanishes meanwhile.
+    Equal content gives equal bytes on every machine: names are sorted, time stamps and modes are
+    fixed, and nothing is compressed, because zlib versions compress differently. Left out: version
+    control, caches, environments, result files, links to folders or to the outside, and files that
+    vanish meanwhile.
 
     Raises:
         InvalidInput: no such folder, too large, or a file in it cannot be read.
@@ -70,7 +65,7 @@ def pack_code(folder: Path, *, limit_bytes: int = CODE_LIMIT_BYTES) -> tuple[str
         try:
             sizes[name] = path.stat().st_size
         except OSError:
-            sizes[name] = 0  # reading it tells why
+            sizes[name] = 0  # reading it, below, raises the error
     _check_size(sizes, folder, limit_bytes)
 
     packed = io.BytesIO()
@@ -93,7 +88,7 @@ def pack_code(folder: Path, *, limit_bytes: int = CODE_LIMIT_BYTES) -> tuple[str
 
 
 def _code_files(folder: Path, root: Path) -> Iterator[tuple[str, Path]]:
-    """The (archive name, path) of every regular file below `folder` that belongs to the code."""
+    """Yield (archive name, path) of every regular file below `folder` that belongs to the code."""
     for entry in entries_of(folder):
         path = Path(entry.path)
         if entry.name in _SKIPPED_NAMES:
@@ -106,7 +101,7 @@ def _code_files(folder: Path, root: Path) -> Iterator[tuple[str, Path]]:
             continue
         if entry.is_symlink() and not _leads_inside(path, root):
             continue
-        if is_file(path):  # no pipe or device: reading one may wait for ever
+        if is_file(path):  # not a pipe or device: reading one may wait for ever
             yield _archive_name(path, root), path
 
 
@@ -126,7 +121,7 @@ def _archive_name(path: Path, root: Path) -> str:
 def _leads_inside(link: Path, root: Path) -> bool:
     try:
         return link.resolve(strict=True).is_relative_to(root)
-    except (OSError, RuntimeError):  # broken; RuntimeError: a loop, before Python 3.13
+    except (OSError, RuntimeError):  # a broken link; RuntimeError: a loop, before Python 3.13
         return False
 
 

@@ -1,7 +1,7 @@
-"""The items of a batch that Ray has: started, watched, and ended one by one.
+"""Starts the items of a batch as Ray tasks, watches them, and reports how each one ended.
 
-Which items there are, and what becomes of their results, is `batch`'s business. Here is all that
-touches Ray's tasks: placement at the start, messages, time-outs, lost workers and nodes.
+Runs in the user's program. `item_queue` decides when an item starts and keeps the results. Here is
+all that touches Ray's tasks: nodes, messages of a task, time-outs, lost workers and lost nodes.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from ray_envs.errors import (
 from ray_envs.models import ItemResult
 from ray_envs.plugin import gate
 
-#: How long one wait for results lasts: how soon a time-out, a cancel or a lost node is noticed.
+#: How long one wait for results lasts. Time-outs, cancels and lost nodes are noticed after it.
 _WAIT_S = 0.5
-#: How often it is looked whether the nodes that items wait for are still alive.
+#: How often the list of live nodes is read again.
 _WATCHDOG_S = 5.0
-#: How long an item may wait for its worker before its environment is looked at again.
+#: After so long without a worker, the environment of an item is checked again.
 _LONG_S = 15.0
-#: How long it is believed where an environment is ready: nodes come, go, and lose their disks.
+#: How long an answer about ready nodes is used: nodes join, die and lose their disks.
 _FRESH_S = 5.0
-#: How soon it is looked again whether an environment that no node has now is ready somewhere.
+#: When no node has an environment ready, the manager is asked again after this time.
 _UNREADY_S = 1.0
 
-#: How long no item goes to a node that was without its environment after all, unless the node is
-#: seen to prepare it; and how often that costs an item nothing.
+#: A node was listed as ready, but its environment was missing: no item of that environment goes
+#: there for this time, or until the manager no longer lists it.
 _REFUSED_S = 10.0
+#: How many such starts of one item do not count as retries.
 _MAX_REFUSALS = 3
 
 
 class Dispatcher:
-    """The items that Ray has: started, watched, and ended one by one."""
+    """Starts items, watches the running ones (`items`, by task), and reports how they ended."""
 
     def __init__(self, payload: Payload, provider: EnvironmentProvider, prefix: str) -> None:
         self._payload = payload
@@ -53,32 +54,32 @@ class Dispatcher:
         self.items: dict[Any, Item] = {}
         self._totals = scheduling.node_totals()
         self._looked_at = time.monotonic()
-        #: When each variant's environment was asked for last.
+        #: By variant: when its environment was read last, and the answer.
         self._fetched: dict[str, tuple[float, dict[str, Any]]] = {}
-        #: Until when the items of an environment wait that no node has ready.
+        #: By key of an environment that no node has ready: until when its items wait.
         self._unready: dict[str, float] = {}
-        #: Until when nothing is sent to a node, by the environment's key and the node's id.
+        #: By key and node id: until when no item of that environment goes to that node.
         self._refused: dict[tuple[str, str], float] = {}
 
     def next_item(self, waiting: Iterable[Item], warm: list[str]) -> Item | None:
-        """The item to start now, or None; see `scheduling.next_item`."""
+        """Return the item to start now, or None; see `scheduling.next_item`."""
         now = time.monotonic()
         able = [i for i in waiting if self._unready.get(i.environment["key"], 0.0) <= now]
         return scheduling.next_item(able, self.items.values(), warm, self._totals)
 
     def launch(self, item: Item) -> bool:
-        """Hand one item to Ray, in its variant's environment on a node where that is ready.
+        """Start one item in its variant's environment, on a node where that is ready.
 
         Returns:
-            Whether it was handed over: not where it has to wait until a node has the environment.
+            True if it was started; False if it must wait until a node has the environment.
 
         Raises:
             RayEnvsError: no node can run it.
         """
         limits = item.limits
         try:
-            environment = item.environment = self._current(item)
-            refused = self._refused_by(environment)
+            environment = item.environment = self._current_environment(item)
+            refused = self._refusing_nodes(environment)
             nodes = scheduling.able_nodes(
                 [node_id for node_id in environment["ready_nodes"] if node_id not in refused],
                 [*environment["preparing_nodes"], *refused],
@@ -95,7 +96,8 @@ class Dispatcher:
             return False
         item.unready_at = None
         options = placement.options(
-            # What waits at a node holds its place there: the next item is placed by what is ready.
+            # A task that waits at a node for its environment holds that node's CPUs meanwhile,
+            # so name ready nodes only.
             {**environment, "preparing_nodes": [], "may_spread": False},
             {
                 "num_cpus": limits.num_cpus,
@@ -118,22 +120,24 @@ class Dispatcher:
         self.items[task.remote(request, payload.function, payload.code)] = item
         return True
 
-    def _refused_by(self, environment: Mapping[str, Any]) -> list[str]:
-        """The nodes that count as ready although an item has just found nothing there."""
+    def _refusing_nodes(self, environment: Mapping[str, Any]) -> list[str]:
+        """Return the nodes where an item has just found the environment missing."""
         key, now, ready = environment["key"], time.monotonic(), set(environment["ready_nodes"])
-        for place, until in list(self._refused.items()):
-            if until <= now or (place[0] == key and place[1] not in ready):  # it is known by now
-                del self._refused[place]
+        for (refused_key, node_id), until in list(self._refused.items()):
+            is_known = refused_key == key and node_id not in ready  # to the manager, by now
+            if until <= now or is_known:
+                del self._refused[refused_key, node_id]
         return [node_id for refused_key, node_id in self._refused if refused_key == key]
 
-    def _current(self, item: Item) -> dict[str, Any]:
-        """The environment of an item, with the nodes that have it now.
+    def _current_environment(self, item: Item) -> dict[str, Any]:
+        """Return the environment of an item, with the nodes that have it ready now.
 
-        An item that has not begun keeps the generation that it was given; one that is started
-        again must find that this is still the variant's.
+        On its first start an item keeps the generation that it was given. On a later start that
+        generation must still be the variant's current one.
 
         Raises:
-            EnvironmentNotReady: no node has it at this moment.
+            EnvironmentNotReady: no node has it ready at this moment.
+            WrongEnvironment: the variant has another generation now.
             RayEnvsError: no node will have it.
         """
         name, now = self._prefix + item.variant_id, time.monotonic()
@@ -149,16 +153,19 @@ class Dispatcher:
         return environment
 
     def ended(self) -> Iterator[tuple[Item, ItemResult | None]]:
-        """Wait a moment; the items that ended, each with its result, or None to start it again."""
+        """Wait at most `_WAIT_S`; yield each item that ended, and its result.
+
+        The result is None if the item must be started again.
+        """
         import ray
 
         if not self.items:
-            if self._unready:  # nothing runs: look again in a moment
+            if self._unready:  # nothing runs, and items wait for their environment
                 time.sleep(_WAIT_S)
             return
         waiting = list(self.items)
         ready, _ = ray.wait(waiting, num_returns=1, timeout=_WAIT_S, fetch_local=False)
-        if ready:  # take all that are there already, without waiting
+        if ready:  # take every message that has arrived, without waiting longer
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
         for stream in ready:
             item = self.items[stream]
@@ -170,7 +177,12 @@ class Dispatcher:
         yield from self._stranded()
 
     def _advance(self, stream: Any, item: Item) -> tuple[ItemResult | None] | None:
-        """Take the next message of an item; a result (or None: again) in a tuple where it ended."""
+        """Read the next message of an item.
+
+        Returns:
+            None while the item runs. When it has ended, a tuple of one: its result, or None if it
+            must be started again.
+        """
         import ray
         from ray import exceptions
 
@@ -182,8 +194,8 @@ class Dispatcher:
                 return None
             if item.outcome is None:
                 item.outcome = message
-                if message["kind"] == "environment":  # damaged, lost or another one: not its fault
-                    return self._refuse(item, message)
+                if message["kind"] == "environment":  # missing, damaged, or not the right one
+                    return self._again_elsewhere(item, message)
                 if message["error"] is not None or self._payload.entrypoint is not None:
                     return (result_of(item, message["value"]),)
                 return None
@@ -206,17 +218,19 @@ class Dispatcher:
         except Exception as exc:
             return (broken(item, type(exc).__name__, str(exc)),)
 
-    def _refuse(self, item: Item, message: Mapping[str, Any]) -> tuple[ItemResult | None]:
-        """Start an item again that found no environment; it is no retry where nothing of it ran."""
+    def _again_elsewhere(self, item: Item, message: Mapping[str, Any]) -> tuple[ItemResult | None]:
+        """Start an item again whose environment was missing on its node.
+
+        This does not count as a retry if the user's function had not been called yet.
+        """
         began = item.began or {}
-        place = (item.environment["key"], began["node_id"])
-        self._refused[place] = time.monotonic() + _REFUSED_S
+        self._refused[item.environment["key"], began["node_id"]] = time.monotonic() + _REFUSED_S
         item.refusals += not message["has_run"] and item.refusals < _MAX_REFUSALS
         return self._again_or(item, message["error"]["type"], message["error"]["message"])
 
     @staticmethod
     def _again_or(item: Item, kind: str, message: str) -> tuple[ItemResult | None]:
-        """Start a lost item again; when its retries are used up, that is its result."""
+        """Start a lost item again; when no retry is left, the loss is its result."""
         if item.attempts - item.refusals <= item.limits.retries:
             return (None,)
         return (broken(item, kind, message),)
@@ -232,10 +246,11 @@ class Dispatcher:
                 )
 
     def _stranded(self) -> Iterator[tuple[Item, ItemResult | None]]:
-        """Items that wait for what is gone, nodes or environment: Ray would wait for ever.
+        """End the items whose nodes have died or whose environment is lost.
 
-        Also those that a node ran: one that loses its power closes no connection, and Ray waits for
-        the answer although it knows that the node is dead.
+        Ray would wait for them for ever. That is also true of an item that was running: a node that
+        loses its power closes no connection, and Ray waits for its answer although it knows that
+        the node is dead.
         """
         now = time.monotonic()
         if now - self._looked_at < _WATCHDOG_S:
@@ -256,21 +271,21 @@ class Dispatcher:
                 self._end(stream)
                 yield item, not_run(item, lost[item.variant_id])
             elif not alive & set(item.nodes) or (
-                # Ray may have asked for a worker there: without a word of the machine's end, that
-                # takes minutes to fail, and all items with the same nodes wait behind it.
+                # Ray may have asked a dead node for a worker. If the machine closed no connection,
+                # that request fails after minutes, and items with the same nodes wait behind it.
                 not alive >= set(item.nodes) and now - item.launched_at > _LONG_S
             ):
                 self._end(stream)
                 yield item, None
 
     def _lost(self, variant_ids: set[str]) -> dict[str, RayEnvsError]:
-        """Those variants whose environment no node has any more, and why."""
+        """Return the variants whose environment no node will have again, each with the error."""
         lost: dict[str, RayEnvsError] = {}
         for variant_id in variant_ids:
             try:
                 self._provider.environment(self._prefix + variant_id, prepare=False)
             except (EnvironmentNotReady, ManagerUnavailable, NotFound):
-                continue  # it is being built again, or its definition is gone and it is not
+                continue  # being built again; or only its definition was deleted
             except RayEnvsError as exc:
                 lost[variant_id] = exc
         return lost
@@ -279,11 +294,11 @@ class Dispatcher:
         import ray
 
         del self.items[stream]
-        with suppress(Exception):  # it may have ended by itself just now
+        with suppress(Exception):  # the task may have ended just now
             ray.cancel(stream, force=True)
 
     def cancel(self) -> None:
-        """Stop everything that Ray still has of this batch."""
+        """Stop every running item."""
         import ray
 
         if ray.is_initialized():
@@ -293,16 +308,17 @@ class Dispatcher:
 
 
 def check_key(name: str, environment: Mapping[str, Any], key: str | None) -> None:
-    """Make sure that a variant is still what it was when the batch asked for it.
+    """Check that a variant still has the environment `key`; None accepts any.
 
     Raises:
-        WrongEnvironment: it was given another spec meanwhile.
+        WrongEnvironment: it has another one, because its spec was replaced.
     """
     if key is not None and environment["key"] != key:
         raise WrongEnvironment(
-            f"variant {name!r} was replaced meanwhile: {environment['key'][:10]} is not {key[:10]}",
+            f"variant {name!r} was replaced while the batch ran: its environment is now "
+            f"{environment['key'][:10]}, not {key[:10]}",
             variant_id=name,
             key=key,
-            hint="another run or `create --replace` changed it; run one at a time, or use "
+            hint="another run or `create --replace` changed it: run one batch at a time, or use "
             "other ids",
         )

@@ -1,7 +1,7 @@
-"""Whether a batch's entrypoint can be called with every case, judged from its source.
+"""Checks that the entrypoint of a batch can be called with every case, from its source alone.
 
-It never imports that code: it reads the syntax tree, and accepts what the tree cannot decide; then
-the worker reports.
+It reads the syntax tree and never imports the user's code. If the tree cannot tell, the entrypoint
+is accepted, and the worker reports the error.
 """
 
 from __future__ import annotations
@@ -15,18 +15,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_envs.disk.files import (
-    entries_of,
-    is_file,
-    kind_of,
-    read_bytes,
-)
+from ray_envs.disk.files import entries_of, is_file, kind_of, read_bytes
 from ray_envs.errors import InvalidInput
 from ray_envs.models import BatchSpec, is_name, split_entrypoint
 
-#: Statements whose bodies bind names of their own.
+#: Statements that open a scope: names bound in their bodies are not the module's.
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-#: Calls that can bind a name where no syntax tree shows it.
+#: Functions that can bind a name without showing it in the syntax tree.
 _HIDDEN_BINDERS = frozenset({"exec", "globals", "locals", "setattr", "vars"})
 
 
@@ -35,22 +30,23 @@ class _Binding:
     """One statement at a module's top level, which may bind names."""
 
     node: ast.stmt
-    #: Whether it stands in an `if`, `try`, … and may therefore not run.
+    #: True inside an `if`, `try`, …: the statement may not run.
     is_conditional: bool
 
 
 def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
-    """Nothing, if `batch.entrypoint` can be called with every case, as far as its source tells.
+    """Check that `batch.entrypoint` can be called with every case, as far as its source shows.
 
-    The module is not imported. What only an import would tell is accepted: a module of an installed
-    package, a decorated function, a class, an imported name.
+    Accepted without a check: a module of an installed package, a decorated function, a class, an
+    imported name.
 
     Args:
-        batch: what `read_batch` returned.
-        code: the folder that is put on sys.path in the workers, if one is.
+        batch: the result of `read_batch`.
+        code: the folder that workers put on sys.path, if there is one.
 
     Raises:
-        InvalidInput: a syntax error, no such module or function, arguments that do not fit it.
+        InvalidInput: the source has a syntax error, there is no such module or function, or the
+            arguments of a case do not fit.
     """
     module, function = split_entrypoint(batch.entrypoint, where="entrypoint")
     path = _module_file(code, module) if code is not None else None
@@ -63,7 +59,7 @@ def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
         if function in _bound_names(binding.node) or _is_star(binding.node)
     ]
     if not bindings:
-        if not _binds_in_hiding(tree, function):
+        if not _may_bind_unseen(tree, function):
             _refuse_missing(tree, path, function)
         return
     if all(
@@ -75,17 +71,17 @@ def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
             hint=f"write def {function}(…) and call asyncio.run inside",
         )
     last = bindings[-1]
-    # of several alternatives, only an import tells which one holds
+    # if it is defined in several branches, only an import shows which one runs
     is_certain = len(bindings) == 1 or not last.is_conditional
     if is_certain and isinstance(last.node, ast.FunctionDef) and not last.node.decorator_list:
         _check_calls(batch, last.node)
 
 
 def _module_file(code: Path, module: str) -> Path | None:
-    """The source file of `module` below `code`; None, if only a worker can find it.
+    """Return the source file of `module` below `code`; None if only a worker can find it.
 
     Raises:
-        InvalidInput: it is not there, and a nearly equal name or its package is.
+        InvalidInput: there is none, but a module of a similar name or its package is there.
     """
     folder = code
     parts = module.split(".")
@@ -103,7 +99,7 @@ def _module_file(code: Path, module: str) -> Path | None:
                 )
             source = plain
         elif kind_of(package) == "folder":
-            source, folder = None, package  # an installed package of that name would go first
+            source, folder = None, package  # Python prefers an installed package of that name
         else:
             _refuse_near_module(code, folder, parts, depth)
             return None
@@ -111,7 +107,7 @@ def _module_file(code: Path, module: str) -> Path | None:
 
 
 def _refuse_near_module(code: Path, folder: Path, parts: list[str], depth: int) -> None:
-    """Raise, unless the part at `depth`, not found in `folder`, may well be importable."""
+    """Raise if the part at `depth`, which is not in `folder`, is probably a mistyped name."""
     name = parts[depth]
     siblings = _modules_in(folder)
     is_known = name in siblings or (depth == 0 and name in sys.stdlib_module_names)
@@ -128,7 +124,7 @@ def _refuse_near_module(code: Path, folder: Path, parts: list[str], depth: int) 
 
 
 def _modules_in(folder: Path) -> set[str]:
-    """The names that could be imported from `folder`: sources, extension modules, packages."""
+    """Return the importable names in `folder`: sources, extension modules, packages."""
     found: set[str] = set()
     for entry in entries_of(folder):
         stem, _, suffix = entry.name.partition(".")
@@ -142,9 +138,9 @@ def _parsed(path: Path) -> ast.Module:
     source = read_bytes(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a warning about their code is for the worker to give
+            warnings.simplefilter("ignore")  # the worker shows warnings about the user's code
             tree = ast.parse(source, str(path))
-            # the tree alone lets pass what only compiling refuses, as a return outside a function
+            # some errors show only when compiling, such as a return outside a function
             compile(tree, str(path), "exec", dont_inherit=True)
     except SyntaxError as err:
         line = f", line {err.lineno}" if err.lineno else ""
@@ -152,7 +148,7 @@ def _parsed(path: Path) -> ast.Module:
             f"a syntax error: {err.msg}",
             where=f"{path}{line}",
             detail=(err.text or "").strip(),
-            hint="mend it: no worker could import the module",
+            hint="correct it: no worker can import the module",
         ) from None
     except (ValueError, RecursionError, MemoryError) as err:
         raise InvalidInput(f"cannot be read as Python: {err}", where=str(path)) from None
@@ -160,7 +156,7 @@ def _parsed(path: Path) -> ast.Module:
 
 
 def _bindings(body: Iterable[ast.stmt], *, is_conditional: bool = False) -> Iterator[_Binding]:
-    """Every statement that runs at the module's top level, blocks included, in order."""
+    """Yield every statement at the module's top level, in order, also those inside blocks."""
     for node in body:
         yield _Binding(node, is_conditional)
         if isinstance(node, _SCOPES):
@@ -171,7 +167,7 @@ def _bindings(body: Iterable[ast.stmt], *, is_conditional: bool = False) -> Iter
 
 
 def _bound_names(node: ast.stmt) -> set[str]:
-    """The names that `node` binds; too many rather than too few."""
+    """Return the names that `node` binds; too many rather than too few."""
     if isinstance(node, _SCOPES):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -184,8 +180,8 @@ def _is_star(node: ast.stmt) -> bool:
     return isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
 
 
-def _binds_in_hiding(tree: ast.Module, function: str) -> bool:
-    """Whether the module may bind `function` although its top level does not show it."""
+def _may_bind_unseen(tree: ast.Module, function: str) -> bool:
+    """Whether the module may bind `function` in a way that its top level does not show."""
     return any(
         (isinstance(node, ast.Name) and node.id in _HIDDEN_BINDERS)
         or (isinstance(node, ast.Global) and function in node.names)
@@ -222,7 +218,7 @@ def _check_calls(batch: BatchSpec, function: ast.FunctionDef) -> None:
 
 
 def _signature(args: ast.arguments) -> inspect.Signature:
-    """The signature that a `def` with `args` has; only whether a default is there counts."""
+    """Return the signature of a `def` with `args`; a default is None, whatever its value."""
     kind = inspect.Parameter
     positional = [
         *((arg, kind.POSITIONAL_ONLY) for arg in args.posonlyargs),

@@ -1,6 +1,6 @@
-"""InMemoryEnvironmentProvider: the contract of `provider` without uv, Ray or disk.
+"""InMemoryEnvironmentProvider: a provider without uv, Ray or disk, for the tests of user programs.
 
-For the tests of programs that use a provider. One contract test-suite runs over both.
+The same contract tests run over it and over `RayEnvironmentProvider`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ray_envs.node.uv import this_target
 
 
 class InMemoryEnvironmentProvider(EnvironmentProvider):
-    """The same contract without uv, Ray or disk: every environment is this interpreter.
+    """A provider for tests: every environment is the interpreter of this process.
 
-    Checks its input like the real one. `fail` makes a variant fail the way a real one would.
+    It checks its input like the real provider. `fail` makes a variant fail like a real one.
 
     Args:
         options: see `EnvironmentProvider`.
@@ -38,7 +38,7 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
         self._failures[str(self._id(variant_id))] = error
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: this provider holds no resources."""
 
     def list_variants(self) -> list[dict[str, Any]]:
         return [self._status(name) for name in sorted(self._defined_envs)]
@@ -125,7 +125,7 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
         self,
         env_id: EnvId,
         *,
-        force: bool,  # noqa: ARG002 - nobody holds anything here
+        force: bool,  # noqa: ARG002 - no process uses an environment here
         dry_run: bool,
     ) -> dict[str, Any]:
         name = str(env_id)

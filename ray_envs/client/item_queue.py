@@ -1,7 +1,7 @@
-"""The items of a batch that wait for Ray, and the results that wait for the caller.
+"""The items of a batch that wait for their start, and the results that wait for the caller.
 
-`dispatch` starts and watches single items; here is decided when, and what happens while the manager
-does not answer.
+Runs in the user's program. `dispatch` starts and watches single items. This module decides when an
+item starts, and what happens while the manager does not answer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ray_envs.client.items import Item, not_run
 from ray_envs.errors import ManagerUnavailable, RayEnvsError
 from ray_envs.models import ItemResult
 
-#: How long a launch may wait for a manager that is away while results of other items come in, and
-#: the pause where there is nothing else to do.
-_PATIENCE_S = 15.0
+#: How long one start may wait for a manager that does not answer: other items' results come in.
+_CALL_LIMIT_S = 15.0
+#: The pause before the manager is asked again when nothing runs.
 _PAUSE_S = 0.5
 
 
 class ItemQueue:
-    """Hands `items` to the dispatcher, at most `max_pending` at once, until `cancelled` is set."""
+    """Starts `items`, at most `max_pending` at a time, until `cancelled` is set."""
 
     def __init__(
         self,
@@ -40,14 +40,14 @@ class ItemQueue:
         self._results: deque[ItemResult] = deque()
         #: The keys of environments in which an item has just ended, so that a worker is free.
         self._warm: list[str] = []
-        #: Since when the manager does not answer.
+        #: Since when the manager does not answer; None while it answers.
         self._away_at: float | None = None
 
     def results(self) -> Iterator[ItemResult]:
         """Start the items and yield each result, until all have ended or the batch is cancelled."""
         while self._waiting or self._dispatcher.items or self._results:
             self._launch()
-            # After the launches: the caller may take long with each result.
+            # After the starts: the caller may take long with each result.
             while self._results:
                 yield self._results.popleft()
             if self._cancelled.is_set():
@@ -59,14 +59,14 @@ class ItemQueue:
     def _launch(self) -> None:
         """Start items while there is room for them and the manager answers."""
         while self._waiting and len(self._dispatcher.items) < self._max_pending:
-            if self._results and self._away_at is not None:  # a launch may take long now
+            if self._results and self._away_at is not None:  # a start may take long now
                 return
             item = self._dispatcher.next_item(self._waiting, self._warm)
             if item is None or self._cancelled.is_set():
                 return
             self._waiting.remove(item)
             try:
-                with call_limit(_PATIENCE_S):
+                with call_limit(_CALL_LIMIT_S):
                     if not self._dispatcher.launch(item):
                         self._waiting.append(item)
                 self._away_at = None
@@ -81,9 +81,9 @@ class ItemQueue:
                 self._results.append(not_run(item, exc))
 
     def _collect(self) -> None:
-        """Wait a moment for items that end; lost ones wait again, before the others."""
+        """Take the results of items that ended; put those to start again in front of the others."""
         self._warm = []
-        with call_limit(_PATIENCE_S):
+        with call_limit(_CALL_LIMIT_S):
             for item, result in self._dispatcher.ended():
                 self._warm.append(item.environment["key"])
                 if result is None:

@@ -1,4 +1,4 @@
-"""One item of a batch, a variant with a case, and the results that it can have."""
+"""An item of a batch (a variant with a case), and how its `ItemResult` is made."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ray_envs.models import CaseSpec, ErrorInfo, ItemResult, RunDefaults
 
 @dataclass(slots=True, eq=False)
 class Item:
+    """A variant with a case: what to run, and the state of its last start."""
+
     variant_id: str
     case: CaseSpec
     limits: RunDefaults
@@ -21,17 +23,19 @@ class Item:
     environment: dict[str, Any] = field(default_factory=dict)
     fetched_at: float = 0.0
     nodes: tuple[str, ...] = ()
+    #: The worker's messages: before it calls the user's function, and after it.
     began: dict[str, Any] | None = None
     outcome: dict[str, Any] | None = None
     deadline: float | None = None
     launched_at: float = 0.0
-    #: Since when it waits for an environment that no node has any more.
+    #: Since when no node has its environment ready; None while one has.
     unready_at: float | None = None
-    #: How often it met a node without its environment, and nothing of it ran.
+    #: How often its environment was missing on the node, before the user's function was called.
     refusals: int = 0
 
 
 def result_of(item: Item, value: Any) -> ItemResult:
+    """The result of an item whose worker has reported an outcome."""
     outcome = item.outcome or {}
     error = outcome.get("error")
     return _filled(
@@ -47,6 +51,7 @@ def result_of(item: Item, value: Any) -> ItemResult:
 
 
 def broken(item: Item, kind: str, message: str, traceback: str = "") -> ItemResult:
+    """The result of an item that ended without an outcome; `kind` is the type of the error."""
     began = (item.began or {}).get("started_at")
     return _filled(
         item,
@@ -57,6 +62,7 @@ def broken(item: Item, kind: str, message: str, traceback: str = "") -> ItemResu
 
 
 def not_run(item: Item, error: RayEnvsError) -> ItemResult:
+    """The result of an item that was not run because of `error`."""
     return _filled(item, ok=False, error=ErrorInfo(type=type(error).__name__, message=str(error)))
 
 

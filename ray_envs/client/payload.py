@@ -1,4 +1,4 @@
-"""What a batch sends to its workers: the user's function, the code folder, and our wrapper."""
+"""What a batch sends to its workers: the user's function, the code folder, and `run_item`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ray_envs.worker import inside
 
 
 class Payload:
-    """What every item of a batch sends along: the function or its name, and the code folder."""
+    """What all items of a batch share: the function or its name, and the code folder."""
 
     def __init__(self, entrypoint: str | None, function: bytes | None, code: Path | None) -> None:
         import ray
@@ -29,7 +29,8 @@ class Payload:
             self.code_sha256, archive = pack_code(code)
             self.code = ray.put(archive)
         with by_value([inside]):
-            # A copy that belongs to no module: Ray pickles it later, at its first use.
+            # Ray pickles a remote function at its first use, when `by_value` is over. So make a
+            # copy now that belongs to no module.
             self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(inside.run_item)))
 
     @classmethod
@@ -43,7 +44,7 @@ class Payload:
             return cls(None, ray.cloudpickle.dumps(plain), code)
 
     def request(self, environment: Mapping[str, Any], case: CaseSpec) -> dict[str, Any]:
-        """What `run_item` is told of one item: its environment and its arguments."""
+        """The argument of `run_item` for one item: its environment and the user's arguments."""
         return {
             "key": environment["key"],
             "venv": environment["venv_path"],
@@ -58,12 +59,15 @@ class Payload:
 
 
 def plain_function(function: Any) -> Any:
-    """The function behind a Ray remote function; any other one as it is."""
+    """Return the function inside a Ray remote function; return any other one unchanged."""
     return getattr(function, "_function", function)
 
 
 def _modules_of(function: Any) -> list[ModuleType]:
-    """The top module of a function, where it is the user's own: not installed, not built in."""
+    """Return the top module of a function that is neither installed nor built in, in a list.
+
+    Such a module is the user's own, and the workers' environments do not have it.
+    """
     name = getattr(function, "__module__", None)
     if name in (None, "__main__", "builtins"):
         return []

@@ -1,6 +1,6 @@
 """Which item of a batch starts next, and which nodes have the resources for it.
 
-Only `node_totals` asks Ray; the rest is computed from what it is given.
+Only `node_totals` asks Ray. The rest computes an answer from its arguments.
 """
 
 from __future__ import annotations
@@ -13,26 +13,33 @@ from ray_envs.client.items import Item
 from ray_envs.errors import EnvironmentNotReady, NoEligibleNode
 from ray_envs.models import RunDefaults
 
-#: How many items of one environment wait for its busy worker, and how long. Guesses: a worker
-#: takes one to three seconds to start and import.
+#: Up to so many items of an environment wait for its running worker, and for at most this time,
+#: before a second worker starts. Guesses: a worker takes one to three seconds to start and import.
 _FEW = 4
 _GRACE_S = 5.0
 
 _RESOURCES = ("CPU", "GPU", "memory")
 
-#: The resources of each live node, all of them, by node id.
+#: By id of a live node: its total resources, used and free.
 Totals = Mapping[str, Mapping[str, float]]
 
 
 def next_item(
     waiting: Collection[Item], running: Collection[Item], warm: list[str], totals: Totals
 ) -> Item | None:
-    """The item to start now, or None where the cluster has no room for another.
+    """Return the item to start now, or None if the cluster has no room for another one.
 
-    Ray gives a worker's place to another environment after half a second and soon ends the
-    worker, so that items handed over all at once start the same environment again and again.
-    Here an item follows the one that ended in its environment (`warm`), and only as many are
-    handed over as can run.
+    Ray gives the place of an idle worker to another environment after half a second, and soon ends
+    that worker. If all items were started at once, workers of the same environment would start
+    again and again. So only as many items start as can run now, and first those whose environment
+    has just become free.
+
+    Args:
+        waiting: the items that may start, in the order of the batch.
+        running: the items that have started.
+        warm: keys of environments with a worker that has just become free; the key of the returned
+            item is removed.
+        totals: the resources of the live nodes.
     """
     by_key: dict[str, Item] = {}
     for item in waiting:
@@ -56,10 +63,9 @@ def next_item(
 
 
 def _is_worth_a_worker(key: str, left: int, running: Iterable[Item]) -> bool:
-    """Whether another worker in an environment that has one is worth its start.
+    """Whether to start another worker of an environment, with `left` items waiting for it.
 
-    A few short items are done sooner by the worker that is there than by one that has to
-    start and import first; whether they are short shows within a few seconds.
+    The running worker finishes a few short items sooner than a new one can start and import.
     """
     began = [item.launched_at for item in running if item.environment["key"] == key]
     is_long = time.monotonic() - max(began, default=0.0) > _GRACE_S
@@ -67,13 +73,13 @@ def _is_worth_a_worker(key: str, left: int, running: Iterable[Item]) -> bool:
 
 
 def _is_able(item: Item, totals: Totals) -> bool:
-    """Whether any node could run the item at all; `Dispatcher.launch` says why none can."""
+    """Whether any node could run the item; if none could, `Dispatcher.launch` raises the error."""
     wanted = wanted_resources(item.limits)
     return any(_has_all(node, wanted) for node in totals.values())
 
 
 def _has_room(item: Item, running: Collection[Item], totals: Totals) -> bool:
-    """Whether the cluster has room for one more, and the nodes with its environment have."""
+    """Whether the cluster has room for the item, and the nodes with its environment have, too."""
     key, ready = item.environment["key"], item.environment["ready_nodes"]
     alike = [other for other in running if other.environment["key"] == key]
     nodes = [totals[node_id] for node_id in ready if node_id in totals]
@@ -81,7 +87,7 @@ def _has_room(item: Item, running: Collection[Item], totals: Totals) -> bool:
 
 
 def node_totals() -> dict[str, dict[str, float]]:
-    """What each live node has in all, by node id."""
+    """Return the total resources of each live node, by node id."""
     import ray
 
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
@@ -114,7 +120,12 @@ def able_nodes(
     wanted: Mapping[str, float],
     variant_id: str,
 ) -> list[str]:
-    """Those of the ready nodes that have enough of everything, were they idle."""
+    """Return the ready nodes that have the wanted resources when idle.
+
+    Raises:
+        EnvironmentNotReady: only nodes that are still being prepared have them.
+        NoEligibleNode: there are ready nodes, and none has them.
+    """
 
     def able_of(node_ids: Sequence[str]) -> list[str]:
         return [n for n in node_ids if n in totals and _has_all(totals[n], wanted)]
@@ -122,7 +133,7 @@ def able_nodes(
     able = able_of(ready)
     if not able and able_of(preparing):
         raise EnvironmentNotReady(
-            f"the nodes that could run {variant_id!r} are still being prepared",
+            f"the nodes that can run {variant_id!r} are still being prepared",
             variant_id=variant_id,
             hint="see `ray-envs explain`",
         )

@@ -70,8 +70,13 @@ def test_an_entrypoint_that_may_be_callable_is_accepted_without_importing(
 @pytest.mark.parametrize(
     ("source", "where", "says", "hint"),
     [
-        ("def evaluate(:\n", ", line 1", "a syntax error", "mend it"),
-        ("x = 1\nreturn 5\n", ", line 2", "a syntax error: 'return' outside function", "mend it"),
+        ("def evaluate(:\n", ", line 1", "a syntax error", "correct it"),
+        (
+            "x = 1\nreturn 5\n",
+            ", line 2",
+            "a syntax error: 'return' outside function",
+            "correct it",
+        ),
         ("def evalute(d): ...", "", "the module has no 'evaluate'", "did you mean 'evalute'?"),
         ("def run(): ...\ndef go(): ...", "", "no 'evaluate'", "its functions: run, go"),
         ("x = 1", "", "no 'evaluate'", "it defines no function"),
