@@ -30,7 +30,7 @@ from ray_envs.errors import InvalidInput, ManagerUnavailable, NoEligibleNode
 from ray_envs.models import EnvId
 
 if TYPE_CHECKING:
-    from ray_envs.client.connection import RayDoor
+    from ray_envs.client.connection import ActorConnection
 
 #: How long one long-poll for news of the nodes lasts: short enough that Ctrl-C is noticed.
 _POLL_S = 2.0
@@ -69,7 +69,7 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     \b
     Example: ray-envs up --wait 4
     """
-    from ray_envs.client.connection import RayDoor
+    from ray_envs.client.connection import ActorConnection
     from ray_envs.client.provider import RayEnvironmentProvider
     from ray_envs.cluster import cluster
 
@@ -78,7 +78,7 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     with _connected(address):
         was_there = cluster.find_manager() is not None
         with RayEnvironmentProvider.connect():
-            door = RayDoor(cluster.find_manager())
+            door = ActorConnection(cluster.find_manager())
             told = _awaited(door, count or 0, timeout_s)
     told["is_started"] = not was_there
     if as_json:
@@ -124,7 +124,7 @@ def _problem(node: Answer, site: str) -> str | None:
     return "its agent has not answered yet"
 
 
-def _awaited(door: RayDoor, count: int, timeout_s: float) -> Answer:
+def _awaited(door: ActorConnection, count: int, timeout_s: float) -> Answer:
     """The report of the nodes, once `count` of them can run environments.
 
     Raises:

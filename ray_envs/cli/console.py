@@ -184,7 +184,7 @@ def requirements(packages: Iterable[str], file: str | None) -> list[str]:
         InvalidPackages: one cannot be accepted, or there is none.
     """
     from ray_envs.client.inputs import read_definition
-    from ray_envs.decisions.resolving import requirement_lines
+    from ray_envs.decisions.requirements import requirement_lines
 
     lines = requirement_lines(packages, where="PACKAGE")
     if file is not None:

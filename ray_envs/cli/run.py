@@ -64,7 +64,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     Example: ray-envs run envs/sklearn-upgrade/batch.toml --resume
     Exit code: 0 all items succeeded, 1 some failed, others: nothing could run.
     """
-    from ray_envs.client.code_folder import check_entrypoint
+    from ray_envs.client.entrypoints import check_entrypoint
     from ray_envs.client.inputs import read_batch, read_definition
 
     settings = Settings.from_environment()

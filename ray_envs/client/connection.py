@@ -1,6 +1,6 @@
-"""How verbs of an EnvManager are called: as an actor of a cluster, or as an object in this process.
+"""Calls the verbs of an EnvManager: of the cluster's actor, or of an object in this process.
 
-`provider` speaks through a door and does not know which one it is.
+Runs in the user's program. `provider` uses a `Connection` and does not know which kind it is.
 """
 
 from __future__ import annotations
@@ -21,73 +21,73 @@ from ray_envs.manager.fleet import ended
 from ray_envs.manager.manager import EnvManager
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
+from ray_envs.verbs import READING_S
 
-#: How long a verb that neither resolves nor builds may take.
-VERB_TIMEOUT_S = 60.0
-#: How long a verb is said again while the manager restarts, and the pause in between.
+#: How long a call is repeated while the manager restarts, and the pause between two tries.
 RESTART_S = 60.0
 _AGAIN_S = 0.5
 
-#: How long any verb may take; see `impatient`.
-_patience_s: ContextVar[float] = ContextVar("patience_s", default=math.inf)
+#: An upper limit for the time of every call; see `call_limit`.
+_call_limit_s: ContextVar[float] = ContextVar("call_limit_s", default=math.inf)
 
 
 @contextmanager
-def impatient(patience_s: float) -> Iterator[None]:
-    """No verb that this thread calls of a cluster's manager in the block takes longer.
+def call_limit(limit_s: float) -> Iterator[None]:
+    """Limit each call of this thread to a cluster's manager, in the block, to `limit_s` seconds.
 
-    For whoever has something else to do while the manager is away.
+    For a caller that has other work while the manager does not answer.
     """
-    token = _patience_s.set(patience_s)
+    token = _call_limit_s.set(limit_s)
     try:
         yield
     finally:
-        _patience_s.reset(token)
+        _call_limit_s.reset(token)
 
 
-class Door(Protocol):
-    """How verbs of an EnvManager are called."""
+class Connection(Protocol):
+    """Calls verbs of an EnvManager."""
 
-    def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any: ...
+    def call(self, verb: str, *, within_s: float = READING_S, **arguments: Any) -> Any:
+        """Return the answer of a verb; raise `ManagerUnavailable` if none comes in time."""
 
     def job_id(self) -> str | None:
-        """The job of Ray that speaks through this door; None where there is none."""
+        """Return the id of this program's Ray job; None without a cluster."""
 
     def close(self) -> None: ...
 
 
-class RayDoor:
-    """The EnvManager actor of a cluster; `on_close` is called once, at the end."""
+class ActorConnection:
+    """Calls the EnvManager actor of a cluster. `close` calls `on_close`, once."""
 
     def __init__(self, handle: Any, *, on_close: Callable[[], None] | None = None) -> None:
         self._handle = handle
         self._on_close = on_close
-        #: What was asked and not answered yet.
-        self._asked: set[Any] = set()
+        #: The calls that have no answer yet.
+        self._pending: set[Any] = set()
 
-    def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
+    def call(self, verb: str, *, within_s: float = READING_S, **arguments: Any) -> Any:
         import ray
 
-        within_s = min(within_s, _patience_s.get())
+        within_s = min(within_s, _call_limit_s.get())
         deadline = time.monotonic() + min(within_s, RESTART_S)
         while True:
-            asked = getattr(self._handle, verb).remote(**arguments)
-            self._asked.add(asked)
+            call = getattr(self._handle, verb).remote(**arguments)
+            self._pending.add(call)
             try:
-                return ray.get(asked, timeout=within_s)
+                return ray.get(call, timeout=within_s)
             except Exception as exc:
                 error = cluster.unwrapped(exc)
-                # A killed manager restarts by itself, and every verb may be said twice.
+                # Ray restarts a killed manager, and every verb may be called twice.
                 if not isinstance(error, ManagerUnavailable) or time.monotonic() >= deadline:
                     raise error from exc
             finally:
-                self._asked.discard(asked)
+                self._pending.discard(call)
             time.sleep(_AGAIN_S)
-            self._look_up()
+            self._find_again()
 
-    def _look_up(self) -> None:
-        """Take the manager that lives now: one that was ended for good has another after it."""
-        with suppress(Exception):  # Ray does not answer either: the next call says so
+    def _find_again(self) -> None:
+        """Use the manager that lives now: the old one may have been ended and replaced."""
+        with suppress(Exception):  # if Ray does not answer, the next call raises
             self._handle = cluster.find_manager() or self._handle
 
     def job_id(self) -> str | None:
@@ -98,16 +98,16 @@ class RayDoor:
     def close(self) -> None:
         import ray
 
-        for asked in list(self._asked):  # by threads that nobody waits for: the change is undone
+        for call in list(self._pending):  # of other threads; the manager undoes a cancelled change
             with suppress(Exception):
-                ray.cancel(asked)
+                ray.cancel(call)
         if self._on_close is not None:
             self._on_close()
             self._on_close = None
 
 
-class LocalDoor:
-    """The same EnvManager as an object in this process: this machine only, and no Ray."""
+class LocalConnection:
+    """Calls an EnvManager object in this process: for this machine only, without Ray."""
 
     def __init__(self, settings: Settings) -> None:
         self._loop = asyncio.new_event_loop()
@@ -117,7 +117,7 @@ class LocalDoor:
             settings=settings.to_environment(), nodes=cluster.LocalNodes(NodeAgent)
         )
 
-    def call(self, verb: str, *, within_s: float = VERB_TIMEOUT_S, **arguments: Any) -> Any:
+    def call(self, verb: str, *, within_s: float = READING_S, **arguments: Any) -> Any:
         if self._loop.is_closed():
             raise ManagerUnavailable("this provider is closed", hint="connect a new one")
         coroutine = getattr(self._manager, verb)(**arguments)
@@ -144,5 +144,5 @@ class LocalDoor:
 
     async def _end(self) -> None:
         await self._manager.stop()
-        # A verb that another thread still waits for must not keep that thread for ever.
+        # Another thread may still wait for a verb: end it, or that thread waits for ever.
         await ended(asyncio.all_tasks() - {asyncio.current_task()})

@@ -1,6 +1,6 @@
-"""InMemoryEnvironmentProvider: the contract of `provider` without uv, Ray or disk.
+"""InMemoryEnvironmentProvider: a provider without uv, Ray or disk, for the tests of user programs.
 
-For the tests of programs that use a provider. One contract test-suite runs over both.
+The same contract tests run over it and over `RayEnvironmentProvider`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.statuses import Statuses, raise_status_error
-from ray_envs.decisions import placement, resolving
+from ray_envs.decisions import placement, requirements
 from ray_envs.errors import AlreadyExists, RayEnvsError
 from ray_envs.models import Definition, EnvId, Status
 from ray_envs.node.uv import this_target
@@ -21,9 +21,9 @@ from ray_envs.verbs import CreateEnv, DeleteEnv
 
 
 class InMemoryEnvironmentProvider(EnvironmentProvider):
-    """The same contract without uv, Ray or disk: every environment is this interpreter.
+    """A provider for tests: every environment is the interpreter of this process.
 
-    Checks its input like the real one. `fail` makes a variant fail the way a real one would.
+    It checks its input like the real provider. `fail` makes a variant fail like a real one.
 
     Args:
         options: see `EnvironmentProvider`.
@@ -40,15 +40,15 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
         self._failures[str(self._id(variant_id))] = error
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: this provider holds no resources."""
 
     def list_variants(self) -> list[dict[str, Any]]:
         return [self._status(name) for name in sorted(self._defined_envs)]
 
     def _create(self, request: CreateEnv, definition: Definition) -> Any:
         name, env_id = request.variant_id, EnvId.parse(request.variant_id)
-        packages = resolving.requirement_lines(definition.packages, where=f"variant {name}")
-        resolving.check_python(definition.python, self._target, where=f"variant {name}")
+        packages = requirements.requirement_lines(definition.packages, where=f"variant {name}")
+        requirements.check_python(definition.python, self._target, where=f"variant {name}")
         definition = definition.model_copy(update={"packages": packages})
         if name in self._failures:
             raise self._failures[name]

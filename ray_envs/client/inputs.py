@@ -1,7 +1,6 @@
-"""What people write, read and checked: specs, batch files, earlier results.
+"""Reads and checks the files that people write: specs, batch files, and earlier results.
 
-Never the code that a batch names: `code`, next door, judges it. Requirement strings are judged by
-`resolving`, below; `files` reads.
+`entrypoints` checks the code that a batch names; `decisions.requirements` checks requirements.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import contextlib
 import difflib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from ray_envs.decisions.resolving import requirement_lines
+from ray_envs.decisions.requirements import requirement_lines
+from ray_envs.decisions.toml import parsed_toml
 from ray_envs.disk.files import check_folder, kind_of, read_bytes
 from ray_envs.errors import InvalidId, InvalidInput
 from ray_envs.models import (
@@ -30,22 +29,19 @@ from ray_envs.models import (
     validated,
 )
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # the same code under its name before 3.11; not there when checked on a newer Python
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+_TOML_HINT = "correct that line; strings need quotes"
 
 
 # -- specs -----------------------------------------------------------------------------------------
 
 
 def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition:
-    """`spec` with the texts of the files that it names in it.
+    """Return the definition of a spec: the spec with the texts of the files that it names.
 
     Args:
-        spec: what was asked.
+        spec: the spec.
         base: the folder that `spec.project` and `spec.requirements` are relative to.
-        where: the table that holds the spec, as in "variants[1]", for what is said of its packages.
+        where: the table that holds the spec, as in "variants[1]", for messages about its packages.
 
     Raises:
         InvalidInput: a file or folder is missing, unreadable, not UTF-8, or not TOML.
@@ -75,7 +71,7 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
             else "for a requirements file write requirements = … instead",
         )
         pyproject = _read_text(folder / "pyproject.toml")
-        _toml(pyproject, where=str(folder / "pyproject.toml"))
+        parsed_toml(pyproject, where=str(folder / "pyproject.toml"), hint=_TOML_HINT)
         if kind_of(folder / "uv.lock") != "missing":
             uv_lock = _read_text(folder / "uv.lock")
     shared = {name: getattr(spec, name) for name in Definition.model_fields if hasattr(spec, name)}
@@ -88,17 +84,18 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
 
 
 def read_batch(path: Path) -> BatchSpec:
-    """The batch that the file `path` describes; its `code` is still relative to that file.
+    """Return the batch in the file `path`; its `code` stays relative to that file.
 
-    The files that its variants name are not read here: see `read_definition`.
+    The files that its variants name are read by `read_definition`.
 
     Raises:
-        InvalidInput: no such file, not TOML, an unknown key, a wrong type, an empty matrix,
-            a duplicate id, a malformed entrypoint, an argument that is not JSON, no code folder.
+        InvalidInput: the file is missing or not TOML; or it has an unknown key, a wrong type, no
+            variants or cases, an id twice, a malformed entrypoint, an argument that is not JSON, or
+            a code folder that does not exist.
         InvalidId: the name, a variant id or a case id is not allowed.
     """
     where = str(path)
-    data = _toml(_read_text(path), where=where)
+    data = parsed_toml(_read_text(path), where=where, hint=_TOML_HINT)
     for table in ("variants", "cases"):
         _check_table(data, table, where=where)
     batch = validated(BatchSpec, data, where=where)
@@ -120,7 +117,7 @@ def _check_table(data: dict[str, Any], table: str, *, where: str) -> None:
     rows = data.get(table)
     if isinstance(rows, dict):
         raise InvalidInput(
-            f"{table}: one table where a list of tables is needed",
+            f"{table}: one table was found, a list of tables is needed",
             where=where,
             hint=f"write [[{table}]] with two brackets",
         )
@@ -149,13 +146,13 @@ def _check_ids(batch: BatchSpec, *, where: str) -> None:
             _check_id(value, kind, where=f"{where}: {table}[{index}].id")
             if value in ids[:index]:
                 raise InvalidInput(
-                    f"{table}[{index}]: the {kind} id {value!r} is that of "
-                    f"{table}[{ids.index(value)}] too",
+                    f"{table}[{index}] and {table}[{ids.index(value)}] have the same {kind} id "
+                    f"{value!r}",
                     where=where,
                     hint=f"give every {kind} an id of its own",
                 )
     for index, variant in enumerate(batch.variants):
-        try:  # the two ids are one folder name together
+        try:  # both ids together become one folder name
             EnvId(workflow_id=batch.name, node_id=variant.id)
         except InvalidId as err:
             raise err.about(where=f"{where}: variants[{index}].id") from None
@@ -174,7 +171,7 @@ def _check_arguments(case: CaseSpec, at: str, *, where: str) -> None:
     for name, value in case.kwargs.items():
         if not name.isidentifier():
             raise InvalidInput(
-                f"{at}.kwargs: {name!r} cannot be the name of an argument",
+                f"{at}.kwargs: {name!r} cannot be an argument name",
                 where=where,
                 hint="use letters, digits and _",
             )
@@ -206,12 +203,12 @@ def _check_json(value: Any, at: str, *, where: str) -> None:
 
 
 def read_results(path: Path) -> list[ItemResult]:
-    """The items that an earlier run wrote to `path`, in order; none, if there is no such file.
+    """Return the results that an earlier run wrote to `path`, in order; none without such a file.
 
-    A last line without its newline that cannot be read was torn by a kill, and is ignored.
+    A damaged last line without a newline is ignored: a kill interrupted its writing.
 
     Raises:
-        InvalidInput: any other line is damaged, or the file cannot be read.
+        InvalidInput: another line is damaged, or the file cannot be read.
     """
     if kind_of(path) == "missing":
         return []
@@ -232,14 +229,12 @@ def _result(line: bytes, *, where: str) -> ItemResult:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError):
-        raise InvalidInput(
-            "a damaged result: the line is not JSON", where=where, hint=hint
-        ) from None
+        raise InvalidInput("the line is not JSON", where=where, hint=hint) from None
     try:
         return validated(ItemResult, data, where=where)
     except InvalidInput as err:
         raise InvalidInput(
-            f"not the result of an item: {err.message}", where=where, hint=hint
+            f"the line is not an item result: {err.message}", where=where, hint=hint
         ) from None
 
 
@@ -247,7 +242,7 @@ def _result(line: bytes, *, where: str) -> ItemResult:
 
 
 def _read_text(path: Path) -> str:
-    """The text of `path`, its line ends as `\\n` and without a byte order mark."""
+    """Return the text of `path` with `\\n` as line ends and without a byte order mark."""
     content = read_bytes(path)
     try:
         text = content.decode("utf-8-sig")
@@ -257,15 +252,3 @@ def _read_text(path: Path) -> str:
             f"line {line} is not UTF-8", where=str(path), hint="save the file as UTF-8"
         ) from None
     return text.replace("\r\n", "\n")
-
-
-def _toml(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as err:
-        raise InvalidInput(
-            f"not valid TOML: {err}", where=where, hint="mend that line; strings need quotes"
-        ) from None
-    except RecursionError:
-        raise InvalidInput("not valid TOML: nested too deeply", where=where) from None
-    return data

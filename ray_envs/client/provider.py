@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_envs import verbs
-from ray_envs.client.connection import Door, LocalDoor, RayDoor
+from ray_envs.client.connection import ActorConnection, Connection, LocalConnection
 from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.lifecycle import POLL_S, Lifecycle
 from ray_envs.client.statuses import Statuses
@@ -33,9 +33,9 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         ...     ray.get(task.options(**envs.options("old")).remote())
     """
 
-    def __init__(self, door: Door, settings: Settings, **options: Any) -> None:
+    def __init__(self, connection: Connection, settings: Settings, **options: Any) -> None:
         super().__init__(**options)
-        self._door = door
+        self._connection = connection
         self._settings = settings
         #: Which life of the manager told us last, and its version then.
         self._seen: tuple[str, int] = ("", 0)
@@ -80,11 +80,11 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
                 handle = cluster.create_manager(EnvManager, environment)
             else:
                 handle = cluster.start_manager(environment)
-        door = RayDoor(handle, on_close=None if was_connected else ray.shutdown)
-        provider = cls(door, settings, **options)
+        connection = ActorConnection(handle, on_close=None if was_connected else ray.shutdown)
+        provider = cls(connection, settings, **options)
         if is_embedded:  # its only node is this one, and its manager still starts
             return provider, {}
-        told = door.call("describe")
+        told = connection.call("describe")
         if not is_new and told["root"] != str(settings.root) and "RAY_ENVS_ROOT" in os.environ:
             warnings.warn(
                 f"this cluster's EnvManager uses the root {told['root']}, "
@@ -104,11 +104,11 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         address = Registry(settings).manager_address()
         if address is not None:
             return cls._opened(address, settings, options)[0]
-        return cls(LocalDoor(settings), settings, **options)
+        return cls(LocalConnection(settings), settings, **options)
 
     def close(self) -> None:
         self._is_closed = True
-        self._door.close()
+        self._connection.close()
 
     def ask(self, request: verbs.Request) -> Any:
         """The answer of the EnvManager to a request: any verb of `verbs`.
@@ -123,7 +123,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
             # The connection repeats a request whose answer was lost: it must not be done twice.
             arguments.setdefault("operation_id", uuid.uuid4().hex)
         limit_s = verb.limit_s(self._settings, request)
-        return self._door.call(verb.name, within_s=limit_s, **arguments)
+        return self._connection.call(verb.name, within_s=limit_s, **arguments)
 
     def describe(self) -> dict[str, Any]:
         """The cluster as its EnvManager sees it: root, interpreter, Ray, and each node."""
@@ -139,7 +139,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         return self.ask(request)
 
     def _delete(self, request: verbs.DeleteEnv) -> dict[str, Any]:
-        given = {**request.model_dump(exclude_unset=True), "job_id": self._door.job_id()}
+        given = {**request.model_dump(exclude_unset=True), "job_id": self._connection.job_id()}
         return dict(self.ask(verbs.DeleteEnv(**given)))
 
     def _statuses(self, ids: Iterable[EnvId], *, want: bool) -> Statuses:
@@ -161,7 +161,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         return dict(told["variants"])
 
     def _environment(self, env_id: EnvId) -> dict[str, Any]:
-        job_id = self._door.job_id()
+        job_id = self._connection.job_id()
         return dict(self.ask(verbs.GetEnvironment(variant_id=str(env_id), job_id=job_id)))
 
     def _address(self, variant_id: str) -> str:

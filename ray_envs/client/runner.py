@@ -1,7 +1,7 @@
-"""RayBatchRunner: runs variants × cases, every item in its own variant's environment.
+"""RayBatchRunner: runs every case in every variant's environment, and yields the results.
 
-An item fetches its environment by `variant_id` before it runs. A failing item is a result, not an
-exception. Whether a result is written, shown or resumed is not decided here (`cli`).
+Runs in the user's program. An item that fails is a result, not an exception. `cli` writes and shows
+results.
 """
 
 from __future__ import annotations
@@ -11,32 +11,30 @@ import json
 import re
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ray_envs.client.code_folder import source_sha256
-from ray_envs.client.connection import RESTART_S, impatient
-from ray_envs.client.dispatch import Flight, Item, Payload, check_key, not_run, plain_function
+from ray_envs.client.dispatch import Dispatcher, check_key
 from ray_envs.client.environments import EnvironmentProvider
+from ray_envs.client.item_queue import ItemQueue
+from ray_envs.client.items import Item, not_run
+from ray_envs.client.payload import Payload, plain_function
 from ray_envs.client.statuses import Statuses
 from ray_envs.cluster.cluster import is_client
-from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError
+from ray_envs.errors import InvalidInput, RayEnvsError
 from ray_envs.models import BatchSpec, CaseSpec, ItemResult, RunDefaults, validated
-
-#: How long a launch may wait for a manager that is away while results of other items come in, and
-#: the pause where there is nothing else to do.
-_PATIENCE_S = 15.0
-_PAUSE_S = 0.5
 
 _ENTRYPOINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class BatchState(str, Enum):
-    """What a batch is; the last four are final, and decided once."""
+    """The state of a batch; the last four are final."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -48,7 +46,7 @@ class BatchState(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a batch is. Durations are seconds; `eta_s` is None until something has ended."""
+    """The progress of a batch, in items and seconds; `eta_s` is None until an item has ended."""
 
     total: int
     completed: int
@@ -62,8 +60,8 @@ class RayBatchRunner:
     """Runs one batch at a time; `run` and `run_batch` yield results as items end.
 
     Args:
-        provider: where environments come from.
-        max_pending: how many items are handed to Ray at once.
+        provider: gives the environments.
+        max_pending: how many items may have started and not ended.
     """
 
     def __init__(self, provider: EnvironmentProvider, *, max_pending: int = 100) -> None:
@@ -73,7 +71,8 @@ class RayBatchRunner:
         self._max_pending = max_pending
         self._state = BatchState.PENDING
         self._cancelled = threading.Event()
-        self._total = self._completed = self._failed = self._in_progress = 0
+        self._total = self._completed = self._failed = 0
+        self._dispatcher: Dispatcher | None = None
         self._started = self._ended = 0.0
 
     # -- running ------------------------------------------------------------------------------
@@ -90,21 +89,21 @@ class RayBatchRunner:
         timeout_s: float | None = None,
         **limits: Any,
     ) -> Iterator[ItemResult]:
-        """Call `function` with every case in every variant; yields an `ItemResult` as each ends.
+        """Call `function` with every case in every variant; yield each `ItemResult` when it ends.
 
         Args:
             function: a function, a Ray remote function, or an entrypoint "module:function". A
-                function of a module of yours is sent by value: environments need not have it.
+                function of your own module is sent by value: environments need not contain it.
             variants: ids of variants that were created.
             cases: positional arguments, keyword arguments, or a `CaseSpec`.
             prefix: put before a variant's id to find its environment ("batch/").
             code: a folder whose modules can be imported there.
             on_status: called while environments are being prepared.
-            timeout_s: of an item, from its start, in seconds.
+            timeout_s: the time limit of one item, in seconds from its start.
             limits: other fields of `RunDefaults`, for every item.
 
         Raises:
-            InvalidInput: the arguments cannot be accepted. Nothing was started.
+            InvalidInput: an argument cannot be accepted. Nothing was started.
         """
         if isinstance(variants, str):
             raise InvalidInput(f"variants is the string {variants!r}", hint="give a list of ids")
@@ -118,7 +117,8 @@ class RayBatchRunner:
         ]
         if not items:
             raise InvalidInput("there is nothing to run", hint="give at least one variant and case")
-        return self._run(function, items, prefix=prefix, code=code, on_status=on_status)
+        _check(function, items)
+        return self._results(function, items, prefix, code, on_status)
 
     def run_batch(
         self,
@@ -133,12 +133,12 @@ class RayBatchRunner:
         """Run a batch file whose variants were created under `<name>/<variant>`.
 
         Args:
-            batch: what to run.
+            batch: the content of the batch file.
             code: the folder of the entrypoint, if it is not in the environments.
             done: earlier results; a successful one with the same key and arguments is not repeated.
-            keys: the key that `create` returned for each variant. Where another run has replaced
-                the variant since, its items fail: they must not run in somebody else's version.
-            failed: variants that could not be created, and why: their items fail with it.
+            keys: the key that `create` returned for each variant. If another run has replaced the
+                variant since, its items fail: they must not run in another environment.
+            failed: variants that could not be created, with the error that their items get.
             on_status: called while environments are being prepared.
         """
         source = None if code is None else source_sha256(code)
@@ -152,46 +152,9 @@ class RayBatchRunner:
             for case in batch.cases  # case by case: every variant's first worker starts early
             for variant in batch.variants
         ]
-        return self._run(
-            batch.entrypoint,
-            items,
-            prefix=f"{batch.name}/",
-            code=code,
-            on_status=on_status,
-            done=done,
-            keys=keys,
-            failed=failed,
-        )
-
-    def _run(
-        self,
-        function: Any,
-        items: list[Item],
-        *,
-        prefix: str,
-        code: Path | None,
-        on_status: Callable[[Statuses], None] | None,
-        done: Iterable[ItemResult] = (),
-        keys: Mapping[str, str] | None = None,
-        failed: Mapping[str, RayEnvsError] | None = None,
-    ) -> Iterator[ItemResult]:
-        if isinstance(function, str) and not _ENTRYPOINT.fullmatch(function):
-            raise InvalidInput(f"{function!r} is no entrypoint", hint='write "module:function"')
-        if not isinstance(function, str) and not callable(plain_function(function)):
-            raise InvalidInput(
-                f"{function!r} cannot be called", hint='give a function or "module:function"'
-            )
-        if is_client():
-            raise InvalidInput(
-                "a batch cannot run through Ray Client, which cannot stream results",
-                hint="use the cluster's own address, or `ray job submit`",
-            )
-        pairs = [(item.variant_id, item.case.id) for item in items]
-        twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
-        if twice is not None:
-            raise InvalidInput(f"variant {twice[0]!r} with case {twice[1]!r} is there twice")
+        _check(batch.entrypoint, items)
         return self._results(
-            function, items, prefix, code, on_status, list(done), keys or {}, dict(failed or {})
+            batch.entrypoint, items, f"{batch.name}/", code, on_status, list(done), keys, failed
         )
 
     def _results(
@@ -201,82 +164,34 @@ class RayBatchRunner:
         prefix: str,
         code: Path | None,
         on_status: Callable[[Statuses], None] | None,
-        done: list[ItemResult],
-        keys: Mapping[str, str],
-        failed: dict[str, RayEnvsError],
+        done: Iterable[ItemResult] = (),
+        keys: Mapping[str, str] | None = None,
+        failed: Mapping[str, RayEnvsError] | None = None,
     ) -> Iterator[ItemResult]:
+        """Prepare the environments, then yield a result for each item; see `run_batch`."""
         if self._state is BatchState.RUNNING:
             raise InvalidInput("this runner is running a batch", hint="use a runner for each batch")
-        flight = Flight(Payload.of(function, code), self._provider, prefix)
+        dispatcher = Dispatcher(Payload.of(function, code), self._provider, prefix)
         self._state, self._started = BatchState.RUNNING, time.monotonic()
         self._cancelled.clear()
-        self._total, self._completed, self._failed, self._in_progress = len(items), 0, 0, 0
+        self._total, self._completed, self._failed = len(items), 0, 0
         is_over = False
         try:
-            environments = self._fetched(items, prefix, keys, failed, on_status)
-            waiting: deque[Item] = deque()
-            known = {(r.variant_id, r.case_id, r.key, r.call_sha256): r for r in done if r.ok}
-            for item in items:
-                error = failed.get(item.variant_id)
-                if error is not None:
-                    yield self._counted(not_run(item, error))
-                    continue
-                item.environment = environments[item.variant_id]
-                item.fetched_at = time.monotonic()
-                earlier = known.get(
-                    (item.variant_id, item.case.id, item.environment["key"], item.call_sha256)
-                )
-                if earlier is not None:
-                    yield self._counted(earlier)
+            errors = dict(failed or {})
+            environments = self._environments(items, prefix, keys or {}, errors, on_status)
+            known, waiting = _known_and_waiting(items, environments, errors, done)
+            self._dispatcher = dispatcher
+            queue = ItemQueue(dispatcher, waiting, self._max_pending, self._cancelled)
+            for result in chain(known, queue.results()):
+                if result.ok:
+                    self._completed += 1
                 else:
-                    waiting.append(item)
-            warm: list[str] = []
-            results: deque[ItemResult] = deque()
-            #: Since when the manager does not answer.
-            away_at: float | None = None
-            while waiting or flight.items or results:
-                while waiting and len(flight.items) < self._max_pending:
-                    if results and away_at is not None:  # a launch may take long now
-                        break
-                    following = flight.next_of(waiting, warm)
-                    if following is None or self._cancelled.is_set():
-                        break
-                    waiting.remove(following)
-                    try:
-                        with impatient(_PATIENCE_S):
-                            if not flight.launch(following):
-                                waiting.append(following)
-                        away_at = None
-                    except ManagerUnavailable as exc:
-                        away_at = away_at or time.monotonic()
-                        if time.monotonic() - away_at > RESTART_S:
-                            results.append(not_run(following, exc))
-                        else:
-                            waiting.appendleft(following)
-                        break
-                    except RayEnvsError as exc:
-                        results.append(not_run(following, exc))
-                # After the launches: whoever reads us may take his time with a result.
-                while results:
-                    self._in_progress = len(flight.items)
-                    yield self._counted(results.popleft())
-                if self._cancelled.is_set():
-                    break
-                self._in_progress = len(flight.items)
-                warm = []
-                with impatient(_PATIENCE_S):
-                    for item, result in flight.ended():
-                        warm.append(item.environment["key"])
-                        if result is None:
-                            waiting.appendleft(item)
-                        else:
-                            results.append(result)
-                if away_at is not None and not flight.items:
-                    self._cancelled.wait(_PAUSE_S)
+                    self._failed += 1
+                yield result
             is_over = not self._cancelled.is_set()
         finally:
-            flight.cancel()
-            self._in_progress = 0
+            self._dispatcher = None
+            dispatcher.cancel()
             self._ended = time.monotonic()
             if not is_over:
                 self._state = BatchState.CANCELLED
@@ -285,7 +200,7 @@ class RayBatchRunner:
             else:
                 self._state = BatchState.COMPLETED
 
-    def _fetched(
+    def _environments(
         self,
         items: list[Item],
         prefix: str,
@@ -293,7 +208,10 @@ class RayBatchRunner:
         failed: dict[str, RayEnvsError],
         on_status: Callable[[Statuses], None] | None,
     ) -> dict[str, dict[str, Any]]:
-        """The environment of each variant; what keeps one from being ready goes into `failed`."""
+        """Prepare and return the environment of each variant that is not in `failed`.
+
+        A variant whose environment cannot be prepared is added to `failed`, with the error.
+        """
         names = [n for n in dict.fromkeys(i.variant_id for i in items) if n not in failed]
         environments: dict[str, dict[str, Any]] = {}
         if names:
@@ -301,7 +219,7 @@ class RayBatchRunner:
                 self._provider.prepare(
                     *(prefix + name for name in names),
                     strict=False,
-                    everywhere=False,  # items begin on the first node; the others join later
+                    everywhere=False,  # items start on the first ready node; others follow
                     on_status=on_status,
                 )
             except RayEnvsError as exc:
@@ -316,35 +234,49 @@ class RayBatchRunner:
                 failed[name] = exc
         return environments
 
-    def _counted(self, result: ItemResult) -> ItemResult:
-        if result.ok:
-            self._completed += 1
-        else:
-            self._failed += 1
-        return result
-
     # -- watching and ending -------------------------------------------------------------------
 
     def status(self) -> BatchState:
-        """What the batch is."""
+        """Return the state of the batch."""
         return self._state
 
     def progress(self) -> Progress:
-        """How many items have ended, run and wait, and how long the rest may take."""
+        """Return how many items have ended and are running, and how long the rest may take."""
         over = self._completed + self._failed
         is_running = self._state is BatchState.RUNNING
         end = time.monotonic() if is_running or not self._ended else self._ended
         elapsed = end - self._started if self._started else 0.0
         eta = elapsed / over * (self._total - over) if over else None
-        return Progress(self._total, self._completed, self._failed, self._in_progress, elapsed, eta)
+        dispatcher = self._dispatcher
+        in_progress = len(dispatcher.items) if dispatcher is not None else 0
+        return Progress(self._total, self._completed, self._failed, in_progress, elapsed, eta)
 
     def cancel(self) -> None:
-        """End the batch: what runs is stopped, what waits is not started. From any thread."""
+        """Stop the running items and start no more. May be called from any thread."""
         self._cancelled.set()
 
     def shutdown(self) -> None:
-        """Cancel what runs; the provider stays open, it belongs to the caller."""
+        """Cancel the batch. The provider stays open: it belongs to the caller."""
         self.cancel()
+
+
+def _check(function: Any, items: Sequence[Item]) -> None:
+    """Raise `InvalidInput` if `function` or the items cannot be run."""
+    if isinstance(function, str) and not _ENTRYPOINT.fullmatch(function):
+        raise InvalidInput(f"{function!r} is no entrypoint", hint='write "module:function"')
+    if not isinstance(function, str) and not callable(plain_function(function)):
+        raise InvalidInput(
+            f"{function!r} cannot be called", hint='give a function or "module:function"'
+        )
+    if is_client():
+        raise InvalidInput(
+            "a batch cannot run through Ray Client, which cannot stream results",
+            hint="use the cluster's own address, or `ray job submit`",
+        )
+    pairs = Counter((item.variant_id, item.case.id) for item in items)
+    for (variant_id, case_id), count in pairs.items():
+        if count > 1:
+            raise InvalidInput(f"variant {variant_id!r} with case {case_id!r} is there twice")
 
 
 def _case(case: Sequence[Any] | Mapping[str, Any] | CaseSpec, number: int) -> CaseSpec:
@@ -357,13 +289,37 @@ def _case(case: Sequence[Any] | Mapping[str, Any] | CaseSpec, number: int) -> Ca
     return CaseSpec(id=f"case-{number}", args=tuple(case))
 
 
+def _known_and_waiting(
+    items: Iterable[Item],
+    environments: Mapping[str, dict[str, Any]],
+    failed: Mapping[str, RayEnvsError],
+    done: Iterable[ItemResult],
+) -> tuple[list[ItemResult], list[Item]]:
+    """Return the results that need no run, and the items to run, which get their environments."""
+    earlier = {(r.variant_id, r.case_id, r.key, r.call_sha256): r for r in done if r.ok}
+    known: list[ItemResult] = []
+    waiting: list[Item] = []
+    for item in items:
+        name = item.variant_id
+        if name in failed:
+            known.append(not_run(item, failed[name]))
+            continue
+        item.environment, item.fetched_at = environments[name], time.monotonic()
+        result = earlier.get((name, item.case.id, item.environment["key"], item.call_sha256))
+        if result is not None:
+            known.append(result)
+        else:
+            waiting.append(item)
+    return known, waiting
+
+
 def _limits(defaults: RunDefaults, variant: Any) -> RunDefaults:
     own = {name: getattr(variant, name) for name in RunDefaults.model_fields}
     return defaults.model_copy(update={k: v for k, v in own.items() if v is not None})
 
 
 def _call_sha256(function: Any, case: CaseSpec, source: str | None = None) -> str | None:
-    """A hash of what is called with what; None where the arguments are not JSON."""
+    """Return a hash of function, arguments and source; None if the arguments are not JSON."""
     name = function if isinstance(function, str) else getattr(function, "__qualname__", "")
     try:
         text = json.dumps([name, list(case.args), case.kwargs, source], sort_keys=True)

@@ -23,7 +23,7 @@ from ray_envs.client.statuses import (
     raise_status_error,
     ready_nodes,
 )  # fmt: skip
-from ray_envs.decisions import placement, resolving
+from ray_envs.decisions import placement, requirements
 from ray_envs.errors import EnvironmentNotReady
 from ray_envs.models import Definition, EnvId, EnvSpec, validated
 from ray_envs.settings import Settings
@@ -301,7 +301,7 @@ class Variants(ABC):
         if not isinstance(spec, EnvSpec):
             data = dict(spec)
             if isinstance(data.get("packages"), str):
-                data["packages"] = resolving.requirement_lines(data["packages"], where=where)
+                data["packages"] = requirements.requirement_lines(data["packages"], where=where)
             spec = validated(EnvSpec, data, where=where)
         if self._base_packages:
             spec = spec.model_copy(update={"packages": (*spec.packages, *self._base_packages)})

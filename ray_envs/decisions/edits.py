@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from ray_envs.decisions import resolving
+from ray_envs.decisions.requirements import requirement_lines
 from ray_envs.errors import InvalidInput, InvalidPackages
 from ray_envs.models import Definition
 
@@ -40,7 +41,7 @@ def added(definition: Definition, packages: Iterable[str] | str, *, where: str) 
     new = [line for line in lines if not (_is_bare(line) and _name(line) in there)]
     kept = _without(definition, {_name(line) for line in new})
     return kept.model_copy(
-        update={"packages": resolving.requirement_lines([*kept.packages, *new], where=where)}
+        update={"packages": requirement_lines([*kept.packages, *new], where=where)}
     )
 
 
@@ -104,7 +105,7 @@ def inherited(packages: Iterable[str], versions: Mapping[str, str]) -> tuple[str
         if version is not None and not requirement.specifier and requirement.url is None:
             requirement.specifier = SpecifierSet(f"=={version}")
         lines.append(str(requirement))
-    return resolving.requirement_lines(lines)
+    return requirement_lines(lines)
 
 
 def diff(before: Mapping[str, str], after: Mapping[str, str]) -> Diff:
@@ -123,7 +124,7 @@ def diff(before: Mapping[str, str], after: Mapping[str, str]) -> Diff:
 
 
 def _given(packages: Iterable[str] | str, *, where: str) -> tuple[str, ...]:
-    lines = resolving.requirement_lines(packages, where=where)
+    lines = requirement_lines(packages, where=where)
     if not lines:
         raise InvalidPackages("no packages are given", where=where, hint="name at least one")
     return lines

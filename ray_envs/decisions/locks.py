@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -19,13 +18,9 @@ from urllib.parse import unquote
 from packaging.markers import Marker
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
+from ray_envs.decisions.toml import parsed_toml
 from ray_envs.errors import InvalidInput, ResolutionFailed
 from ray_envs.models import RAY_GROUP, Installed, Platform, Target
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 
 def installed(
@@ -45,7 +40,7 @@ def installed(
     """
     wanted_extras = {str(canonicalize_name(name)) for name in extras}
     wanted_groups = {str(canonicalize_name(name)) for name in (RAY_GROUP, *groups)}
-    packages = _walk(_parsed(lock), platform, wanted_extras, wanted_groups)
+    packages = _walk(parsed_toml(lock, where="uv.lock"), platform, wanted_extras, wanted_groups)
     best_wheel = _wheel_chooser(platform)
     found = [_installed(package, platform, best_wheel) for package in packages]
     return tuple(sorted(found, key=lambda item: (item.name, item.version)))
@@ -67,11 +62,11 @@ def moved_pins(before: str, after: str, platform: Platform) -> tuple[str, ...]:
     """
     holds = _marker_evaluator(platform)
     old: dict[str, list[str]] = {}
-    for package in _parsed(before).get("package", []):
+    for package in parsed_toml(before, where="uv.lock").get("package", []):
         if _is_used(package, holds):
             old.setdefault(package["name"], []).append(package.get("version", ""))
     moved = []
-    for package in _walk(_parsed(after), platform, None, None):
+    for package in _walk(parsed_toml(after, where="uv.lock"), platform, None, None):
         versions, version = old.get(package["name"]), package.get("version", "")
         if versions is not None and version not in versions:
             moved.append(f"{package['name']} {' or '.join(sorted(versions))} -> {version}")
@@ -109,18 +104,10 @@ def check_lock(lock: str) -> None:
     Raises:
         InvalidInput: it is not.
     """
-    if not isinstance(_parsed(lock).get("version"), int):
+    if not isinstance(parsed_toml(lock, where="uv.lock").get("version"), int):
         raise InvalidInput(
             "this is no lock file of uv", where="uv.lock", hint="make one with `uv lock`"
         )
-
-
-def _parsed(lock: str) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = tomllib.loads(lock)
-    except tomllib.TOMLDecodeError as exc:
-        raise InvalidInput(f"not valid TOML: {exc}", where="uv.lock") from None
-    return data
 
 
 def _marker_evaluator(platform: Platform) -> Callable[[str], bool]:

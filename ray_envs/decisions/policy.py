@@ -7,8 +7,6 @@ what is a secret. Formats come from elsewhere: `[tool.uv]` and `uv.lock` from uv
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -16,50 +14,12 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from ray_envs.decisions.credentials import check_env_vars, redacted
+from ray_envs.decisions.toml import parsed_toml, strings
 from ray_envs.errors import InvalidInput, InvalidPackages
 from ray_envs.models import Definition
 from ray_envs.settings import Settings, cut_off
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
-
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s]*)")
-#: The user and password of a URL. The second form is a password with a slash in it, of which uv
-#: takes the first part for a port, and repeats the whole.
-_CREDENTIALS = re.compile(r"(?<=://)(?:[^/\s]+|(?!\[)[^/\s:@]*:(?!\d*(?:[/?#\s,'\"`()<>]|$))\S*)@")
-#: Parameters of a URL that let somebody in. uv hides a few of them, and those not everywhere.
-_SECRET_PARAMETER = re.compile(
-    r"([?&](?:[\w.-]*(?:token|passw(?:or)?d|secret|signature|credential|api[_-]?key)|sig)=)"
-    r"[^\s&#'\"`()<>]+",
-    re.IGNORECASE,
-)
-#: Nothing of uv prints these, but the words of a build back end come through it.
-_HEADER = re.compile(r"(\bauthorization:\s*(?:(?:basic|bearer|token)\s+)?)[^\s'\"]+", re.IGNORECASE)
-
-#: Names of variables that hold secrets for sure. `_KEY` alone would be half of all cache keys.
-_SECRET_NAME = re.compile(
-    r".*PASSWORD|.*PASSWD|(.*_)?(TOKEN|SECRET|API_?KEY|(ACCESS|SECRET|PRIVATE)_KEY)"
-    r"|UV_INDEX_.*_USERNAME|UV_PUBLISH_USERNAME",
-    re.IGNORECASE,
-)
-#: Values that are no secrets, whatever the name: switches, numbers, files that hold the secret.
-_PLAIN_VALUE = re.compile(
-    r"|\d+|true|false|yes|no|on|off|none|null|enabled|disabled|[~./].*|[a-z]:\\.*|file:.*",
-    re.IGNORECASE,
-)
-#: What a token looks like. Those of language models ("[PAD]", "<eos>") are not that.
-_TOKEN_VALUE = re.compile(r"[\w.~+/=:-]{8,}")
-
-_CREDENTIALS_HINT = (
-    "put them into a netrc file or a keyring on the nodes, or set "
-    "UV_INDEX_<NAME>_USERNAME and UV_INDEX_<NAME>_PASSWORD there"
-)
-_ENV_VARS_HINT = (
-    "Ray logs env_vars in plain text: set it in the environment of the cluster's nodes, "
-    "where workers inherit it, or give the path of a file that holds it"
-)
 #: Where [tool.uv] and [project] hold requirements.
 _REQUIREMENT_TABLES = (
     ("project", "dependencies"),
@@ -76,57 +36,6 @@ _LOCAL_SOURCES = ("path", "directory", "editable", "virtual", "workspace")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _Error = Callable[..., InvalidInput | InvalidPackages]
-
-
-def redacted(text: str) -> str:
-    """`text` without the credentials of its URLs and headers; the rest of a URL stays readable."""
-    text = _CREDENTIALS.sub("***@", text)
-    return _HEADER.sub(r"\1***", _SECRET_PARAMETER.sub(r"\1***", text))
-
-
-def check_credentials(text: str, error: _Error, *, where: str) -> None:
-    """Refuse a user name, password or token in a URL of `text`, without repeating it.
-
-    Args:
-        text: a requirement, or a value of a project file.
-        error: the class that is raised.
-        where: the file or option that holds it, for messages.
-    """
-    is_secret = "://" in text and _SECRET_PARAMETER.search(text) is not None
-    for scheme, authority in _URL.findall(text):
-        user, has_user, host = authority.rpartition("@")
-        # A password with a slash in it ends the authority early: what is left is no port.
-        is_cut_short = re.search(r":(?!\d*$)[^\]]*$", host)
-        # ssh://git@host is how everybody logs in; the secret is a key elsewhere.
-        is_login = scheme.lower().endswith("ssh") and ":" not in user
-        is_secret = is_secret or bool(is_cut_short) or bool(has_user and not is_login)
-    if is_secret:
-        raise _secret_url(text, error, where=where)
-
-
-def check_env_vars(env_vars: Mapping[str, str], *, where: str) -> None:
-    """Refuse secrets in the variables of a spec, without repeating them.
-
-    Only what is sure: a URL with a password or token (a bare user name only for http, where it is
-    one: elsewhere it is a login or, as in abfss://, a folder), and variables whose name says
-    secret and whose value is neither a switch, a number nor the path of a file.
-
-    Raises:
-        InvalidInput: naming the variable, never its value.
-    """
-    for name, value in env_vars.items():
-        place = _place(where, f"env_vars.{name}")
-        for scheme, authority in _URL.findall(value):
-            user = authority.rpartition("@")[0]
-            if user.partition(":")[2] or (user and scheme.lower().startswith("http")):
-                raise _secret_url(value, InvalidInput, where=place)
-        if "://" in value and _SECRET_PARAMETER.search(value):
-            raise _secret_url(value, InvalidInput, where=place)
-        is_plain = _PLAIN_VALUE.fullmatch(value) or (
-            name.upper().endswith("TOKEN") and not _TOKEN_VALUE.fullmatch(value)
-        )
-        if _SECRET_NAME.fullmatch(name) and not is_plain:
-            raise InvalidInput(f"{name} looks like a secret", where=place, hint=_ENV_VARS_HINT)
 
 
 def check_definition(definition: Definition, settings: Settings, *, where: str) -> Definition:
@@ -148,7 +57,7 @@ def check_definition(definition: Definition, settings: Settings, *, where: str) 
     check_env_vars(definition.env_vars, where=where)
     for text in definition.packages:
         _check_requirement(text, settings, where=_place(where, "packages"))
-    project = _toml(definition.pyproject or "", where=_place(where, "pyproject.toml"))
+    project = parsed_toml(definition.pyproject or "", where=_place(where, "pyproject.toml"))
     _check_project(project, settings, where=_place(where, "pyproject.toml"))
     changed: dict[str, Any] = {"only_binary": definition.only_binary or settings.only_binary}
     if definition.exclude_newer is not None:
@@ -186,7 +95,7 @@ def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> N
         InvalidPackages: a package from elsewhere, or without a wheel where only wheels are allowed.
         InvalidInput: `lock` is no TOML.
     """
-    for package in _toml(lock, where="uv.lock").get("package", []):
+    for package in parsed_toml(lock, where="uv.lock").get("package", []):
         source = package.get("source", {})
         kind, at = next(iter(source.items()), ("registry", ""))
         if kind == "virtual" and at == ".":
@@ -212,22 +121,6 @@ def _place(*parts: str) -> str:
     return ": ".join(part for part in parts if part)
 
 
-def _secret_url(text: str, error: _Error, *, where: str) -> InvalidInput | InvalidPackages:
-    return error(
-        f"credentials in a URL ({text.partition('://')[0][:80]}://…)",
-        where=where,
-        hint=_CREDENTIALS_HINT,
-    )
-
-
-def _toml(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise InvalidInput(f"not valid TOML: {exc}", where=where) from None
-    return data
-
-
 def _at(data: Any, *path: str) -> Any:
     """What stands at `path`, or an empty table."""
     for part in path:
@@ -241,20 +134,12 @@ def _table(data: Any, *path: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
-
-
 # -- projects
 
 
 def _check_project(project: Mapping[str, Any], settings: Settings, *, where: str) -> None:
     for path in _REQUIREMENT_TABLES:
-        for text in _strings(_at(project, *path)):
+        for text in strings(_at(project, *path)):
             _check_requirement(text, settings, where=_place(where, ".".join(path)))
     uv = _table(project, "tool", "uv")
     for name, given in _table(uv, "sources").items():
@@ -373,13 +258,3 @@ def _check_cut_off(text: str, limit: str, *, where: str) -> None:
             hint=f"give a date up to {limit}, leave it out, or let the operator change "
             "RAY_ENVS_EXCLUDE_NEWER",
         )
-
-
-__all__ = [
-    "check_credentials",
-    "check_definition",
-    "check_env_vars",
-    "check_lock",
-    "normalised",
-    "redacted",
-]

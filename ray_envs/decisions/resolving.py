@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import tomlkit
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from tomlkit.exceptions import TOMLKitError
 
-from ray_envs.decisions.policy import check_credentials
-from ray_envs.errors import InvalidInput, InvalidPackages
+from ray_envs.decisions.credentials import check_credentials
+from ray_envs.decisions.requirements import (
+    COMMIT,
+    LOCAL_HINT,
+    check_python,
+    requirement_line,
+    requirement_lines,
+)
+from ray_envs.decisions.toml import parsed_toml, strings, table
+from ray_envs.errors import InvalidInput
 from ray_envs.models import RAY_GROUP, Definition, Target, nearest_hint
 
 if sys.version_info >= (3, 11):
@@ -31,8 +36,6 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 _PYPROJECT = "pyproject.toml"
-
-_COMMIT = re.compile(r"[0-9a-fA-F]{40}")
 
 #: Entries of [tool.uv] that leave what a lock installs as it is: they choose what goes into the
 #: lock, or say how uv works. Whatever else uv knows, or will know, is taken to change it.
@@ -50,72 +53,6 @@ _NOT_INSTALLED = (
     "keyring-provider", "link-mode", "native-tls", "no-cache", "no-proxy", "offline", "preview*",
     "*-install-mirror", "python-*", "reinstall*", "required-version", "system-certs",
 )  # fmt: skip
-_LOCAL_HINT = "build a wheel, publish it to an index that every node reaches, and name it here"
-_OPTION_HINTS = (
-    (("-e", "--editable"), f"{_LOCAL_HINT}, or give the folder as a project"),
-    (("-r", "--requirement"), 'give the file as `requirements = "…"`'),
-    (("-c", "--constraint"), "write the constraints into [tool.uv] constraint-dependencies"),
-    (
-        ("-i", "--index-url", "--extra-index-url", "--default-index", "--index", "-f"),
-        "set UV_DEFAULT_INDEX or UV_INDEX in the environment of the cluster's nodes, "
-        "or write [[tool.uv.index]] in a project",
-    ),
-)
-
-
-def requirement_lines(
-    text_or_lines: str | Iterable[str], *, where: str = "packages"
-) -> tuple[str, ...]:
-    """The requirements of a text in their canonical form: sorted, each once.
-
-    Args:
-        text_or_lines: a requirements text, or its lines. Blank lines and comments are dropped,
-            lines that end with a backslash go on in the next, and an entry such as "numpy,pandas"
-            is two requirements.
-        where: the file or option that holds them, for messages.
-
-    Raises:
-        InvalidPackages: an option, a local path, an unpinned repository, credentials in a URL, or
-            a malformed entry.
-    """
-    entries = (part for entry in _entries(text_or_lines) for part in _split(entry))
-    return tuple(sorted({_requirement(entry, where=where) for entry in entries}))
-
-
-def check_python(wanted: str | None, target: Target, *, where: str) -> None:
-    """Nothing, if `wanted` admits the cluster's interpreter.
-
-    Args:
-        wanted: a version ("3.11" admits every 3.11), a specifier (">=3.11"), or None for any.
-        target: the cluster's interpreter and Ray.
-        where: the file or option that holds it, for messages.
-
-    Raises:
-        InvalidInput: it does not admit it, or is neither a version nor a specifier.
-    """
-    if wanted is None:
-        return
-    text = wanted.strip()
-    if re.fullmatch(r"\d+(\.\d+){0,2}", text):
-        parts = text.split(".")
-        is_admitted = target.python.split(".")[: len(parts)] == parts
-    else:
-        try:
-            # An empty set of specifiers would admit everything: nobody means that.
-            is_admitted = SpecifierSet(text or "?").contains(target.python, prereleases=True)
-        except InvalidSpecifier:
-            raise InvalidInput(
-                f"{wanted!r} is neither a Python version nor a specifier",
-                where=where,
-                hint="write it like 3.11, 3.11.7 or >=3.11,<3.13",
-            ) from None
-    if not is_admitted:
-        raise InvalidInput(
-            f"Python {wanted} is asked for, and the cluster runs Python {target.python}",
-            where=where,
-            hint=f"ask for {target.python_minor} or leave it out; Ray needs the same Python "
-            "everywhere, so another version needs another cluster",
-        )
 
 
 def project_text(definition: Definition, target: Target) -> str:
@@ -143,15 +80,15 @@ def project_text(definition: Definition, target: Target) -> str:
             f"[dependency-groups]\n{RAY_GROUP} = {_toml_array([ray])}\n\n"
             "[tool.uv]\npackage = false\n"
         )
-    data = _toml(text, where=_PYPROJECT)
+    data = parsed_toml(text, where=_PYPROJECT)
     _check_project(data, target)
-    groups = _table(data, "dependency-groups")
-    _check_names(definition, _table(data, "project", "optional-dependencies"), groups)
+    groups = table(data, "dependency-groups")
+    _check_names(definition, table(data, "project", "optional-dependencies"), groups)
 
     # A group of that name in another spelling is the same group to uv, and two are an error.
     group = next((name for name in groups if canonicalize_name(name) == RAY_GROUP), RAY_GROUP)
     own = data["project"].get("dependencies", [])
-    known = {_requirement(entry, where=_PYPROJECT) for entry in own}
+    known = {requirement_line(entry, where=_PYPROJECT) for entry in own}
     edits: dict[tuple[str, ...], Any] = {
         ("project", "requires-python"): requires_python,
         ("project", "dependencies"): [*own, *(p for p in packages if p not in known)],
@@ -180,7 +117,7 @@ def build_options(project_text: str) -> str:
     Raises:
         InvalidInput: the text is no TOML.
     """
-    uv = _table(_toml(project_text, where=_PYPROJECT), "tool", "uv")
+    uv = table(parsed_toml(project_text, where=_PYPROJECT), "tool", "uv")
     found = {
         name: value
         for name, value in uv.items()
@@ -219,7 +156,7 @@ def declared(project_text: str) -> tuple[str, ...]:
     Raises:
         InvalidInput: the text is no TOML.
     """
-    project = _toml(project_text, where=_PYPROJECT).get("project", {})
+    project = parsed_toml(project_text, where=_PYPROJECT).get("project", {})
     return tuple(project.get("dependencies", ()))
 
 
@@ -228,178 +165,64 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
-def _toml(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise InvalidInput(f"not valid TOML: {exc}", where=where) from None
-    return data
-
-
-def _table(data: Mapping[str, Any], *path: str) -> dict[str, Any]:
-    """The table at `path` of a pyproject.toml, empty where there is none."""
-    found: Any = data
-    for part in path:
-        found = found.get(part, {})
-        if not isinstance(found, dict):
-            raise InvalidInput(f"{'.'.join(path)} is no table", where=_PYPROJECT)
-    return dict(found)
-
-
 def _toml_array(items: Iterable[str]) -> str:
     lines = "".join(f"    {json.dumps(item, ensure_ascii=False)},\n" for item in items)
     return f"[\n{lines}]" if lines else "[]"
 
 
-# -- requirements
-
-
-def _entries(text_or_lines: str | Iterable[str]) -> Iterator[str]:
-    """The entries of a requirements text, without comments and with continued lines joined."""
-    texts = [text_or_lines] if isinstance(text_or_lines, str) else text_or_lines
-    pending = ""
-    for line in (line for text in texts for line in text.lstrip("\ufeff").splitlines()):
-        # As pip does: a comment never goes on in the next line.
-        is_comment = line.lstrip().startswith("#")
-        if line.endswith("\\") and not is_comment:
-            pending += line[:-1]
-            continue
-        entry = re.sub(r"(^|\s+)#.*", "", pending + ("" if is_comment else line)).strip()
-        pending = ""
-        if entry:
-            yield entry
-    if pending.strip():
-        yield pending.strip()
-
-
-def _split(entry: str) -> list[str]:
-    """`entry`, or the requirements that it lists with commas if it is not one itself."""
-    try:
-        Requirement(entry)
-    except InvalidRequirement:
-        if not re.search(r"\s", entry):
-            # A comma inside brackets separates extras, not requirements.
-            return [part for part in re.split(r",(?![^\[]*\])", entry) if part] or [entry]
-    return [entry]
-
-
-def _requirement(entry: str, *, where: str) -> str:
-    """`entry` in its canonical form; see `requirement_lines` for what is refused."""
-    # First of all, so that no later message can repeat a secret.
-    check_credentials(entry, InvalidPackages, where=where)
-
-    def refused(what: str, hint: str = "") -> InvalidPackages:
-        return InvalidPackages(f"{entry!r} {what}", hint=hint, where=where)
-
-    if entry.startswith("-"):
-        option, value = re.findall(r"(--[^=\s]+|-.?)[=\s]*(.*)", entry)[0]
-        hints = [hint for names, hint in _OPTION_HINTS if option in names]
-        hint = (hints or ["leave it out"])[0].replace("…", value)
-        raise refused("is an option, not a requirement", hint)
-    if re.search(r"\s--[a-z]", entry):
-        is_hash = "--hash" in entry
-        raise refused(
-            "has options of its own",
-            "drop the hashes: uv.lock pins every file by its hash" if is_hash else "leave them out",
-        )
-    head = entry.partition(";")[0].strip()
-    is_path = re.match(r"\.|/|~|\\|[A-Za-z]:\\", head) or ("@" not in head and "/" in head)
-    is_file = head.lower().endswith((".whl", ".tar.gz", ".zip"))
-    if "://" not in head and (is_path or is_file):
-        raise refused("is a local path, and other nodes do not have it", _LOCAL_HINT)
-    try:
-        requirement = Requirement(entry)
-    except InvalidRequirement as exc:
-        if re.match(r"[A-Za-z+]+://", entry):
-            raise refused("does not say what it is", 'write "name @ URL"') from None
-        reason = str(exc).splitlines()[0]
-        raise refused(f"is not a requirement: {reason}", 'write it like "numpy>=1.26"') from None
-    if requirement.url is not None:
-        problem = _url_problem(requirement.url)
-        if problem:
-            raise refused(*problem)
-    requirement.name = canonicalize_name(requirement.name)
-    requirement.extras = {canonicalize_name(extra) for extra in requirement.extras}
-    return str(requirement)
-
-
-def _url_problem(url: str) -> tuple[str, str] | None:
-    """What is wrong with the URL of a requirement, and what to do about it."""
-    scheme, is_absolute, rest = url.partition("://")
-    scheme = scheme.lower()
-    if not is_absolute or scheme.endswith("file"):
-        return "is a local path, and other nodes do not have it", _LOCAL_HINT
-    if scheme in ("git+https", "git+http", "git+ssh"):
-        revision = rest.split("#")[0].rpartition("@")[2]
-        if _COMMIT.fullmatch(revision):
-            return None
-        return "may change: it names no commit", "write git+https://…@<commit>, all 40 characters"
-    if scheme not in ("https", "http"):
-        return f"uses {scheme}, which is not supported", "use https or git+https"
-    return None
-
-
 # -- projects
 
 
-def _refused(what: str, hint: str, table: str = "") -> InvalidInput:
-    return InvalidInput(what, hint=hint, where=f"{_PYPROJECT}: {table}" if table else _PYPROJECT)
+def _refused(what: str, hint: str, place: str = "") -> InvalidInput:
+    return InvalidInput(what, hint=hint, where=f"{_PYPROJECT}: {place}" if place else _PYPROJECT)
 
 
 def _check_project(data: Mapping[str, Any], target: Target) -> None:
     """Refuse what cannot mean the same on every node, or not what the text says."""
     if "project" not in data:
         raise _refused("no [project] table", "add one with name, version and dependencies")
-    project = _table(data, "project")
+    project = table(data, "project")
     for name in ("dependencies", "optional-dependencies"):
         if name in project.get("dynamic", []):
             raise _refused(f"{name} are dynamic", f"write the {name} into [project]", "project")
     if "requires-python" in project:
         where = f"{_PYPROJECT}: project.requires-python"
         check_python(str(project["requires-python"]), target, where=where)
-    _check_uv(_table(data, "tool", "uv"))
+    _check_uv(table(data, "tool", "uv"))
     lists = {"project.dependencies": project.get("dependencies", [])}
     for path in (("project", "optional-dependencies"), ("dependency-groups",)):
-        lists |= {".".join((*path, name)): value for name, value in _table(data, *path).items()}
-    for table, entries in lists.items():
+        lists |= {".".join((*path, name)): value for name, value in table(data, *path).items()}
+    for place, entries in lists.items():
         if not isinstance(entries, list):
-            raise _refused("this is no list", 'write it like ["numpy>=1.26"]', table)
+            raise _refused("this is no list", 'write it like ["numpy>=1.26"]', place)
         for entry in entries:
             if isinstance(entry, str):
-                _requirement(entry, where=f"{_PYPROJECT}: {table}")
-            elif not (isinstance(entry, dict) and table.startswith("dependency-groups.")):
+                requirement_line(entry, where=f"{_PYPROJECT}: {place}")
+            elif not (isinstance(entry, dict) and place.startswith("dependency-groups.")):
                 # A table in a group includes another group.
-                raise _refused(f"{entry!r} is no string", "write requirements only", table)
+                raise _refused(f"{entry!r} is no string", "write requirements only", place)
 
 
 def _check_uv(uv: Mapping[str, Any]) -> None:
     """Refuse workspaces, conflicts, credentials and sources that other nodes do not have."""
     for name, hint in (
-        ("workspace", _LOCAL_HINT),
+        ("workspace", LOCAL_HINT),
         ("conflicts", "make one variant of each alternative"),
     ):
         if name in uv:
             raise _refused(f"{name} cannot be used here", hint, f"tool.uv.{name}")
-    for text in _strings(uv):
+    for text in strings(uv):
         check_credentials(text, InvalidInput, where=f"{_PYPROJECT}: tool.uv")
-    for name, given in _table(uv, "sources").items():
-        table = f"tool.uv.sources.{name}"
+    for name, given in table(uv, "sources").items():
+        place = f"tool.uv.sources.{name}"
         for source in given if isinstance(given, list) else [given]:
             if not isinstance(source, dict):
-                raise _refused("this is no table", 'write it like { index = "…" }', table)
+                raise _refused("this is no table", 'write it like { index = "…" }', place)
             if {"path", "workspace", "editable"} & source.keys():
-                raise _refused("a local source, which other nodes lack", _LOCAL_HINT, table)
-            if "git" in source and not _COMMIT.fullmatch(str(source.get("rev", ""))):
+                raise _refused("a local source, which other nodes lack", LOCAL_HINT, place)
+            if "git" in source and not COMMIT.fullmatch(str(source.get("rev", ""))):
                 hint = 'write rev = "<commit>", all 40 characters'
-                raise _refused("the repository may change: no commit is named", hint, table)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
+                raise _refused("the repository may change: no commit is named", hint, place)
 
 
 def _check_names(

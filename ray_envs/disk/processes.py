@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_envs.decisions.policy import redacted
+from ray_envs.decisions.credentials import redacted
 from ray_envs.errors import StorageFailed, UvFailed
 
 _DETAIL_LINES = 40

@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ray_envs.decisions.policy import redacted
+from ray_envs.decisions.credentials import redacted
 from ray_envs.errors import InvalidInput
 from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
 from ray_envs.manager.database import Database

@@ -17,7 +17,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from ray_envs.decisions import edits, locks, policy, resolving
+from ray_envs.decisions import edits, locks, policy, requirements, resolving
 from ray_envs.errors import RayEnvsError, ResolutionFailed
 from ray_envs.manager.fleet import Fleet
 from ray_envs.manager.registry import Registry
@@ -77,10 +77,10 @@ class Resolver:
             InvalidInput, InvalidPackages: it cannot be accepted, or the policy forbids it.
         """
         definition = validated(Definition, dict(spec), where=where)
-        packages = resolving.requirement_lines(definition.packages, where=where)
+        packages = requirements.requirement_lines(definition.packages, where=where)
         if definition.inherit_versions:
             packages = edits.inherited(packages, _versions_here())
-        resolving.check_python(definition.python, self._target, where=where)
+        requirements.check_python(definition.python, self._target, where=where)
         if definition.uv_lock is not None:
             locks.check_lock(definition.uv_lock)
         definition = definition.model_copy(update={"packages": packages})

@@ -21,7 +21,7 @@ from packaging.markers import default_environment
 from packaging.tags import sys_tags
 from packaging.utils import canonicalize_name
 
-from ray_envs.decisions.policy import redacted
+from ray_envs.decisions.credentials import redacted
 from ray_envs.disk import processes
 from ray_envs.disk.processes import Ended, Progress, last_words
 from ray_envs.errors import InvalidInput, InvalidPackages, ResolutionFailed, UvFailed

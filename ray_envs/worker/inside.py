@@ -340,9 +340,14 @@ def _sweep(parent: str) -> None:
     import shutil
     import time
 
-    for entry in os.scandir(parent):
-        if time.time() - entry.stat().st_mtime > 7 * 24 * 3600:
-            shutil.rmtree(entry.path, ignore_errors=True)
+    with os.scandir(parent) as entries:
+        for entry in entries:
+            try:
+                is_old = time.time() - entry.stat().st_mtime > 7 * 24 * 3600
+            except OSError:  # another worker has just renamed its scratch folder
+                continue
+            if is_old:
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _is_unpacked(archive: Any, folder: str) -> bool:

@@ -33,8 +33,9 @@ from ray_envs import (
     RayEnvironmentProvider,
     Settings,
 )
-from ray_envs.client import dispatch
+from ray_envs.client import item_queue, scheduling
 from ray_envs.client import runner as runner_module
+from ray_envs.client.items import Item
 from ray_envs.cluster.cluster import create_manager, end_manager
 from ray_envs.errors import InvalidInput, ManagerUnavailable, NotFound, ResolutionFailed
 from ray_envs.manager.manager import EnvManager
@@ -706,7 +707,7 @@ def test_an_item_whose_nodes_died_before_it_began_is_placed_again(
     cluster: RayEnvironmentProvider, runner: RayBatchRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray fails such a task at once: TaskUnschedulableError (measured, 2.60)."""
-    gone, real_totals, real = "ab" * 28, dispatch.totals, cluster.environment
+    gone, real_totals, real = "ab" * 28, scheduling.node_totals, cluster.environment
     asked: list[str] = []
 
     def environment(variant_id: str, *, prepare: bool = True) -> dict[str, Any]:
@@ -719,7 +720,7 @@ def test_an_item_whose_nodes_died_before_it_began_is_placed_again(
         return {**found, gone: next(iter(found.values()))}
 
     monkeypatch.setattr(cluster, "environment", environment)
-    monkeypatch.setattr(dispatch, "totals", totals)
+    monkeypatch.setattr(scheduling, "node_totals", totals)
     result = one(runner.run("os:getpid", variants=[OLD], cases=[[]], retries=1))
     assert result.ok, result.error
     assert result.attempts == 2
@@ -921,26 +922,26 @@ def test_a_program_speaks_to_the_manager_that_comes_after_an_ended_one(
     assert one(runner.run("os:getpid", variants=[OLD], cases=[[]])).ok
 
 
-class ShortFlight:
+class ShortDispatcher:
     """Items end at once; the manager is away for some launches after the first one."""
 
     away = range(0)
 
     def __init__(self, *_: object) -> None:
-        self.items: dict[int, dispatch.Item] = {}
+        self.items: dict[int, Item] = {}
         self._launches = 0
 
-    def next_of(self, waiting: Any, _warm: list[str]) -> dispatch.Item:
+    def next_item(self, waiting: Any, _warm: list[str]) -> Item:
         return next(iter(waiting))  # type: ignore[no-any-return]
 
-    def launch(self, item: dispatch.Item) -> bool:
+    def launch(self, item: Item) -> bool:
         self._launches += 1
         if self._launches in self.away:
             raise ManagerUnavailable("away")
         self.items[self._launches] = item
         return True
 
-    def ended(self) -> Iterator[tuple[dispatch.Item, ItemResult]]:
+    def ended(self) -> Iterator[tuple[Item, ItemResult]]:
         for number, item in list(self.items.items()):
             del self.items[number]
             told = {"variant_id": item.variant_id, "case_id": item.case.id}
@@ -954,10 +955,10 @@ class ShortFlight:
 def test_items_wait_for_a_manager_that_is_away_and_results_do_not_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, restart_s: float
 ) -> None:
-    monkeypatch.setattr(runner_module, "Flight", ShortFlight)
-    monkeypatch.setattr(runner_module, "RESTART_S", restart_s)
-    monkeypatch.setattr(runner_module, "_PAUSE_S", 0.01)
-    monkeypatch.setattr(ShortFlight, "away", range(2, 5))
+    monkeypatch.setattr(runner_module, "Dispatcher", ShortDispatcher)
+    monkeypatch.setattr(item_queue, "RESTART_S", restart_s)
+    monkeypatch.setattr(item_queue, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(ShortDispatcher, "away", range(2, 5))
     provider = InMemoryEnvironmentProvider()
     provider.create("v", EnvSpec())
     results = list(RayBatchRunner(provider).run("os:getpid", variants=["v"], cases=[[]] * 4))

@@ -106,7 +106,7 @@ def test_an_empty_requirements_file_asks_for_nothing(tmp_path: Path) -> None:
         ({"project": "pins.txt"}, "pins.txt", "is not a folder", "write requirements = "),
         ({"project": "new/pyproject.toml"}, "new/pyproject.toml", "not a folder", "holds it"),
         ({"project": "empty"}, "empty/pyproject.toml", "does not exist", "it was looked for in"),
-        ({"project": "torn"}, "torn/pyproject.toml", "at line 1, column", "mend that line"),
+        ({"project": "torn"}, "torn/pyproject.toml", "at line 1, column", "correct that line"),
         ({"project": "odd"}, "odd/uv.lock", "is a folder, not a file", "regular file"),
     ],
 )
@@ -176,10 +176,15 @@ def test_a_batch_file_becomes_a_batch(tmp_path: Path) -> None:
         (
             'id = "wine"',
             'id = "digits"',
-            "cases[1]: the case id 'digits' is that of cases[0]",
+            "cases[1] and cases[0] have the same case id 'digits'",
             "own",
         ),
-        ('id = "new"', 'id = "old"', "variants[1]: the variant id 'old'", "give every variant"),
+        (
+            'id = "new"',
+            'id = "old"',
+            "variants[1] and variants[0] have the same variant id 'old'",
+            "give every variant",
+        ),
         (
             'code = "."',
             'code = "srv"',
@@ -362,7 +367,7 @@ def test_a_result_that_was_being_written_when_its_writer_was_killed_is_ignored(
     ("damage", "says"),
     [
         ('{"variant_id": "v", "cas', "the line is not JSON"),
-        ("[1]", "not the result of an item"),
+        ("[1]", "the line is not an item result"),
         ('{"variant_id": "v", "case_id": "c", "ok": true, "kee": 1}', "unknown key 'kee'"),
         ('{"variant_id": "v"}', "case_id is missing"),
         ("\x00\x00", "the line is not JSON"),

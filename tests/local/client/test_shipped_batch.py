@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from ray_envs.client.code_folder import check_entrypoint, pack_code
+from ray_envs.client.code_folder import pack_code
+from ray_envs.client.entrypoints import check_entrypoint
 from ray_envs.client.inputs import read_batch, read_definition
 from ray_envs.models import BatchSpec, Definition
 

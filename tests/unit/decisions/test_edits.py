@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
 from ray_envs.decisions import edits, resolving
+from ray_envs.decisions.requirements import requirement_lines
 from ray_envs.errors import InvalidInput, InvalidPackages
 from ray_envs.models import Definition, Target
 
@@ -61,9 +62,7 @@ def requirements(draw: st.DrawFn) -> list[str]:
 
 
 definitions = st.builds(
-    lambda lines, pyproject: Definition(
-        packages=resolving.requirement_lines(lines), pyproject=pyproject
-    ),
+    lambda lines, pyproject: Definition(packages=requirement_lines(lines), pyproject=pyproject),
     st.lists(st.sampled_from(FIXED), unique=True),
     st.sampled_from([None, PROJECT]),
 )
@@ -92,8 +91,8 @@ def test_what_was_added_and_is_removed_in_any_spelling_leaves_no_trace(
     more = edits.added(definition, lines, where="add")
     names = sorted({Requirement(line).name for line in lines})
     assert more != definition
-    assert set(more.packages) == {*definition.packages, *resolving.requirement_lines(lines)}
-    assert more.packages == resolving.requirement_lines(more.packages)
+    assert set(more.packages) == {*definition.packages, *requirement_lines(lines)}
+    assert more.packages == requirement_lines(more.packages)
     again = [data.draw(spelled(name.lower().replace("_", "-"))) for name in names]
     assert edits.removed(more, again, where="remove") == definition
 
@@ -110,8 +109,8 @@ def test_the_last_requirement_of_a_name_is_the_only_one(
 ) -> None:
     """Except that a bare name asks for nothing that is not there."""
     both = edits.added(edits.added(definition, first, where="add"), second, where="add").packages
-    told = {Requirement(line).name: line for line in resolving.requirement_lines(first)}
-    for line in resolving.requirement_lines(second):
+    told = {Requirement(line).name: line for line in requirement_lines(first)}
+    for line in requirement_lines(second):
         name = Requirement(line).name
         if line != name or name not in told:
             told[name] = line
@@ -291,7 +290,7 @@ def test_only_a_package_without_a_version_takes_that_of_the_cluster() -> None:
         "nowhere",
     )
     here = {"six": "1.16.0", "iniconfig": "2", "attrs": "3", "httpx": "0.28"}
-    assert edits.inherited(given, here) == resolving.requirement_lines(
+    assert edits.inherited(given, here) == requirement_lines(
         [
             "six==1.16.0",
             "iniconfig>=1",

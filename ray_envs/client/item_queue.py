@@ -1,0 +1,92 @@
+"""The items of a batch that wait for their start, and the results that wait for the caller.
+
+Runs in the user's program. `dispatch` starts and watches single items. This module decides when an
+item starts, and what happens while the manager does not answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from ray_envs.client.connection import RESTART_S, call_limit
+from ray_envs.client.dispatch import Dispatcher
+from ray_envs.client.items import Item, not_run
+from ray_envs.errors import ManagerUnavailable, RayEnvsError
+from ray_envs.models import ItemResult
+
+#: How long one start may wait for a manager that does not answer: other items' results come in.
+_CALL_LIMIT_S = 15.0
+#: The pause before the manager is asked again when nothing runs.
+_PAUSE_S = 0.5
+
+
+class ItemQueue:
+    """Starts `items`, at most `max_pending` at a time, until `cancelled` is set."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        items: Iterable[Item],
+        max_pending: int,
+        cancelled: threading.Event,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._waiting = deque(items)
+        self._max_pending = max_pending
+        self._cancelled = cancelled
+        self._results: deque[ItemResult] = deque()
+        #: The keys of environments in which an item has just ended, so that a worker is free.
+        self._warm: list[str] = []
+        #: Since when the manager does not answer; None while it answers.
+        self._away_at: float | None = None
+
+    def results(self) -> Iterator[ItemResult]:
+        """Start the items and yield each result, until all have ended or the batch is cancelled."""
+        while self._waiting or self._dispatcher.items or self._results:
+            self._launch()
+            # After the starts: the caller may take long with each result.
+            while self._results:
+                yield self._results.popleft()
+            if self._cancelled.is_set():
+                return
+            self._collect()
+            if self._away_at is not None and not self._dispatcher.items:
+                self._cancelled.wait(_PAUSE_S)
+
+    def _launch(self) -> None:
+        """Start items while there is room for them and the manager answers."""
+        while self._waiting and len(self._dispatcher.items) < self._max_pending:
+            if self._results and self._away_at is not None:  # a start may take long now
+                return
+            item = self._dispatcher.next_item(self._waiting, self._warm)
+            if item is None or self._cancelled.is_set():
+                return
+            self._waiting.remove(item)
+            try:
+                with call_limit(_CALL_LIMIT_S):
+                    if not self._dispatcher.launch(item):
+                        self._waiting.append(item)
+                self._away_at = None
+            except ManagerUnavailable as exc:
+                self._away_at = self._away_at or time.monotonic()
+                if time.monotonic() - self._away_at > RESTART_S:
+                    self._results.append(not_run(item, exc))
+                else:
+                    self._waiting.appendleft(item)
+                return
+            except RayEnvsError as exc:
+                self._results.append(not_run(item, exc))
+
+    def _collect(self) -> None:
+        """Take the results of items that ended; put those to start again in front of the others."""
+        self._warm = []
+        with call_limit(_CALL_LIMIT_S):
+            for item, result in self._dispatcher.ended():
+                self._warm.append(item.environment["key"])
+                if result is None:
+                    self._waiting.appendleft(item)
+                else:
+                    self._results.append(result)

@@ -1,0 +1,82 @@
+"""An item of a batch (a variant with a case), and how its `ItemResult` is made."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from ray_envs.errors import RayEnvsError
+from ray_envs.models import CaseSpec, ErrorInfo, ItemResult, RunDefaults
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A variant with a case: what to run, and the state of its last start."""
+
+    variant_id: str
+    case: CaseSpec
+    limits: RunDefaults
+    call_sha256: str | None
+    attempts: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)
+    fetched_at: float = 0.0
+    nodes: tuple[str, ...] = ()
+    #: The worker's messages: before it calls the user's function, and after it.
+    began: dict[str, Any] | None = None
+    outcome: dict[str, Any] | None = None
+    deadline: float | None = None
+    launched_at: float = 0.0
+    #: Since when no node has its environment ready; None while one has.
+    unready_at: float | None = None
+    #: How often its environment was missing on the node, before the user's function was called.
+    refusals: int = 0
+
+
+def result_of(item: Item, value: Any) -> ItemResult:
+    """The result of an item whose worker has reported an outcome."""
+    outcome = item.outcome or {}
+    error = outcome.get("error")
+    return _filled(
+        item,
+        ok=error is None,
+        value=value if error is None else None,
+        error=ErrorInfo(**error) if error else None,
+        python=outcome.get("python"),
+        ray=outcome.get("ray"),
+        duration_s=round(outcome.get("duration_s", 0.0), 6),
+        shadowed=tuple(outcome.get("shadowed", ())),
+    )
+
+
+def broken(item: Item, kind: str, message: str, traceback: str = "") -> ItemResult:
+    """The result of an item that ended without an outcome; `kind` is the type of the error."""
+    began = (item.began or {}).get("started_at")
+    return _filled(
+        item,
+        ok=False,
+        error=ErrorInfo(type=kind, message=message.strip(), traceback=traceback),
+        duration_s=round(time.time() - began, 6) if began else 0.0,
+    )
+
+
+def not_run(item: Item, error: RayEnvsError) -> ItemResult:
+    """The result of an item that was not run because of `error`."""
+    return _filled(item, ok=False, error=ErrorInfo(type=type(error).__name__, message=str(error)))
+
+
+def _filled(item: Item, **fields: Any) -> ItemResult:
+    began = item.began or {}
+    started = began.get("started_at")
+    return ItemResult(
+        variant_id=item.variant_id,
+        case_id=item.case.id,
+        key=item.environment.get("key"),
+        lock_sha256=item.environment.get("lock_sha256"),
+        node_id=began.get("node_id"),
+        attempts=item.attempts,
+        started_at=datetime.fromtimestamp(started, timezone.utc) if started else None,
+        call_sha256=item.call_sha256,
+        **fields,
+    )

@@ -1,0 +1,82 @@
+"""What a batch sends to its workers: the user's function, the code folder, and `run_item`."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ray_envs.client.code_folder import pack_code
+from ray_envs.cluster.cluster import by_value
+from ray_envs.models import CaseSpec
+from ray_envs.worker import inside
+
+
+class Payload:
+    """What all items of a batch share: the function or its name, and the code folder."""
+
+    def __init__(self, entrypoint: str | None, function: bytes | None, code: Path | None) -> None:
+        import ray
+
+        self.entrypoint = entrypoint
+        self.function = function
+        self.code_sha256: str | None = None
+        self.code: Any = None
+        if code is not None:
+            self.code_sha256, archive = pack_code(code)
+            self.code = ray.put(archive)
+        with by_value([inside]):
+            # Ray pickles a remote function at its first use, when `by_value` is over. So make a
+            # copy now that belongs to no module.
+            self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(inside.run_item)))
+
+    @classmethod
+    def of(cls, function: Any, code: Path | None) -> Payload:
+        if isinstance(function, str):
+            return cls(function, None, code)
+        import ray
+
+        plain = plain_function(function)
+        with by_value(_modules_of(plain)):
+            return cls(None, ray.cloudpickle.dumps(plain), code)
+
+    def request(self, environment: Mapping[str, Any], case: CaseSpec) -> dict[str, Any]:
+        """The argument of `run_item` for one item: its environment and the user's arguments."""
+        return {
+            "key": environment["key"],
+            "venv": environment["venv_path"],
+            "python": environment["python_version"],
+            "ray": environment["ray_version"],
+            "entrypoint": self.entrypoint,
+            "args": list(case.args),
+            "kwargs": case.kwargs,
+            "as_json": self.entrypoint is not None,
+            "code_sha256": self.code_sha256,
+        }
+
+
+def plain_function(function: Any) -> Any:
+    """Return the function inside a Ray remote function; return any other one unchanged."""
+    return getattr(function, "_function", function)
+
+
+def _modules_of(function: Any) -> list[ModuleType]:
+    """Return the top module of a function that is neither installed nor built in, in a list.
+
+    Such a module is the user's own, and the workers' environments do not have it.
+    """
+    name = getattr(function, "__module__", None)
+    if name in (None, "__main__", "builtins"):
+        return []
+    top = sys.modules.get(str(name).split(".")[0])
+    path = getattr(sys.modules.get(str(name)), "__file__", None)
+    if top is None or path is None:
+        return []
+    paths = sysconfig.get_paths()
+    installed = [paths[kind] for kind in ("purelib", "platlib", "stdlib", "platstdlib")]
+    if any(Path(path).is_relative_to(folder) for folder in installed):
+        return []
+    return [top]

@@ -1,0 +1,108 @@
+"""Secrets in texts: hide them before a text is shown, and refuse them in a definition.
+
+Pure: texts in, values or errors out. `policy` refuses what the operator does not allow.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from ray_envs.errors import InvalidInput, InvalidPackages
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s]*)")
+#: The user and password of a URL. The second form is a password with a slash in it, of which uv
+#: takes the first part for a port, and repeats the whole.
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^/\s]+|(?!\[)[^/\s:@]*:(?!\d*(?:[/?#\s,'\"`()<>]|$))\S*)@")
+#: Parameters of a URL that let somebody in. uv hides a few of them, and those not everywhere.
+_SECRET_PARAMETER = re.compile(
+    r"([?&](?:[\w.-]*(?:token|passw(?:or)?d|secret|signature|credential|api[_-]?key)|sig)=)"
+    r"[^\s&#'\"`()<>]+",
+    re.IGNORECASE,
+)
+#: Nothing of uv prints these, but the words of a build back end come through it.
+_HEADER = re.compile(r"(\bauthorization:\s*(?:(?:basic|bearer|token)\s+)?)[^\s'\"]+", re.IGNORECASE)
+
+#: Names of variables that hold secrets for sure. `_KEY` alone would be half of all cache keys.
+_SECRET_NAME = re.compile(
+    r".*PASSWORD|.*PASSWD|(.*_)?(TOKEN|SECRET|API_?KEY|(ACCESS|SECRET|PRIVATE)_KEY)"
+    r"|UV_INDEX_.*_USERNAME|UV_PUBLISH_USERNAME",
+    re.IGNORECASE,
+)
+#: Values that are no secrets, whatever the name: switches, numbers, files that hold the secret.
+_PLAIN_VALUE = re.compile(
+    r"|\d+|true|false|yes|no|on|off|none|null|enabled|disabled|[~./].*|[a-z]:\\.*|file:.*",
+    re.IGNORECASE,
+)
+#: What a token looks like. Those of language models ("[PAD]", "<eos>") are not that.
+_TOKEN_VALUE = re.compile(r"[\w.~+/=:-]{8,}")
+
+_CREDENTIALS_HINT = (
+    "put them into a netrc file or a keyring on the nodes, or set "
+    "UV_INDEX_<NAME>_USERNAME and UV_INDEX_<NAME>_PASSWORD there"
+)
+_ENV_VARS_HINT = (
+    "Ray logs env_vars in plain text: set it in the environment of the cluster's nodes, "
+    "where workers inherit it, or give the path of a file that holds it"
+)
+
+_Error = Callable[..., InvalidInput | InvalidPackages]
+
+
+def redacted(text: str) -> str:
+    """`text` without the credentials of its URLs and headers; the rest of a URL stays readable."""
+    text = _CREDENTIALS.sub("***@", text)
+    return _HEADER.sub(r"\1***", _SECRET_PARAMETER.sub(r"\1***", text))
+
+
+def check_credentials(text: str, error: _Error, *, where: str) -> None:
+    """Refuse a user name, password or token in a URL of `text`, without repeating it.
+
+    Args:
+        text: a requirement, or a value of a project file.
+        error: the class that is raised.
+        where: the file or option that holds it, for messages.
+    """
+    is_secret = "://" in text and _SECRET_PARAMETER.search(text) is not None
+    for scheme, authority in _URL.findall(text):
+        user, has_user, host = authority.rpartition("@")
+        # A password with a slash in it ends the authority early: what is left is no port.
+        is_cut_short = re.search(r":(?!\d*$)[^\]]*$", host)
+        # ssh://git@host is how everybody logs in; the secret is a key elsewhere.
+        is_login = scheme.lower().endswith("ssh") and ":" not in user
+        is_secret = is_secret or bool(is_cut_short) or bool(has_user and not is_login)
+    if is_secret:
+        raise _secret_url(text, error, where=where)
+
+
+def check_env_vars(env_vars: Mapping[str, str], *, where: str) -> None:
+    """Refuse secrets in the variables of a spec, without repeating them.
+
+    Only what is sure: a URL with a password or token (a bare user name only for http, where it is
+    one: elsewhere it is a login or, as in abfss://, a folder), and variables whose name says
+    secret and whose value is neither a switch, a number nor the path of a file.
+
+    Raises:
+        InvalidInput: naming the variable, never its value.
+    """
+    for name, value in env_vars.items():
+        place = f"{where}: env_vars.{name}" if where else f"env_vars.{name}"
+        for scheme, authority in _URL.findall(value):
+            user = authority.rpartition("@")[0]
+            if user.partition(":")[2] or (user and scheme.lower().startswith("http")):
+                raise _secret_url(value, InvalidInput, where=place)
+        if "://" in value and _SECRET_PARAMETER.search(value):
+            raise _secret_url(value, InvalidInput, where=place)
+        is_plain = _PLAIN_VALUE.fullmatch(value) or (
+            name.upper().endswith("TOKEN") and not _TOKEN_VALUE.fullmatch(value)
+        )
+        if _SECRET_NAME.fullmatch(name) and not is_plain:
+            raise InvalidInput(f"{name} looks like a secret", where=place, hint=_ENV_VARS_HINT)
+
+
+def _secret_url(text: str, error: _Error, *, where: str) -> InvalidInput | InvalidPackages:
+    return error(
+        f"credentials in a URL ({text.partition('://')[0][:80]}://…)",
+        where=where,
+        hint=_CREDENTIALS_HINT,
+    )
