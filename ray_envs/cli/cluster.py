@@ -71,14 +71,14 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     """
     from ray_envs.client.connection import ActorConnection
     from ray_envs.client.provider import RayEnvironmentProvider
-    from ray_envs.cluster import cluster
+    from ray_envs.cluster import actors
 
     if timeout_s != timeout_s:
         raise InvalidInput("nan is no number of seconds", where="--timeout", hint="give seconds")
     with _connected(address):
-        was_there = cluster.find_manager() is not None
+        was_there = actors.find_manager() is not None
         with RayEnvironmentProvider.connect():
-            door = ActorConnection(cluster.find_manager())
+            door = ActorConnection(actors.find_manager())
             told = _awaited(door, count or 0, timeout_s)
     told["is_started"] = not was_there
     if as_json:
@@ -168,12 +168,12 @@ def down(address: str | None, as_json: bool) -> None:
     \b
     Example: ray-envs down
     """
-    from ray_envs.cluster import cluster
+    from ray_envs.cluster import actors, connecting
 
     ended: list[str] = []
-    if not cluster.embeds(address):
+    if not connecting.embeds(address):
         with _connected(address):
-            ended = cluster.end_manager()
+            ended = actors.end_manager()
     if as_json:
         put_json({"ended": ended})
     elif ended:
@@ -238,9 +238,9 @@ def _connected(address: str | None) -> Iterator[None]:
     Raises:
         ManagerUnavailable: nothing names a cluster, or it does not answer.
     """
-    from ray_envs.cluster import cluster
+    from ray_envs.cluster import connecting
 
-    if cluster.embeds(address):
+    if connecting.embeds(address):
         raise ManagerUnavailable(
             "no Ray cluster runs on this machine, and none is named",
             hint="start one with `ray start --head` or `ray up cluster.yaml`, "
@@ -250,7 +250,7 @@ def _connected(address: str | None) -> Iterator[None]:
 
     # Ray prints what workers and its autoscaler say to our stdout; data alone belongs there.
     with contextlib.redirect_stdout(sys.stderr):
-        cluster.connect(address)
+        connecting.connect(address)
         try:
             yield
         finally:

@@ -82,7 +82,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     for number, variant in enumerate(batch.variants):
         read_definition(variant.env_spec(), base, where=f"variants[{number}]")
     path = results or Path(f"{batch.name}.results.jsonl")
-    from ray_envs.cluster.cluster import embeds
+    from ray_envs.cluster.connecting import embeds
 
     if embeds(address):  # the root is this machine's: say now that it cannot be used
         from ray_envs.node.store import Store

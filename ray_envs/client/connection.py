@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from ray_envs.cluster import cluster
+from ray_envs.cluster import actors, calls, nodes
 from ray_envs.errors import ManagerUnavailable
 from ray_envs.manager.fleet import ended
 from ray_envs.manager.manager import EnvManager
@@ -76,7 +76,7 @@ class ActorConnection:
             try:
                 return ray.get(call, timeout=within_s)
             except Exception as exc:
-                error = cluster.unwrapped(exc)
+                error = calls.unwrapped(exc)
                 # Ray restarts a killed manager, and every verb may be called twice.
                 if not isinstance(error, ManagerUnavailable) or time.monotonic() >= deadline:
                     raise error from exc
@@ -88,7 +88,7 @@ class ActorConnection:
     def _find_again(self) -> None:
         """Use the manager that lives now: the old one may have been ended and replaced."""
         with suppress(Exception):  # if Ray does not answer, the next call raises
-            self._handle = cluster.find_manager() or self._handle
+            self._handle = actors.find_manager() or self._handle
 
     def job_id(self) -> str | None:
         import ray
@@ -114,7 +114,7 @@ class LocalConnection:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._manager = EnvManager(
-            settings=settings.to_environment(), nodes=cluster.LocalNodes(NodeAgent)
+            settings=settings.to_environment(), nodes=nodes.LocalNodes(NodeAgent)
         )
 
     def call(self, verb: str, *, within_s: float = READING_S, **arguments: Any) -> Any:

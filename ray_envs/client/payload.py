@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ray_envs import worker
 from ray_envs.client.code_folder import pack_code
-from ray_envs.cluster.cluster import by_value
+from ray_envs.cluster.actors import by_value
 from ray_envs.models import CaseSpec
-from ray_envs.worker import inside
+from ray_envs.worker.item import run_item
 
 
 class Payload:
@@ -28,10 +29,10 @@ class Payload:
         if code is not None:
             self.code_sha256, archive = pack_code(code)
             self.code = ray.put(archive)
-        with by_value([inside]):
+        with by_value([worker]):
             # Ray pickles a remote function at its first use, when `by_value` is over. So make a
             # copy now that belongs to no module.
-            self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(inside.run_item)))
+            self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(run_item)))
 
     @classmethod
     def of(cls, function: Any, code: Path | None) -> Payload:

@@ -16,7 +16,7 @@ from ray_envs.client.connection import ActorConnection, Connection, LocalConnect
 from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.lifecycle import POLL_S, Lifecycle
 from ray_envs.client.statuses import Statuses
-from ray_envs.cluster import bootstrap, cluster
+from ray_envs.cluster import actors, bootstrap, connecting
 from ray_envs.errors import RayEnvsWarning
 from ray_envs.manager.manager import EnvManager
 from ray_envs.manager.registry import Registry
@@ -59,7 +59,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
             ManagerUnavailable: no cluster answers, or its manager cannot be started.
         """
         provider, nodes = cls._opened(address, settings or Settings.from_environment(), options)
-        if not cluster.is_own():  # that one never has another node
+        if not connecting.is_own():  # that one never has another node
             bootstrap.note_missing_gate(nodes)
         return provider
 
@@ -71,15 +71,15 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
         import ray
 
         was_connected = ray.is_initialized()
-        is_embedded = cluster.connect(address)
-        handle = cluster.find_manager()
+        is_embedded = connecting.connect(address)
+        handle = actors.find_manager()
         is_new = handle is None
         if is_new:
             environment = settings.to_environment()
             if is_embedded:  # our own job, whose context is clean
-                handle = cluster.create_manager(EnvManager, environment)
+                handle = actors.create_manager(EnvManager, environment)
             else:
-                handle = cluster.start_manager(environment)
+                handle = actors.start_manager(environment)
         connection = ActorConnection(handle, on_close=None if was_connected else ray.shutdown)
         provider = cls(connection, settings, **options)
         if is_embedded:  # its only node is this one, and its manager still starts

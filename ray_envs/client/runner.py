@@ -26,7 +26,7 @@ from ray_envs.client.item_queue import ItemQueue
 from ray_envs.client.items import Item, not_run
 from ray_envs.client.payload import Payload, plain_function
 from ray_envs.client.statuses import Statuses
-from ray_envs.cluster.cluster import is_client
+from ray_envs.cluster.connecting import is_client
 from ray_envs.errors import InvalidInput, RayEnvsError
 from ray_envs.models import BatchSpec, CaseSpec, ItemResult, RunDefaults, validated
 

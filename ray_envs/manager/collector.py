@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from ray_envs.cluster.cluster import Nodes
+from ray_envs.cluster.nodes import Nodes
 from ray_envs.decisions import collecting
 from ray_envs.decisions.collecting import EnvUse, Limits, Verdict
 from ray_envs.errors import RayEnvsError, StorageFailed

@@ -11,7 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_envs.cluster.cluster import Call, NodeInfo, Nodes
+from ray_envs.cluster.calls import Call
+from ray_envs.cluster.nodes import NodeInfo, Nodes
 from ray_envs.errors import ManagerUnavailable, RayEnvsError, WrongEnvironment, from_dict
 from ray_envs.models import NodeEnvState, Phase, Target
 

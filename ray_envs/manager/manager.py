@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from ray_envs import verbs
-from ray_envs.cluster.cluster import Nodes, RayNodes
+from ray_envs.cluster.nodes import Nodes, RayNodes
 from ray_envs.decisions import placement
 from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed
 from ray_envs.events import EventKind, OperationStatus

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray_envs.cluster.cluster import NodeInfo, Nodes
+from ray_envs.cluster.nodes import NodeInfo, Nodes
 from ray_envs.decisions import planning
 from ray_envs.decisions.locks import lock_sha256
 from ray_envs.decisions.targets import Need, NodeView, chosen, fits

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from ray_envs.cluster.cluster import NAMESPACE, create_manager
+from ray_envs.cluster.actors import create_manager
+from ray_envs.cluster.connecting import NAMESPACE
 from ray_envs.errors import RayEnvsError
 from ray_envs.manager.manager import EnvManager
 from ray_envs.settings import Settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ray_envs.cluster.cluster import NodeInfo, Nodes
+from ray_envs.cluster.nodes import NodeInfo, Nodes
 from ray_envs.events import EventKind
 from ray_envs.manager.changes import Changes
 from ray_envs.manager.collector import Collector

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from ray_envs.cluster.bootstrap import own_version
-from ray_envs.cluster.cluster import RayPeers
+from ray_envs.cluster.peers import RayPeers
 from ray_envs.decisions.collecting import EnvUse
 from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed, UvFailed, from_dict
 from ray_envs.models import BuildRequest, NodeEnvState, Phase, Target

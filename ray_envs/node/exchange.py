@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from ray_envs.cluster.cluster import Call
+from ray_envs.cluster.calls import Call
 from ray_envs.decisions.packs import Manifest, Wheel, why_not
 from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError, StorageFailed
 from ray_envs.models import Installed, validated

@@ -25,7 +25,7 @@ from ray_envs.errors import EnvironmentInUse, StorageFailed
 from ray_envs.models import EnvRecord
 from ray_envs.node import usage
 from ray_envs.settings import Settings
-from ray_envs.worker import inside
+from ray_envs.worker import hold
 
 #: Changes with the layout below; an older layout is left alone, never migrated in place.
 _STORE = "store"
@@ -176,16 +176,16 @@ class Store:
         with storage_errors(f"write into the environment {key}"):
             self._hold_file(key).touch()
             site = self.site_packages(key, python_minor)
-            module = site / f"{inside.INSTALLED_AS}.py"
-            shutil.copyfile(inside.__file__, module)
+            module = site / f"{hold.INSTALLED_AS}.py"
+            shutil.copyfile(hold.__file__, module)
             # `unchecked-hash`: valid whatever happens to time stamps.
             py_compile.compile(
                 str(module),
                 doraise=True,
                 invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
             )
-            (site / f"{inside.INSTALLED_AS}.pth").write_text(
-                f"import {inside.INSTALLED_AS}; {inside.INSTALLED_AS}.take_hold()\n"
+            (site / f"{hold.INSTALLED_AS}.pth").write_text(
+                f"import {hold.INSTALLED_AS}; {hold.INSTALLED_AS}.take_hold()\n"
             )
 
     def commit(self, record: EnvRecord) -> None:
@@ -201,7 +201,7 @@ class Store:
         """
         with storage_errors(f"hold the environment {key}"):
             fd = os.open(self._hold_file(key), os.O_RDONLY | os.O_CREAT, 0o666)
-        if not inside.shared_lock(fd):
+        if not hold.shared_lock(fd):
             os.close(fd)
             raise EnvironmentInUse(f"the environment {key} is being removed", key=key)
         os.set_inheritable(fd, True)

@@ -28,7 +28,7 @@ from ray_envs.errors import InvalidInput, InvalidPackages, ResolutionFailed, UvF
 from ray_envs.models import RAY_GROUP, BuildRequest, Platform, Target
 from ray_envs.node import bytecode
 from ray_envs.settings import Settings
-from ray_envs.worker.inside import INSTALLED_AS
+from ray_envs.worker.hold import INSTALLED_AS
 
 #: uv's exit code where it works as meant but the answer is no: nothing satisfies the requirements.
 _UV_SAYS_NO = 1

@@ -31,7 +31,7 @@ from packaging.utils import canonicalize_name
 from ray_envs.disk.files import has_vanished, storage_errors
 from ray_envs.models import Model
 from ray_envs.node.uv_cache import UvCache
-from ray_envs.worker.inside import INSTALLED_AS
+from ray_envs.worker.hold import INSTALLED_AS
 
 Kind = Literal["missing", "changed", "extra"]
 #: The files of one wheel, relative to site-packages, with "<algorithm>=<digest>"; "" without one.

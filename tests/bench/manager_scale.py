@@ -23,7 +23,7 @@ import psutil  # type: ignore[import-untyped]
 import ray
 
 from ray_envs import EnvSpec, RayEnvironmentProvider, Settings
-from ray_envs.cluster.cluster import find_manager
+from ray_envs.cluster.actors import find_manager
 from ray_envs.manager.registry import Registry
 from ray_envs.models import EnvId, VariantRecord
 from ray_envs.node.store import Store

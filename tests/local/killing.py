@@ -118,7 +118,7 @@ def perform(job: dict[str, Any]) -> None:
     """Perform the verb of `job`, in this very process; its answer is written to a file."""
     import uv
 
-    from ray_envs.cluster.cluster import LocalNodes
+    from ray_envs.cluster.nodes import LocalNodes
     from ray_envs.manager.manager import EnvManager
     from ray_envs.node.agent import NodeAgent
 

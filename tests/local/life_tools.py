@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ray_envs.cluster.cluster import LocalNodes, Nodes
+from ray_envs.cluster.nodes import LocalNodes, Nodes
 from ray_envs.manager.manager import EnvManager
 from ray_envs.models import Definition, EnvId
 from ray_envs.node.agent import NodeAgent
@@ -187,7 +187,7 @@ _PROCESS = """\
 import asyncio, json, sys
 from ray_envs.node import uv as builder
 from ray_envs.node.agent import NodeAgent
-from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.errors import RayEnvsError
 from ray_envs.manager.manager import EnvManager
 settings, uv, verb, arguments = json.loads(sys.argv[1])

@@ -19,7 +19,7 @@ import pytest
 from ray_envs.cli import main, run
 from ray_envs.cli.display import rendered, results_table
 from ray_envs.client.code_folder import source_sha256
-from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.decisions import locks
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.manager import registry as registry_module

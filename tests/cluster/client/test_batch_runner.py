@@ -32,14 +32,15 @@ from ray_envs import (
     RayBatchRunner,
     RayEnvironmentProvider,
     Settings,
+    worker,
 )
 from ray_envs.client import item_queue, scheduling
 from ray_envs.client import runner as runner_module
 from ray_envs.client.items import Item
-from ray_envs.cluster.cluster import create_manager, end_manager
+from ray_envs.cluster.actors import create_manager, end_manager
 from ray_envs.errors import InvalidInput, ManagerUnavailable, NotFound, ResolutionFailed
 from ray_envs.manager.manager import EnvManager
-from ray_envs.worker import inside
+from ray_envs.worker import item as worker_item
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -206,7 +207,7 @@ def test_a_payload_that_raises_is_a_result_with_its_own_frames_only(
     assert (failed.error.type, failed.error.message) == ("KeyError", "'nothing here'")
     assert failed.error.traceback.startswith("Traceback (most recent call last):\n")
     assert "in deeper" in failed.error.traceback
-    assert "inside.py" not in failed.error.traceback
+    assert "/worker/item.py" not in failed.error.traceback
     assert failed.error.traceback.rstrip().endswith("KeyError: 'nothing here'")
     assert (failed.ok, failed.value, failed.attempts) == (False, None, 1)
     assert runner.status() is BatchState.COMPLETED
@@ -362,7 +363,7 @@ def test_an_entrypoint_that_cannot_be_called_fails_its_items(
     assert result.error is not None
     assert (result.error.type, result.attempts) == (kind, 1)
     assert words in result.error.message
-    assert "inside.py" not in result.error.traceback
+    assert "/worker/item.py" not in result.error.traceback
 
 
 def test_a_code_module_that_the_environment_has_too_is_refused(
@@ -635,13 +636,13 @@ def test_each_part_of_the_promise_is_checked_before_the_payload(
         "as_json": True,
         "code_sha256": None,
     }
-    ray.cloudpickle.register_pickle_by_value(inside)
+    ray.cloudpickle.register_pickle_by_value(worker)
     try:
-        task = ray.remote(inside.run_item)
+        task = ray.remote(worker_item.run_item)
         options = cluster.options(OLD, num_returns="streaming", max_retries=0)
         stream = task.options(**options).remote({**request, field: value}, None, None)
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(inside)
+        ray.cloudpickle.unregister_pickle_by_value(worker)
     began, outcome = (ray.get(ref, timeout=60) for ref in stream)
     assert set(began) == {"started_at", "node_id", "pid"}
     assert outcome["kind"] == "environment"

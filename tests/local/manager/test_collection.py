@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.manager.manager import EnvManager
 from ray_envs.node.agent import NodeAgent
 from ray_envs.node.store import Store

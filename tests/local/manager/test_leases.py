@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.errors import EnvironmentInUse, StorageFailed
 from ray_envs.manager.leases import Leases
 from ray_envs.manager.manager import EnvManager

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ray_envs.client.provider import RayEnvironmentProvider
-from ray_envs.cluster.cluster import LocalNodes, NodeInfo
+from ray_envs.cluster.nodes import LocalNodes, NodeInfo
 from ray_envs.decisions import resolving
 from ray_envs.errors import (
     AlreadyExists,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.errors import (
     AlreadyExists,
     EnvironmentNotReady,
@@ -419,7 +419,7 @@ MANAGER = """\
 import asyncio, json, sys
 from ray_envs.node import uv as builder
 from ray_envs.node.agent import NodeAgent
-from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.manager.manager import EnvManager
 settings, uv, spec = json.loads(sys.argv[1])
 builder.uv.find_uv_bin = lambda: uv

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from ray_envs.cluster import cluster
-from ray_envs.cluster.cluster import LocalNodes, NodeInfo, RayPeers, answered
+from ray_envs.cluster import calls
+from ray_envs.cluster.calls import answered
+from ray_envs.cluster.nodes import LocalNodes, NodeInfo
+from ray_envs.cluster.peers import RayPeers
 from ray_envs.errors import ManagerUnavailable
 from ray_envs.manager import fleet
 from ray_envs.manager.fleet import Fleet
@@ -674,7 +676,7 @@ def test_an_answer_that_takes_long_is_waited_for_while_its_agent_says_something(
 
 
 def test_verbs_with_a_limit_are_verbs_of_an_agent() -> None:
-    assert [verb for verb in cluster._LIMITS_S if not hasattr(NodeAgent, verb)] == []
+    assert [verb for verb in calls._LIMITS_S if not hasattr(NodeAgent, verb)] == []
 
 
 class TwoNodes(LocalNodes):
@@ -688,7 +690,7 @@ class TwoNodes(LocalNodes):
     async def alive(self) -> list[NodeInfo]:
         return [*await super().alive(), NodeInfo("other", False, "127.0.0.2")]
 
-    def agent(self, node_id: str, *, settings: dict[str, str]) -> cluster.Call:
+    def agent(self, node_id: str, *, settings: dict[str, str]) -> calls.Call:
         call = super().agent(node_id, settings=settings)
 
         async def may_stop(verb: str, **arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.errors import RayEnvsError, StorageFailed
 from ray_envs.manager.manager import EnvManager
 from ray_envs.manager.registry import Registry

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ray_envs.cluster.cluster import Call
+from ray_envs.cluster.calls import Call
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.manager import exports
 from ray_envs.models import Installed

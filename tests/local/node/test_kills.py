@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from ray_envs.cluster.cluster import LocalNodes
+from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.decisions import locks
 from ray_envs.errors import InvalidPackages, StorageFailed, UvFailed
 from ray_envs.manager.manager import EnvManager

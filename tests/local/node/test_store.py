@@ -24,7 +24,8 @@ from ray_envs.models import EnvRecord
 from ray_envs.node import store as store_module
 from ray_envs.node.store import Store
 from ray_envs.settings import Settings
-from ray_envs.worker import inside
+from ray_envs.worker.hold import INSTALLED_AS
+from ray_envs.worker.hold import __file__ as hold_file
 
 if TYPE_CHECKING:
     from tests.local.conftest import Child
@@ -366,14 +367,14 @@ def test_a_process_that_may_not_write_the_hold_starts_and_ends_all_the_same(
     open_folder: Path,
 ) -> None:
     site, hold = open_folder / "k" / ".venv" / "lib" / "python3", open_folder / "k.hold"
-    module = site / "site-packages" / f"{inside.INSTALLED_AS}.py"
+    module = site / "site-packages" / f"{INSTALLED_AS}.py"
     module.parent.mkdir(parents=True)
-    shutil.copy(inside.__file__, module)
+    shutil.copy(hold_file, module)
     hold.touch(mode=0o644)
     os.utime(hold, (OLD, OLD))
     code = (
         f"import sys, os, fcntl; sys.path.insert(0, {str(module.parent)!r});"
-        f"import {inside.INSTALLED_AS} as i; os.seteuid(65534); i.take_hold(); print(i.hold_fd > 0)"
+        f"import {INSTALLED_AS} as i; os.seteuid(65534); i.take_hold(); print(i.hold_fd > 0)"
     )
     done = subprocess.run(
         [sys.executable, "-ISc", code], capture_output=True, text=True, check=False

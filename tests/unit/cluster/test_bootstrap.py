@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ray_envs.cluster import bootstrap
+from ray_envs.cluster import bare_node, bootstrap
 from ray_envs.cluster.bootstrap import Pack, packed
 from ray_envs.errors import RayEnvsWarning
 from ray_envs.settings import Settings
@@ -34,7 +34,7 @@ def untold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unpack(base: Path, pack: Pack) -> Path:
-    folder, hold = bootstrap._unpacked(str(base), pack.sha256, pack.data)
+    folder, hold = bare_node._unpacked(str(base), pack.sha256, pack.data)
     os.close(hold)
     return Path(folder)
 
@@ -118,7 +118,7 @@ def test_half_a_pack_of_a_killed_process_is_no_pack(tmp_path: Path) -> None:
 
 def test_older_packs_go_unless_an_agent_runs_from_them(tmp_path: Path) -> None:
     used, unused, new = small("used"), small("unused"), small("new")
-    folder, hold = bootstrap._unpacked(str(tmp_path), used.sha256, used.data)
+    folder, hold = bare_node._unpacked(str(tmp_path), used.sha256, used.data)
     (tmp_path / unused.sha256).mkdir()
     unpack(tmp_path, new)
     assert {p.name for p in tmp_path.iterdir()} == {".lock", used.sha256, new.sha256}

@@ -1,0 +1,153 @@
+"""Connects this process to a Ray cluster, or starts an embedded one."""
+
+from __future__ import annotations
+
+import os
+import site
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
+
+from ray_envs.errors import (
+    InvalidInput,
+    ManagerUnavailable,
+)  # fmt: skip
+from ray_envs.plugin.gate import PLUGINS_VARIABLE, with_plugin
+
+#: The namespace of Ray that holds our actors.
+NAMESPACE = "ray_envs"
+
+#: How long the port of a given address may take to answer.
+_CONNECT_TIMEOUT_S = 5
+#: Ray's switch for copying `uv run` from the driver to the workers.
+UV_RUN_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+
+
+def is_client() -> bool:
+    """Whether this process speaks to its cluster through Ray Client."""
+    import ray
+
+    return bool(ray.util.client.ray.is_connected())
+
+
+def connect(address: str | None) -> bool:
+    """Connect this process to Ray; returns whether that started an embedded, local Ray.
+
+    Without an address: the cluster of `RAY_ADDRESS` or of a `ray start` on this machine, else an
+    embedded Ray that ends with this process.
+
+    Raises:
+        ManagerUnavailable: no cluster answers at the address.
+    """
+    import ray
+    from ray._private import ray_constants
+
+    if ray.is_initialized():
+        return False
+    _check_answers(address)
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "namespace": NAMESPACE}
+    # A driver under `uv run` would otherwise upload its folder and start every worker, also those
+    # of the manager, with `uv run`. Ray has read the variable at its import, which may be past.
+    os.environ.setdefault(UV_RUN_HOOK, "0")
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ[UV_RUN_HOOK] not in ("0", "false")
+    try:
+        with warnings.catch_warnings():  # of changes to come in Ray's own defaults
+            warnings.simplefilter("ignore", FutureWarning)
+            # Without an address, Ray finds what `ray start` started. "auto" would also find the
+            # embedded Ray of another process, which ends with that process.
+            with _plugin_loaded() if embeds(address) else nullcontext():
+                ray.init(
+                    address=None if address in ("", "auto") else address,
+                    include_dashboard=False,
+                    **quiet,
+                )
+    except (ConnectionError, RuntimeError, ValueError) as exc:
+        raise _no_answer(_address_of(address), str(exc)) from exc
+    return bool(ray._private.worker._global_node.head)
+
+
+@contextmanager
+def _plugin_loaded() -> Iterator[None]:
+    """A Ray that is started in the block loads our plugin; what is started later need not.
+
+    Only where ray_envs is installed: a plugin that Ray cannot import keeps it from starting.
+    """
+    before = os.environ.get(PLUGINS_VARIABLE)
+    if _is_installed():
+        os.environ[PLUGINS_VARIABLE] = with_plugin(before)
+    try:
+        yield
+    finally:
+        os.environ.pop(PLUGINS_VARIABLE, None)
+        if before is not None:
+            os.environ[PLUGINS_VARIABLE] = before
+
+
+def _is_installed() -> bool:
+    """Whether every process of this interpreter finds ray_envs, whatever its folder."""
+    try:
+        place = os.path.realpath(str(distribution("ray-envs").locate_file("")))
+    except PackageNotFoundError:
+        return False
+    folders = [*site.getsitepackages()]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return place in map(os.path.realpath, folders)
+
+
+def is_own() -> bool:
+    """Whether this process has started the Ray that it is connected to: it ends with it."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.head)
+
+
+def embeds(address: str | None) -> bool:
+    """Whether `connect` would start an embedded Ray: nothing names a cluster."""
+    return address == "local" or (address != "auto" and not _address_of(address))
+
+
+def _address_of(address: str | None) -> str:
+    """The address that Ray would use: given, from the environment, or left by `ray start`."""
+    from ray._private.utils import read_ray_address
+
+    given = "" if address == "auto" else address
+    return given or os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+
+
+def _check_answers(address: str | None) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for minutes.
+
+    Raises:
+        InvalidInput: an address of Ray Client, which cannot name nodes of the cluster.
+        ManagerUnavailable: nothing answers there.
+    """
+    named = _address_of(address)
+    if address == "auto" and not named:
+        raise _no_answer("", "nothing says that `ray start` has started one")
+    if named.startswith("ray://"):
+        raise InvalidInput(
+            f"{named} is an address of Ray Client, which ray_envs does not support",
+            hint="use the cluster's own address (host:6379), or `ray job submit`",
+        )
+    host, colon, port = named.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()):  # "local", "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError) as exc:  # no host has such a name, or such a port
+        raise _no_answer(named, str(exc)) from exc
+
+
+def _no_answer(address: str, reason: str) -> ManagerUnavailable:
+    lines = reason.strip().splitlines() or [""]
+    return ManagerUnavailable(
+        f"no Ray cluster answers at {address or 'this machine'}",
+        detail=lines[-1],
+        hint="check --address and RAY_ADDRESS (a cluster with tokens needs RAY_AUTH_MODE=token and "
+        "the same token); `--address local` uses a local Ray; `ray stop` forgets a crashed one",
+    )

@@ -1,0 +1,133 @@
+"""Runs one item of a batch in a worker and reports it. Sent by value with each item.
+
+Ray is met only through `sys.modules`: the worker that calls us has imported it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ray_envs.worker.check import what_is_wrong_here
+from ray_envs.worker.code import unpacked, use_code
+from ray_envs.worker.outcome import as_json, described
+from ray_envs.worker.paths import current_folder, module_names, put_foreign_paths_last, shadowed
+
+
+def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None) -> Iterator[Any]:
+    """Run one item and report it, in three steps of a generator.
+
+    Yields, in this order: `{"started_at", "node_id", "pid"}` before anything else happens; the
+    outcome (see `_outcome`); and, where `request["as_json"]` is false and the payload succeeded,
+    its value as it is.
+
+    Args:
+        request: `key`, `venv`, `python`, `ray` (what was promised), `entrypoint` or None, `args`,
+            `kwargs`, `as_json` and `code_sha256`.
+        payload: the pickled function, where there is no entrypoint.
+        code: the zip archive of the code folder, or None.
+    """
+    import time
+
+    ray = sys.modules["ray"]
+    started = time.time()
+    yield {
+        "started_at": started,
+        "node_id": ray.get_runtime_context().get_node_id(),
+        "pid": os.getpid(),
+    }
+    clock = time.monotonic()
+    outcome = {
+        "python": ".".join(str(n) for n in sys.version_info[:3]),
+        "ray": ray.__version__,
+        "started_at": started,
+        "shadowed": [],
+        "kind": "payload",
+        "has_run": False,
+        "error": None,
+        "value": None,
+    }
+    value = None
+    folder = current_folder()
+    wrong = what_is_wrong_here(request, outcome)
+    if wrong:
+        outcome["kind"] = "environment"
+        outcome["error"] = {"type": "WrongEnvironment", "message": wrong, "traceback": ""}
+    else:
+        try:
+            outcome["kind"] = "entrypoint"
+            outcome["shadowed"] = put_foreign_paths_last()
+            function = _load(request, payload, code, outcome)
+            _check_call(function, request)
+            outcome["kind"] = "payload"
+            outcome["has_run"] = True
+            value = function(*request["args"], **request["kwargs"])
+            if request["as_json"]:
+                value = as_json(value)
+                outcome["value"] = value
+        except (Exception, SystemExit) as exc:
+            outcome["error"] = described(exc)
+            wrong = what_is_wrong_here(request, outcome)
+            if wrong:  # the disk was lost under it: that is what it failed of
+                outcome["kind"] = "environment"
+                outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
+    outcome["duration_s"] = time.monotonic() - clock
+    if folder is not None:  # a payload that left its folder, or removed it, must not spoil others
+        import contextlib
+
+        with contextlib.suppress(OSError):  # it is gone; the outcome of this payload stands
+            os.chdir(folder)
+    yield outcome
+    if not request["as_json"] and outcome["error"] is None:
+        yield value
+
+
+def _load(
+    request: dict[str, Any], payload: bytes | None, code: bytes | None, outcome: dict[str, Any]
+) -> Callable[..., Any]:
+    """The function to call: the unpickled payload, or the entrypoint imported here."""
+    folder = None if code is None else unpacked(request["code_sha256"], code)
+    use_code(folder)
+    if folder is not None:
+        outcome["shadowed"] = sorted({*outcome["shadowed"], *shadowed([folder])})
+    if payload is not None:
+        function: Callable[..., Any] = sys.modules["ray"].cloudpickle.loads(payload)
+        return function
+    import importlib
+
+    entrypoint = request["entrypoint"]
+    module_name, _, name = entrypoint.partition(":")
+    module = importlib.import_module(module_name)
+    top = module_name.split(".")[0]
+    if folder is not None and top in module_names(folder):
+        place = os.path.realpath(getattr(module, "__file__", None) or "")
+        if not place.startswith(os.path.realpath(folder) + os.sep):
+            raise ImportError(
+                f"the code folder and the environment both have a module {top!r}; rename yours"
+            )
+    try:
+        found: Callable[..., Any] = getattr(module, name)
+    except AttributeError:
+        raise AttributeError(
+            f"{module_name} has no function {name!r} (entrypoint {entrypoint!r})"
+        ) from None
+    if not callable(found):
+        raise TypeError(f"the entrypoint {entrypoint!r} is not a function")
+    return found
+
+
+def _check_call(function: Callable[..., Any], request: dict[str, Any]) -> None:
+    import inspect
+
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built-in functions have none
+        return
+    try:
+        signature.bind(*request["args"], **request["kwargs"])
+    except TypeError as exc:
+        raise TypeError(
+            "{}{}: {}".format(getattr(function, "__name__", function), signature, exc)
+        ) from None

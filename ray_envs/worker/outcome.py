@@ -1,0 +1,54 @@
+"""The value or the error of an item as plain data."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def as_json(value: Any) -> Any:
+    """`value` as plain data, the way a JSON file will hold it."""
+    import json
+
+    def plain(thing: Any) -> Any:
+        if type(thing).__module__ == "numpy" and getattr(thing, "ndim", None) == 0:
+            return thing.item()
+        raise TypeError(f"{repr(thing)[:80]} of type {type(thing).__qualname__}")
+
+    try:
+        text = json.dumps(value, default=plain, allow_nan=False, ensure_ascii=False)
+        text.encode()  # half a surrogate pair is no text that a file could hold
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as exc:  # also NaN, a circle, too deep
+        raise TypeError(f"the value is not JSON: {exc}") from None
+
+
+#: How much of an error travels: a message may hold a whole array.
+_MESSAGE_LENGTH = 10_000
+_TRACEBACK_LENGTH = 20_000
+
+
+def described(exc: BaseException) -> dict[str, str]:
+    """`exc` as plain data, without the frames of this folder."""
+    import traceback
+
+    frames = exc.__traceback__
+    ours = os.path.dirname(described.__code__.co_filename)
+    while frames is not None and os.path.dirname(frames.tb_frame.f_code.co_filename) == ours:
+        frames = frames.tb_next
+    try:
+        message = str(exc)
+        text = "".join(traceback.format_exception(type(exc), exc, frames))
+    except Exception as broken:  # a payload's own __str__
+        message = text = f"<no message: its __str__ raised {type(broken).__name__}>"
+    module = type(exc).__module__
+    name = type(exc).__qualname__
+    return {
+        "type": name if module == "builtins" else f"{module}.{name}",
+        "message": _writable(message[:_MESSAGE_LENGTH]),
+        "traceback": _writable(text[-_TRACEBACK_LENGTH:]),
+    }
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
