@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 from ray_envs.cluster import actors, calls, nodes
 from ray_envs.errors import ManagerUnavailable
@@ -44,18 +44,6 @@ def call_limit(limit_s: float) -> Iterator[None]:
         _call_limit_s.reset(token)
 
 
-class Connection(Protocol):
-    """Calls verbs of an EnvManager."""
-
-    def call(self, verb: str, *, within_s: float = READING_S, **arguments: Any) -> Any:
-        """Return the answer of a verb; raise `ManagerUnavailable` if none comes in time."""
-
-    def job_id(self) -> str | None:
-        """Return the id of this program's Ray job; None without a cluster."""
-
-    def close(self) -> None: ...
-
-
 class ActorConnection:
     """Calls the EnvManager actor of a cluster. `close` calls `on_close`, once."""
 
@@ -66,6 +54,7 @@ class ActorConnection:
         self._pending: set[Any] = set()
 
     def call(self, verb: str, *, within_s: float = READING_S, **arguments: Any) -> Any:
+        """Return the answer of a verb; raise `ManagerUnavailable` if none comes in time."""
         import ray
 
         within_s = min(within_s, _call_limit_s.get())
@@ -91,6 +80,7 @@ class ActorConnection:
             self._handle = actors.find_manager() or self._handle
 
     def job_id(self) -> str | None:
+        """Return the id of this program's Ray job; None without a cluster."""
         import ray
 
         return str(ray.get_runtime_context().get_job_id())
@@ -146,3 +136,6 @@ class LocalConnection:
         await self._manager.stop()
         # Another thread may still wait for a verb: end it, or that thread waits for ever.
         await ended(asyncio.all_tasks() - {asyncio.current_task()})
+
+
+Connection = ActorConnection | LocalConnection

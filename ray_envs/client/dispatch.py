@@ -76,17 +76,12 @@ class Dispatcher:
         Raises:
             RayEnvsError: no node can run it.
         """
-        limits = item.limits
         try:
             environment = item.environment = self._current_environment(item)
             refused = self._refusing_nodes(environment)
-            nodes = scheduling.able_nodes(
-                [node_id for node_id in environment["ready_nodes"] if node_id not in refused],
-                [*environment["preparing_nodes"], *refused],
-                self._totals,
-                scheduling.wanted_resources(limits),
-                item.variant_id,
-            )
+            ready = [node_id for node_id in environment["ready_nodes"] if node_id not in refused]
+            preparing = [*environment["preparing_nodes"], *refused]
+            nodes = scheduling.able_nodes(item, ready, preparing, self._totals)
         except EnvironmentNotReady:
             now = time.monotonic()
             item.unready_at = item.unready_at or now
@@ -95,6 +90,7 @@ class Dispatcher:
             self._unready[item.environment["key"]] = now + _UNREADY_S
             return False
         item.unready_at = None
+        limits = item.limits
         options = placement.options(
             # A task that waits at a node for its environment holds that node's CPUs meanwhile,
             # so name ready nodes only.

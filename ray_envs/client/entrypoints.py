@@ -12,7 +12,6 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ray_envs.disk.files import entries_of, is_file, kind_of, read_bytes
@@ -23,15 +22,6 @@ from ray_envs.models import BatchSpec, is_name, split_entrypoint
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 #: Functions that can bind a name without showing it in the syntax tree.
 _HIDDEN_BINDERS = frozenset({"exec", "globals", "locals", "setattr", "vars"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Binding:
-    """One statement at a module's top level, which may bind names."""
-
-    node: ast.stmt
-    #: True inside an `if`, `try`, …: the statement may not run.
-    is_conditional: bool
 
 
 def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
@@ -54,27 +44,25 @@ def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
         return
     tree = _parsed(path)
     bindings = [
-        binding
-        for binding in _bindings(tree.body)
-        if function in _bound_names(binding.node) or _is_star(binding.node)
+        (node, is_conditional)
+        for node, is_conditional in _statements(tree.body)
+        if {function, "*"} & _bound_names(node)
     ]
     if not bindings:
         if not _may_bind_unseen(tree, function):
             _refuse_missing(tree, path, function)
         return
-    if all(
-        isinstance(b.node, ast.AsyncFunctionDef) and not b.node.decorator_list for b in bindings
-    ):
+    last, is_conditional = bindings[-1]
+    if all(isinstance(n, ast.AsyncFunctionDef) and not n.decorator_list for n, _ in bindings):
         raise InvalidInput(
             f"{function} is a coroutine function",
-            where=f"{path}, line {getattr(bindings[-1].node, 'lineno', 0)}",
+            where=f"{path}, line {last.lineno}",
             hint=f"write def {function}(…) and call asyncio.run inside",
         )
-    last = bindings[-1]
     # if it is defined in several branches, only an import shows which one runs
-    is_certain = len(bindings) == 1 or not last.is_conditional
-    if is_certain and isinstance(last.node, ast.FunctionDef) and not last.node.decorator_list:
-        _check_calls(batch, last.node)
+    is_certain = len(bindings) == 1 or not is_conditional
+    if is_certain and isinstance(last, ast.FunctionDef) and not last.decorator_list:
+        _check_calls(batch, last)
 
 
 def _module_file(code: Path, module: str) -> Path | None:
@@ -155,29 +143,30 @@ def _parsed(path: Path) -> ast.Module:
     return tree
 
 
-def _bindings(body: Iterable[ast.stmt], *, is_conditional: bool = False) -> Iterator[_Binding]:
-    """Yield every statement at the module's top level, in order, also those inside blocks."""
+def _statements(
+    body: Iterable[ast.stmt], *, is_conditional: bool = False
+) -> Iterator[tuple[ast.stmt, bool]]:
+    """Yield every statement at the module's top level, in order, also those inside blocks.
+
+    The bool is True inside an `if`, `try`, …: such a statement may not run.
+    """
     for node in body:
-        yield _Binding(node, is_conditional)
+        yield node, is_conditional
         if isinstance(node, _SCOPES):
             continue
         for part in (node, *getattr(node, "handlers", ()), *getattr(node, "cases", ())):
             for field in ("body", "orelse", "finalbody"):
-                yield from _bindings(getattr(part, field, ()), is_conditional=True)
+                yield from _statements(getattr(part, field, ()), is_conditional=True)
 
 
 def _bound_names(node: ast.stmt) -> set[str]:
-    """Return the names that `node` binds; too many rather than too few."""
+    """Return the names that `node` binds, rather too many than too few; "*" for all of a module."""
     if isinstance(node, _SCOPES):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
         return {alias.asname or alias.name.partition(".")[0] for alias in node.names}
     names = (child for child in ast.walk(node) if isinstance(child, ast.Name))
     return {name.id for name in names if isinstance(name.ctx, ast.Store)}
-
-
-def _is_star(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
 
 
 def _may_bind_unseen(tree: ast.Module, function: str) -> bool:
@@ -191,11 +180,7 @@ def _may_bind_unseen(tree: ast.Module, function: str) -> bool:
 
 
 def _refuse_missing(tree: ast.Module, path: Path, function: str) -> None:
-    functions = [
-        binding.node.name
-        for binding in _bindings(tree.body)
-        if isinstance(binding.node, ast.FunctionDef)
-    ]
+    functions = [n.name for n, _ in _statements(tree.body) if isinstance(n, ast.FunctionDef)]
     near = difflib.get_close_matches(function, functions, n=1)
     if near:
         hint = f"did you mean {near[0]!r}?"

@@ -32,9 +32,6 @@ from ray_envs.models import (
 _TOML_HINT = "correct that line; strings need quotes"
 
 
-# -- specs -----------------------------------------------------------------------------------------
-
-
 def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition:
     """Return the definition of a spec: the spec with the texts of the files that it names.
 
@@ -78,9 +75,6 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
     return Definition(
         **{**shared, "packages": packages, "pyproject": pyproject, "uv_lock": uv_lock}
     )
-
-
-# -- batch files -----------------------------------------------------------------------------------
 
 
 def read_batch(path: Path) -> BatchSpec:
@@ -199,9 +193,6 @@ def _check_json(value: Any, at: str, *, where: str) -> None:
         )
 
 
-# -- results of an earlier run ---------------------------------------------------------------------
-
-
 def read_results(path: Path) -> list[ItemResult]:
     """Return the results that an earlier run wrote to `path`, in order; none without such a file.
 
@@ -236,9 +227,6 @@ def _result(line: bytes, *, where: str) -> ItemResult:
         raise InvalidInput(
             f"the line is not an item result: {err.message}", where=where, hint=hint
         ) from None
-
-
-# -- files -----------------------------------------------------------------------------------------
 
 
 def _read_text(path: Path) -> str:

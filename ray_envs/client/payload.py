@@ -19,11 +19,17 @@ from ray_envs.worker.item import run_item
 class Payload:
     """What all items of a batch share: the function or its name, and the code folder."""
 
-    def __init__(self, entrypoint: str | None, function: bytes | None, code: Path | None) -> None:
+    def __init__(self, function: Any, code: Path | None) -> None:
         import ray
 
-        self.entrypoint = entrypoint
-        self.function = function
+        self.entrypoint: str | None = None
+        self.function: bytes | None = None
+        if isinstance(function, str):
+            self.entrypoint = function
+        else:
+            plain = plain_function(function)
+            with by_value(_own_modules(plain)):
+                self.function = ray.cloudpickle.dumps(plain)
         self.code_sha256: str | None = None
         self.code: Any = None
         if code is not None:
@@ -33,16 +39,6 @@ class Payload:
             # Ray pickles a remote function at its first use, when `by_value` is over. So make a
             # copy now that belongs to no module.
             self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(run_item)))
-
-    @classmethod
-    def of(cls, function: Any, code: Path | None) -> Payload:
-        if isinstance(function, str):
-            return cls(function, None, code)
-        import ray
-
-        plain = plain_function(function)
-        with by_value(_modules_of(plain)):
-            return cls(None, ray.cloudpickle.dumps(plain), code)
 
     def request(self, environment: Mapping[str, Any], case: CaseSpec) -> dict[str, Any]:
         """The argument of `run_item` for one item: its environment and the user's arguments."""
@@ -64,7 +60,7 @@ def plain_function(function: Any) -> Any:
     return getattr(function, "_function", function)
 
 
-def _modules_of(function: Any) -> list[ModuleType]:
+def _own_modules(function: Any) -> list[ModuleType]:
     """Return the top module of a function that is neither installed nor built in, in a list.
 
     Such a module is the user's own, and the workers' environments do not have it.

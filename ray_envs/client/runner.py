@@ -75,8 +75,6 @@ class RayBatchRunner:
         self._dispatcher: Dispatcher | None = None
         self._started = self._ended = 0.0
 
-    # -- running ------------------------------------------------------------------------------
-
     def run(
         self,
         function: Any,
@@ -171,7 +169,7 @@ class RayBatchRunner:
         """Prepare the environments, then yield a result for each item; see `run_batch`."""
         if self._state is BatchState.RUNNING:
             raise InvalidInput("this runner is running a batch", hint="use a runner for each batch")
-        dispatcher = Dispatcher(Payload.of(function, code), self._provider, prefix)
+        dispatcher = Dispatcher(Payload(function, code), self._provider, prefix)
         self._state, self._started = BatchState.RUNNING, time.monotonic()
         self._cancelled.clear()
         self._total, self._completed, self._failed = len(items), 0, 0
@@ -233,8 +231,6 @@ class RayBatchRunner:
             except RayEnvsError as exc:
                 failed[name] = exc
         return environments
-
-    # -- watching and ending -------------------------------------------------------------------
 
     def status(self) -> BatchState:
         """Return the state of the batch."""

@@ -18,8 +18,6 @@ from ray_envs.models import RunDefaults
 _FEW = 4
 _GRACE_S = 5.0
 
-_RESOURCES = ("CPU", "GPU", "memory")
-
 #: By id of a live node: its total resources, used and free.
 Totals = Mapping[str, Mapping[str, float]]
 
@@ -32,14 +30,7 @@ def next_item(
     Ray gives the place of an idle worker to another environment after half a second, and soon ends
     that worker. If all items were started at once, workers of the same environment would start
     again and again. So only as many items start as can run now, and first those whose environment
-    has just become free.
-
-    Args:
-        waiting: the items that may start, in the order of the batch.
-        running: the items that have started.
-        warm: keys of environments with a worker that has just become free; the key of the returned
-            item is removed.
-        totals: the resources of the live nodes.
+    has just become free: `warm` has their keys, and the key of the returned item is removed.
     """
     by_key: dict[str, Item] = {}
     for item in waiting:
@@ -55,7 +46,9 @@ def next_item(
     if not order:
         return None
     item = by_key[order[0]]
-    if running and _is_able(item, totals) and not _has_room(item, running, totals):
+    # If no node could ever run the item, `Dispatcher.launch` raises the error.
+    is_possible = any(_can_run(node, item.limits) for node in totals.values())
+    if running and is_possible and not _has_room(item, running, totals):
         return None
     if order[0] in warm:
         warm.remove(order[0])
@@ -70,12 +63,6 @@ def _is_worth_a_worker(key: str, left: int, running: Iterable[Item]) -> bool:
     began = [item.launched_at for item in running if item.environment["key"] == key]
     is_long = time.monotonic() - max(began, default=0.0) > _GRACE_S
     return not began or left > _FEW or is_long
-
-
-def _is_able(item: Item, totals: Totals) -> bool:
-    """Whether any node could run the item; if none could, `Dispatcher.launch` raises the error."""
-    wanted = wanted_resources(item.limits)
-    return any(_has_all(node, wanted) for node in totals.values())
 
 
 def _has_room(item: Item, running: Collection[Item], totals: Totals) -> bool:
@@ -93,20 +80,20 @@ def node_totals() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def wanted_resources(limits: RunDefaults) -> dict[str, float]:
+def _wanted(limits: RunDefaults) -> dict[str, float]:
     return {"CPU": limits.num_cpus, "GPU": limits.num_gpus, "memory": limits.memory or 0}
 
 
-def _has_all(node: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
-    return all(node.get(name, 0) >= amount for name, amount in wanted.items())
+def _can_run(node: Mapping[str, float], limits: RunDefaults) -> bool:
+    """Whether an idle node has the resources of an item."""
+    return all(node.get(name, 0) >= amount for name, amount in _wanted(limits).items())
 
 
 def _is_room(item: Item, others: Iterable[Item], nodes: Iterable[Mapping[str, float]]) -> bool:
     """Whether `nodes` have room for `item` besides `others`."""
     others, nodes = list(others), list(nodes)
-    for name in _RESOURCES:
-        wanted = wanted_resources(item.limits)[name]
-        used = sum(wanted_resources(other.limits)[name] for other in others)
+    for name, wanted in _wanted(item.limits).items():
+        used = sum(_wanted(other.limits)[name] for other in others)
         total = sum(node.get(name, 0) for node in nodes)
         if wanted and used + wanted > total:
             return False
@@ -114,34 +101,28 @@ def _is_room(item: Item, others: Iterable[Item], nodes: Iterable[Mapping[str, fl
 
 
 def able_nodes(
-    ready: Sequence[str],
-    preparing: Sequence[str],
-    totals: Mapping[str, Mapping[str, float]],
-    wanted: Mapping[str, float],
-    variant_id: str,
+    item: Item, ready: Sequence[str], preparing: Iterable[str], totals: Totals
 ) -> list[str]:
-    """Return the ready nodes that have the wanted resources when idle.
+    """Return the ready nodes that can run the item when idle.
 
     Raises:
-        EnvironmentNotReady: only nodes that are still being prepared have them.
-        NoEligibleNode: there are ready nodes, and none has them.
+        EnvironmentNotReady: only nodes that are still being prepared can.
+        NoEligibleNode: there are ready nodes, and none of them can.
     """
-
-    def able_of(node_ids: Sequence[str]) -> list[str]:
-        return [n for n in node_ids if n in totals and _has_all(totals[n], wanted)]
-
-    able = able_of(ready)
-    if not able and able_of(preparing):
+    possible = {name for name, node in totals.items() if _can_run(node, item.limits)}
+    able = [node_id for node_id in ready if node_id in possible]
+    if not able and not possible.isdisjoint(preparing):
         raise EnvironmentNotReady(
-            f"the nodes that can run {variant_id!r} are still being prepared",
-            variant_id=variant_id,
+            f"the nodes that can run {item.variant_id!r} are still being prepared",
+            variant_id=item.variant_id,
             hint="see `ray-envs explain`",
         )
     if ready and not able:
+        wanted = _wanted(item.limits)
         needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
         raise NoEligibleNode(
-            f"no node with the environment of {variant_id!r} has {needs}",
-            variant_id=variant_id,
+            f"no node with the environment of {item.variant_id!r} has {needs}",
+            variant_id=item.variant_id,
             hint="ask for less, or add such a node to the cluster",
         )
     return able

@@ -1,7 +1,7 @@
-"""Which environments may go, and why each other one stays. Pure: what is there in, verdicts out.
+"""Decides which environments to delete, and says why each other one is kept.
 
-A verdict is no permission: whoever removes still needs the exclusive hold (`store`). `collector`
-gathers what is needed here.
+A verdict is not yet permission: deleting also needs the exclusive hold (`node.store`). The
+manager's `collector` gathers the arguments.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from ray_envs.models import Model
 
 
 class EnvUse(Model):
-    """One directory of a node's store: what it takes, and when it was used last."""
+    """One directory of a node's store: its size, and when it was used last."""
 
     key: str
-    #: The node it is on; `store` does not know it, its caller fills it in.
+    #: Its node. The caller of `store` sets it: `store` does not know the node's id.
     node_id: str = ""
-    #: Its share of the disk: a file with n links counts 1/n here, so that sums over environments
-    #: and uv's cache are true. Removing it may free less than its share.
+    #: Its share of the disk. A file with n links counts 1/n, so that the sum over environments and
+    #: uv's cache is right. Deleting the directory may free less.
     bytes: int = Field(ge=0)
     inodes: int = Field(ge=0)
     #: Seconds since the epoch, by the clock of the node.
     last_used_at: float = Field(allow_inf_nan=False)
     is_held: bool
-    #: Whether it has a record; what has none is rubbish, unless somebody is building it.
+    #: Whether it has a record. A directory without one is rubbish, unless it is being built.
     is_ready: bool
     created_at: float | None = None
 
 
 class Limits(Model):
-    """How much of what nobody wants a node keeps."""
+    """How long and how much of the unused environments a node keeps."""
 
     idle_s: float = Field(default=72 * 3600, ge=0, allow_inf_nan=False)
     max_bytes: int | None = Field(default=None, ge=0)
@@ -41,7 +41,7 @@ class Limits(Model):
 
 
 class Verdict(Model):
-    """What becomes of one directory; `because` is for people."""
+    """Whether to delete one directory, and why; `because` is for people."""
 
     key: str
     node_id: str
@@ -61,19 +61,19 @@ def plan_collection(
     limits: Limits,
     now: float,
 ) -> list[Verdict]:
-    """One verdict for each use, by node, the least recently used first.
+    """Return one verdict for each directory, by node, the least recently used first.
 
-    What is held, wanted, leased or busy stays, and so does what a changed clock puts into the
-    future. Of the rest goes what has no record, what was idle for too long, and then the least
-    recently used, for as long as everything on the node together is over a limit.
+    A directory is kept if it is held, wanted, leased or busy, or if its last use is in the future
+    (a clock was changed). Of the others, those without a record and those idle for too long are
+    deleted; then the least recently used ones, while the node's total is over a limit.
 
     Args:
-        uses: what is there, on any number of nodes.
-        wanted: why a key is wanted ("current generation 3 of x"); these stay.
-        leases: to whom a key is promised; these stay.
+        uses: the directories of any number of nodes.
+        wanted: by key, why it is wanted ("current generation 3 of x").
+        leases: by key, to whom it is promised.
         busy: keys that are being built or changed now.
-        limits: for each node.
-        now: seconds since the epoch, by the clock that `last_used_at` was read from.
+        limits: apply to each node.
+        now: seconds since the epoch, by the same clock as `last_used_at`.
     """
     ordered = sorted(uses, key=lambda use: (use.node_id, use.last_used_at, use.key))
     verdicts = []
@@ -111,7 +111,7 @@ def _why_keep(
     busy: Collection[str],
     now: float,
 ) -> str:
-    """Why a directory must stay whatever the limits say, or an empty string."""
+    """Return why a directory is kept regardless of limits, or an empty string."""
     if use.is_held:
         return "a process runs in it"
     if use.key in busy:
@@ -127,7 +127,7 @@ def _why_keep(
 
 
 def _why_collect(use: EnvUse, limits: Limits, now: float) -> str:
-    """Why a directory that may go is to go, whatever else is there, or an empty string."""
+    """Return why an unused directory is deleted even if there is space, or an empty string."""
     if not use.is_ready:
         return "it has no record: nobody finished its build"
     idle_s = now - use.last_used_at
@@ -137,7 +137,7 @@ def _why_collect(use: EnvUse, limits: Limits, now: float) -> str:
 
 
 def _why_over(limits: Limits, size: int, inodes: int) -> str:
-    """Why a node that keeps this much has to give up its least recently used, or nothing."""
+    """Return why a node of this size must delete its oldest directory, or an empty string."""
     if limits.max_bytes is not None and size > limits.max_bytes:
         return (
             f"least recently used, and {_mib(size)} are over the limit of {_mib(limits.max_bytes)}"
@@ -152,7 +152,7 @@ def _mib(size: int) -> str:
 
 
 def _span(seconds: float) -> str:
-    """A duration for people, in the unit that suits it."""
+    """Return a duration as text, in days, hours, minutes or seconds."""
     for unit_s, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * unit_s:
             return f"{seconds / unit_s:.0f} {unit}"

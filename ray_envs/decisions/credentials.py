@@ -1,7 +1,4 @@
-"""Secrets in texts: hide them before a text is shown, and refuse them in a definition.
-
-Pure: texts in, values or errors out. `policy` refuses what the operator does not allow.
-"""
+"""Finds secrets in texts: hides them before a text is shown, and refuses them in a definition."""
 
 from __future__ import annotations
 
@@ -11,30 +8,30 @@ from collections.abc import Callable, Mapping
 from ray_envs.errors import InvalidInput, InvalidPackages
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s]*)")
-#: The user and password of a URL. The second form is a password with a slash in it, of which uv
-#: takes the first part for a port, and repeats the whole.
+#: The user and password of a URL. The second form is a password with a slash: uv reads the part
+#: before the slash as a port, and repeats the whole URL in its error.
 _CREDENTIALS = re.compile(r"(?<=://)(?:[^/\s]+|(?!\[)[^/\s:@]*:(?!\d*(?:[/?#\s,'\"`()<>]|$))\S*)@")
-#: Parameters of a URL that let somebody in. uv hides a few of them, and those not everywhere.
+#: Parameters of a URL that hold a secret. uv hides only some of them, and not everywhere.
 _SECRET_PARAMETER = re.compile(
     r"([?&](?:[\w.-]*(?:token|passw(?:or)?d|secret|signature|credential|api[_-]?key)|sig)=)"
     r"[^\s&#'\"`()<>]+",
     re.IGNORECASE,
 )
-#: Nothing of uv prints these, but the words of a build back end come through it.
+#: uv itself prints no headers, but it repeats the output of build backends.
 _HEADER = re.compile(r"(\bauthorization:\s*(?:(?:basic|bearer|token)\s+)?)[^\s'\"]+", re.IGNORECASE)
 
-#: Names of variables that hold secrets for sure. `_KEY` alone would be half of all cache keys.
+#: Names of variables that surely hold secrets. `_KEY` alone does not count: CACHE_KEY is harmless.
 _SECRET_NAME = re.compile(
     r".*PASSWORD|.*PASSWD|(.*_)?(TOKEN|SECRET|API_?KEY|(ACCESS|SECRET|PRIVATE)_KEY)"
     r"|UV_INDEX_.*_USERNAME|UV_PUBLISH_USERNAME",
     re.IGNORECASE,
 )
-#: Values that are no secrets, whatever the name: switches, numbers, files that hold the secret.
+#: Values that are never secrets: switches, numbers, paths of files that hold the secret.
 _PLAIN_VALUE = re.compile(
     r"|\d+|true|false|yes|no|on|off|none|null|enabled|disabled|[~./].*|[a-z]:\\.*|file:.*",
     re.IGNORECASE,
 )
-#: What a token looks like. Those of language models ("[PAD]", "<eos>") are not that.
+#: The form of a secret token; tokens of language models ("[PAD]", "<eos>") do not match.
 _TOKEN_VALUE = re.compile(r"[\w.~+/=:-]{8,}")
 
 _CREDENTIALS_HINT = (
@@ -50,25 +47,25 @@ _Error = Callable[..., InvalidInput | InvalidPackages]
 
 
 def redacted(text: str) -> str:
-    """`text` without the credentials of its URLs and headers; the rest of a URL stays readable."""
+    """Return `text` with `***` for the credentials in its URLs and headers."""
     text = _CREDENTIALS.sub("***@", text)
     return _HEADER.sub(r"\1***", _SECRET_PARAMETER.sub(r"\1***", text))
 
 
 def check_credentials(text: str, error: _Error, *, where: str) -> None:
-    """Refuse a user name, password or token in a URL of `text`, without repeating it.
+    """Raise `error` if a URL in `text` has a user name, password or token; do not repeat it.
 
     Args:
         text: a requirement, or a value of a project file.
-        error: the class that is raised.
+        error: the class to raise.
         where: the file or option that holds it, for messages.
     """
     is_secret = "://" in text and _SECRET_PARAMETER.search(text) is not None
     for scheme, authority in _URL.findall(text):
         user, has_user, host = authority.rpartition("@")
-        # A password with a slash in it ends the authority early: what is left is no port.
+        # A password with a slash ends the authority early; the rest is not a port number.
         is_cut_short = re.search(r":(?!\d*$)[^\]]*$", host)
-        # ssh://git@host is how everybody logs in; the secret is a key elsewhere.
+        # ssh://git@host is the usual login without a secret: the key is in a file.
         is_login = scheme.lower().endswith("ssh") and ":" not in user
         is_secret = is_secret or bool(is_cut_short) or bool(has_user and not is_login)
     if is_secret:
@@ -76,14 +73,14 @@ def check_credentials(text: str, error: _Error, *, where: str) -> None:
 
 
 def check_env_vars(env_vars: Mapping[str, str], *, where: str) -> None:
-    """Refuse secrets in the variables of a spec, without repeating them.
+    """Refuse secrets in the variables of a spec. Only sure cases are refused.
 
-    Only what is sure: a URL with a password or token (a bare user name only for http, where it is
-    one: elsewhere it is a login or, as in abfss://, a folder), and variables whose name says
-    secret and whose value is neither a switch, a number nor the path of a file.
+    A URL with a password or token; an http URL with a user name, which may be a token (in other
+    URLs it is a login or, as in abfss://, a folder); and a variable whose name says secret and
+    whose value is not a switch, a number or the path of a file.
 
     Raises:
-        InvalidInput: naming the variable, never its value.
+        InvalidInput: names the variable, never its value.
     """
     for name, value in env_vars.items():
         place = f"{where}: env_vars.{name}" if where else f"env_vars.{name}"

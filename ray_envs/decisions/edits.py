@@ -1,7 +1,6 @@
-"""From one definition to the next: packages added, removed or upgraded, and what that changed.
+"""Changes a definition: adds, removes or upgrades packages, and compares two sets of packages.
 
-Pure: values in, values out. `resolving`, below, says what a requirement is; `resolver` locks what
-comes out of here.
+`requirements` checks the packages; the manager's `resolver` locks the new definition.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ Diff = dict[str, Any]
 
 
 def added(definition: Definition, packages: Iterable[str] | str, *, where: str) -> Definition:
-    """`definition` with `packages` in it; a requirement of the same name is replaced.
+    """Return `definition` with `packages`; each replaces a requirement of the same name.
 
-    A bare name leaves a requirement that is there already as it is.
+    A bare name does not change a requirement that is declared already.
 
     Args:
-        definition: what is there.
+        definition: the old definition.
         packages: requirement strings, or a requirements text.
         where: the option or call that they come from, for messages.
 
@@ -46,10 +45,10 @@ def added(definition: Definition, packages: Iterable[str] | str, *, where: str) 
 
 
 def removed(definition: Definition, packages: Iterable[str] | str, *, where: str) -> Definition:
-    """`definition` without the requirements that `packages` name.
+    """Return `definition` without the requirements that `packages` name.
 
     Raises:
-        InvalidPackages: none are given, or one is not declared (the nearest one is named).
+        InvalidPackages: none are given, or one is not declared; the hint names the nearest one.
     """
     lines = _given(packages, where=where)
     there = {_name(line) for line in _declared(definition)}
@@ -58,8 +57,8 @@ def removed(definition: Definition, packages: Iterable[str] | str, *, where: str
             raise InvalidPackages(
                 f"{_name(line)!r} is not declared here",
                 where=where,
-                hint=_near(_name(line), there, "`ray-envs deps` shows what is declared; a package "
-                "that another one needs goes with that one"),
+                hint=_near(_name(line), there, "`ray-envs deps` shows what is declared; a "
+                "dependency is removed together with the package that needs it"),
             )  # fmt: skip
     return _without(definition, {_name(line) for line in lines})
 
@@ -71,11 +70,11 @@ def upgraded(
     *,
     where: str,
 ) -> tuple[Definition, tuple[str, ...]]:
-    """The definition to lock, and the names that the lock may move; none means all.
+    """Return the definition to lock, and the names whose versions may change; () means all.
 
     Args:
-        definition: what is there.
-        packages: names, or requirements that take the place of the declared ones.
+        definition: the old definition.
+        packages: names, or requirements that replace the declared ones.
         locked: the versions that are locked now, by name.
         where: the option or call that the packages come from, for messages.
 
@@ -97,7 +96,7 @@ def upgraded(
 
 
 def inherited(packages: Iterable[str], versions: Mapping[str, str]) -> tuple[str, ...]:
-    """`packages`, where those without a version take the one that `versions` has for them."""
+    """Return `packages`; those without a version get the one in `versions`, if there is one."""
     lines = []
     for line in packages:
         requirement = Requirement(line)
@@ -109,10 +108,10 @@ def inherited(packages: Iterable[str], versions: Mapping[str, str]) -> tuple[str
 
 
 def diff(before: Mapping[str, str], after: Mapping[str, str]) -> Diff:
-    """What differs between two sets of packages (name to version), as plain data.
+    """Compare two sets of packages (name to version).
 
     Returns:
-        `added` and `removed` (name to version), and `changed` (name to [old, new]).
+        `added` and `removed` (name to version), and `changed` (name to [old, new]), as plain data.
     """
     return {
         "added": {n: v for n, v in sorted(after.items()) if n not in before},
@@ -131,13 +130,13 @@ def _given(packages: Iterable[str] | str, *, where: str) -> tuple[str, ...]:
 
 
 def _declared(definition: Definition) -> tuple[str, ...]:
-    """The requirements of a definition: its own, and those of its project's [project] table."""
+    """Return the requirements of a definition: its own, and those in its project's text."""
     own = resolving.declared(definition.pyproject) if definition.pyproject else ()
     return (*definition.packages, *own)
 
 
 def _without(definition: Definition, names: set[str]) -> Definition:
-    """`definition` without the requirements of these names, also in its project's text."""
+    """Return `definition` without the requirements of these names, also in its project's text."""
     update: dict[str, Any] = {
         "packages": tuple(line for line in definition.packages if _name(line) not in names)
     }

@@ -1,9 +1,7 @@
-"""What a uv.lock installs on a platform, and the key that names it.
+"""Reads a uv.lock: what it installs on a platform, and the key of that environment.
 
-Pure: texts in, values out; no disk, no processes, no clock. `resolving`, next door, makes the
-project that uv locks; `builder` runs uv, and `registry` keeps the texts. Formats come from
-elsewhere: `uv.lock` from uv 0.13, markers from PEP 508, wheel names from the packaging
-specifications.
+`resolving` makes the project that uv locks; the manager's `registry` keeps the texts. The format of
+`uv.lock` comes from uv 0.13, markers from PEP 508, wheel names from the packaging specifications.
 """
 
 from __future__ import annotations
@@ -26,17 +24,17 @@ from ray_envs.models import RAY_GROUP, Installed, Platform, Target
 def installed(
     lock: str, platform: Platform, *, extras: Iterable[str] = (), groups: Iterable[str] = ()
 ) -> tuple[Installed, ...]:
-    """What uv installs from `lock` on `platform`, sorted by name, without the project itself.
+    """Return what uv installs from `lock` on `platform`, by name, without the project itself.
 
     Args:
         lock: the text of a uv.lock made from `resolving.project_text`.
-        platform: markers and wheel tags of the node.
-        extras: the extras of the project that are installed too.
-        groups: its dependency groups that are installed too; `ray-envs` always is.
+        platform: the node's markers and wheel tags.
+        extras: the project's extras to install.
+        groups: its dependency groups to install; `ray-envs` is always installed.
 
     Raises:
-        InvalidInput: `lock` is no uv.lock of a project.
-        ResolutionFailed: a package has no file for this platform, or nothing pins its content.
+        InvalidInput: `lock` is not the uv.lock of a project.
+        ResolutionFailed: a package has no file for this platform, or no hash pins its content.
     """
     wanted_extras = {str(canonicalize_name(name)) for name in extras}
     wanted_groups = {str(canonicalize_name(name)) for name in (RAY_GROUP, *groups)}
@@ -47,18 +45,19 @@ def installed(
 
 
 def moved_pins(before: str, after: str, platform: Platform) -> tuple[str, ...]:
-    """The packages that `after` installs on `platform` in another version than `before` pins.
+    """Return the packages that `after` installs in another version than `before`.
 
     Args:
         before: the text of the user's own uv.lock.
-        after: the text of the lock made for the cluster. All its extras and groups count.
-        platform: whose markers decide.
+        after: the text of the lock made for the cluster, with all its extras and groups.
+        platform: its markers select the packages.
 
     Returns:
-        Lines such as "packaging 21.0 -> 26.3", sorted. What `before` does not know is not moved.
+        Lines such as "packaging 21.0 -> 26.3", sorted. A package that `before` does not have is
+        not listed.
 
     Raises:
-        InvalidInput: one of the texts is no uv.lock.
+        InvalidInput: one of the texts is not a uv.lock.
     """
     holds = _marker_evaluator(platform)
     old: dict[str, list[str]] = {}
@@ -76,16 +75,16 @@ def moved_pins(before: str, after: str, platform: Platform) -> tuple[str, ...]:
 def key_of(
     packages: Iterable[Installed], target: Target, platform: Platform, *, build_options: str = ""
 ) -> str:
-    """The key of the environment that holds `packages`: 32 hex characters, whatever their order.
+    """Return the key of the environment that holds `packages`: 32 hex characters.
 
-    Files decide, not the texts that led to them: variants that install the same share one key.
+    The key depends on the installed files, in any order, not on the definition: variants that
+    install the same files share one environment.
 
     Args:
         packages: the result of `installed`.
         target: the cluster's interpreter and Ray.
-        platform: of the node.
-        build_options: what else decides how these files are installed; see
-            `resolving.build_options`.
+        platform: the node's platform.
+        build_options: the result of `resolving.build_options`.
     """
     pins = sorted([item.name, item.version, item.pin] for item in packages)
     parts = [pins, target.python, target.ray, platform.name, build_options]
@@ -94,16 +93,12 @@ def key_of(
 
 
 def lock_sha256(lock: str) -> str:
-    """The sha256 (hex) of the text of a lock."""
+    """Return the sha256 (hex) of the text of a lock."""
     return hashlib.sha256(lock.encode()).hexdigest()
 
 
 def check_lock(lock: str) -> None:
-    """Make sure that a text is a uv.lock, before uv is asked to honour it.
-
-    Raises:
-        InvalidInput: it is not.
-    """
+    """Check that a text is a uv.lock, before uv uses it; raise `InvalidInput` if not."""
     if not isinstance(parsed_toml(lock, where="uv.lock").get("version"), int):
         raise InvalidInput(
             "this is no lock file of uv", where="uv.lock", hint="make one with `uv lock`"
@@ -111,7 +106,7 @@ def check_lock(lock: str) -> None:
 
 
 def _marker_evaluator(platform: Platform) -> Callable[[str], bool]:
-    """A function that says whether a marker holds on `platform`; each marker is parsed once."""
+    """Return a function that evaluates a marker on `platform`; each marker is parsed once."""
     environment = {**platform.markers, "extra": ""}
     known: dict[str, bool] = {"": True}
 
@@ -124,7 +119,7 @@ def _marker_evaluator(platform: Platform) -> Callable[[str], bool]:
 
 
 def _is_used(package: Mapping[str, Any], holds: Callable[[str], bool]) -> bool:
-    """Whether this entry is the one for the platform, where a lock has several of one name."""
+    """Whether a package entry applies to the platform; a lock may have several of one name."""
     markers = package.get("resolution-markers")
     return not markers or any(holds(marker) for marker in markers)
 
@@ -132,7 +127,7 @@ def _is_used(package: Mapping[str, Any], holds: Callable[[str], bool]) -> bool:
 def _walk(
     lock: Mapping[str, Any], platform: Platform, extras: set[str] | None, groups: set[str] | None
 ) -> list[dict[str, Any]]:
-    """The packages that the root of `lock` needs on `platform`; None is every extra or group."""
+    """Return what the root of `lock` needs on `platform`; None means all extras or groups."""
     holds = _marker_evaluator(platform)
     by_name: dict[str, list[dict[str, Any]]] = {}
     for package in lock.get("package", []):
@@ -175,7 +170,7 @@ def _walk(
 def _wheel_chooser(
     platform: Platform,
 ) -> Callable[[Iterable[Mapping[str, Any]]], Mapping[str, Any] | None]:
-    """A function that picks the wheel that uv installs on `platform`, or None."""
+    """Return a function that picks the wheel that uv installs on `platform`, or None."""
     rank = {tag: index for index, tag in enumerate(platform.tags)}
     parts = [set(column) for column in zip(*(tag.split("-") for tag in rank), strict=True)]
 
@@ -185,7 +180,7 @@ def _wheel_chooser(
         for wheel in wheels:
             name = unquote(wheel.get("filename") or wheel.get("url") or wheel.get("path") or "")
             name = name.split("#")[0].rpartition("/")[2]
-            # Most wheels are for others: asked by the parts of the name, before it is parsed.
+            # Most wheels are for other platforms. Parsing a name is slow: look at its parts first.
             columns = name.removesuffix(".whl").rsplit("-", 3)[1:]
             if any(
                 known.isdisjoint(c.split(".")) for known, c in zip(parts, columns, strict=False)

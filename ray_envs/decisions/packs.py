@@ -1,7 +1,7 @@
-"""What travels of an environment's wheels: the words in which nodes and bundles describe it.
+"""Describes the wheels that nodes send to each other and that bundles contain.
 
-What a peer or a file says is not believed here: every path stays below the cache, and sizes add up.
-Who makes and takes what is described is `transfer`.
+A peer or a bundle may be wrong or hostile, so every description is checked: paths stay below the
+cache, and sizes add up. `node.transfer` sends and receives.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_envs.models import Installed, Model, validated
 
-#: What is read, sent and kept in memory at once, in bytes. A guess: Ray's own chunks are 5 MiB.
+#: How much is read, sent and kept in memory at once. A guess: Ray's own chunks are 5 MiB.
 CHUNK_BYTES = 8 * 1024 * 1024
 _MAX_CHUNK_BYTES = 256 * 1024 * 1024
 
-#: An unpacked wheel, relative to a uv cache.
+#: The path of an unpacked wheel, relative to a uv cache.
 ARCHIVE = re.compile(r"archive-v\d+/[A-Za-z0-9_-]+")
 _BUCKET = re.compile(r"(wheels|sdists)-v\d+")
-#: Where in the path of an entry the name of its package is, by bucket and kind of source. What uv
-#: built from a URL or a commit is not below a name.
+#: By bucket and kind of source: which part of an entry's path is the name of its package. None for
+#: what uv built from a URL or a commit: that path has no package name.
 _NAME_AT = {
     ("wheels", "pypi"): 2,
     ("wheels", "index"): 3,
@@ -36,22 +36,22 @@ _NAME_AT = {
     ("sdists", "git"): None,
 }
 
-#: What file systems take as one name, in bytes.
+#: The longest file name that file systems accept.
 _MAX_NAME_BYTES = 255
-#: A guess: Linux takes 4096 bytes as a path, and the folder of the cache counts too.
+#: A guess: Linux accepts paths of 4096 bytes, which include the folder of the cache.
 _MAX_PATH_BYTES = 1024
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class MadeFor(Model):
-    """What an unpacked wheel fits, besides what its pin says."""
+    """What an unpacked wheel was prepared for; only nodes that match can use it."""
 
-    #: The series of uv, whose cache has one layout; as in "0.13".
+    #: The series of uv, as in "0.13": it has one cache layout.
     uv: str
-    #: The Python that its byte-code is of; as in "3.11".
+    #: The Python of its byte-code, as in "3.11".
     python: str
-    #: As `Platform.name`: what uv builds from source is for one platform.
+    #: As `Platform.name`. It matters for wheels that uv built from source.
     platform: str
 
 
@@ -60,10 +60,10 @@ class Wheel(Model):
 
     package: Installed
     made_for: MadeFor
-    #: Whether its byte-code is complete, and travels with it.
+    #: Whether its byte-code is complete, and is sent with it.
     is_compiled: bool
-    #: The unpacked wheels, relative to the cache. uv draws the ids at random: equal ones anywhere
-    #: in a cluster are copies of the same.
+    #: The unpacked wheels, relative to the cache. Their ids are random, so equal ids anywhere in a
+    #: cluster are copies of the same wheel.
     archives: tuple[str, ...] = Field(min_length=1)
     total_bytes: int = Field(ge=0)
 
@@ -75,18 +75,18 @@ class Wheel(Model):
     def _check(cls, archives: tuple[str, ...]) -> tuple[str, ...]:
         for archive in archives:
             if not ARCHIVE.fullmatch(archive):
-                raise ValueError(f"{archive!r} is no unpacked wheel of a uv cache")
+                raise ValueError(f"{archive!r} is not an unpacked wheel of a uv cache")
         return archives
 
     @model_validator(mode="after")
     def _is_text(self) -> Wheel:
-        """JSON can hold half a surrogate, which cannot be hashed, sent on or printed."""
+        """Refuse half a surrogate: JSON can hold it, but it cannot be hashed, sent or printed."""
         self.model_dump_json()
         return self
 
 
 class PackedFile(Model):
-    """A file of the stream."""
+    """A file of the stream that a wheel is sent as."""
 
     #: Relative to the cache.
     path: str
@@ -96,33 +96,33 @@ class PackedFile(Model):
 
 
 class Lead(Model):
-    """What leads uv to an archive: a file of the stream, or a link."""
+    """An entry of uv's cache that leads to an archive: a file of the stream, or a link."""
 
     path: str
-    #: Where a link leads to; None for a file.
+    #: The target of a link; None for a file.
     archive: str | None = None
 
 
 class Manifest(Model):
-    """What the stream of a wheel holds: its files, one after the other, cut into equal pieces."""
+    """The content of a wheel's stream: its files one after the other, cut into equal chunks."""
 
     wheel: Wheel
     files: tuple[PackedFile, ...]
-    #: In the order in which they may appear; see `uv_cache.Cached`.
+    #: In the order in which they must be written; see `node.uv_cache.Cached`.
     leads: tuple[Lead, ...] = Field(min_length=1)
     chunk_bytes: int = Field(default=CHUNK_BYTES, ge=1, le=_MAX_CHUNK_BYTES)
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        """Every path stays where it belongs: what is written outside is somebody else's."""
+        """Refuse paths outside this wheel's own entries, which would overwrite other files."""
         archives = set(self.wheel.archives)
         files = {file.path for file in self.files}
         leads = {lead.path for lead in self.leads}
         if len(files) != len(self.files) or len(leads) != len(self.leads):
-            raise ValueError("a path is there twice")
+            raise ValueError("a path is listed twice")
         for lead in self.leads:
             if not _is_entry(_parts(lead.path), self.wheel.package.name):
-                raise ValueError(f"{lead.path!r} is no entry of {self.wheel} in a uv cache")
+                raise ValueError(f"{lead.path!r} is not an entry of {self.wheel} in a uv cache")
             if lead.archive is None and lead.path not in files:
                 raise ValueError(f"{lead.path!r} is not in the stream")
             if lead.archive is not None and (lead.archive not in archives or lead.path in files):
@@ -139,31 +139,31 @@ class Manifest(Model):
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Where in the stream each file begins, and where the last one ends."""
+        """The position in the stream of each file's first byte, and the end of the last file."""
         return list(accumulate((file.size for file in self.files), initial=0))
 
     @cached_property
     def identity(self) -> str:
-        """A hash of all of it: senders with the same one can go on for each other."""
+        """A hash of the manifest: another sender with the same hash can continue a stream."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def chunk_count(self) -> int:
-        """How many pieces the stream has."""
+        """The number of chunks of the stream."""
         return -(-self.offsets[-1] // self.chunk_bytes)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], *, where: str = "the pack") -> Manifest:
-        """The manifest that a peer or a file gives as plain data.
+        """Return the manifest that a peer or a bundle sent as plain data.
 
         Raises:
-            InvalidInput: it is none, or it names a path outside the cache.
+            InvalidInput: it is not a manifest, or a path in it is not allowed.
         """
         return validated(cls, data, where=where)
 
 
 def why_not(wheel: Wheel, node: MadeFor) -> str:
-    """Why `wheel` is of no use to `node`, as a sentence for people; "" if it is of use."""
+    """Return why `node` cannot use `wheel`, as a sentence for people; "" if it can."""
     made_for = wheel.made_for
     if made_for.uv != node.uv:
         return f"{wheel} is in the cache of uv {made_for.uv}; this node has uv {node.uv}"
@@ -175,7 +175,7 @@ def why_not(wheel: Wheel, node: MadeFor) -> str:
 
 
 def _is_entry(parts: list[str], name: str) -> bool:
-    """Whether `parts` are those of an entry of the package `name`, as far as its path says."""
+    """Whether `parts` are the path of an entry of the package `name`, as far as paths show."""
     if len(parts) < 4 or not _BUCKET.fullmatch(parts[0]):
         return False
     kind = (parts[0].partition("-")[0], parts[1])
@@ -184,13 +184,13 @@ def _is_entry(parts: list[str], name: str) -> bool:
 
 
 def _above(path: str) -> Iterator[str]:
-    """The folders that a path is in."""
+    """Yield the folders that contain a path."""
     while path := path.rpartition("/")[0]:
         yield path
 
 
 def _parts(path: str) -> list[str]:
-    """The parts of a path that leads nowhere but down, and that a disk takes; none of any other."""
+    """Return the parts of a relative path without ".." that a disk accepts; [] for another."""
     parts = path.split("/")
     is_safe = not any(part in ("", ".", "..") or "\0" in part for part in parts)
     return parts if is_safe and _fits(path) else []

@@ -1,8 +1,8 @@
-"""Which nodes may run a variant, as Ray options. Pure: neighbours gather, this decides.
+"""Makes the Ray options of a task: its runtime_env, and the nodes that may run it.
 
-Ray waits for ever for a worker whose interpreter does not exist, without an error. So an option
-never leaves here without naming the nodes where the environment is ready now; or every node has
-our plugin (`plugin`), which makes the worker wait or fail: then ready nodes are preferred only.
+Ray waits for ever, without an error, for a worker whose interpreter does not exist. So the options
+name only nodes where the environment is ready now. If every node has our plugin (`plugin`), which
+makes such a worker wait or fail, ready nodes are only preferred.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from typing import Any
 from ray_envs.errors import InvalidInput, NoEligibleNode
 from ray_envs.models import NODE_ID_LABEL, RESERVED_VARIABLES
 
-#: More names in a selector cost every task milliseconds (1,000 of them 12 ms, 32 of them 0.6).
+#: Each name in a selector costs every task time (measured: 1,000 names 12 ms, 32 names 0.6 ms).
 MAX_NAMED_NODES = 32
 
 #: The key of a runtime_env that our plugin reads.
 GATE_FIELD = "ray_envs"
 
-#: What describes the environment and therefore cannot come from the caller as well.
+#: Fields of a runtime_env that the variant decides; the caller must not give them.
 _OURS = ("py_executable", "pip", "uv", "conda", "container", "image_uri", GATE_FIELD)
 
-#: The placement of an environment that is wherever a task can go.
+#: The options of the caller that are merged with ours.
+_MERGED = ("runtime_env", "label_selector", "fallback_strategy")
+
+#: The placement of an environment that every node has.
 EVERYWHERE: dict[str, Any] = {
     "is_gated": False,
     "preparing_nodes": [],
@@ -38,14 +41,15 @@ EVERYWHERE: dict[str, Any] = {
 def runtime_env(
     venv_path: str, env_vars: Mapping[str, str], gate: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The one canonical dict of an environment: any difference would cost a worker of its own.
+    """Return the runtime_env of an environment.
 
-    `PATH` is expanded by Ray on the node where the worker starts.
+    It is always the same dict, because Ray starts a worker of its own for any difference. Ray
+    expands `PATH` on the node where the worker starts.
 
     Args:
-        venv_path: of the environment, on every node.
-        env_vars: of the variant.
-        gate: what our plugin is told, where every node has it.
+        venv_path: the path of the environment, the same on every node.
+        env_vars: the variables of the variant.
+        gate: the argument of our plugin, if every node has it.
     """
     return {
         "py_executable": f"{venv_path}/bin/python",
@@ -65,17 +69,17 @@ def options(
     variant_id: str,
     nodes: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """The full `.options()` dict: the environment, its nodes, and what the caller gave.
+    """Return the full `.options()` dict: the environment, its nodes, and the caller's options.
 
     Args:
-        environment: what `EnvManager.get_environment` returned.
-        given: the caller's own options; `runtime_env`, `label_selector` and `fallback_strategy`
-            are merged, each of the selectors with the nodes where the environment is.
-        variant_id: for the message of an error.
-        nodes: those of the ready nodes that are meant; by default all of them.
+        environment: the answer of `EnvManager.get_environment`.
+        given: the caller's own options. `runtime_env` is merged with the variant's; each selector
+            in `label_selector` and `fallback_strategy` with the nodes of the environment.
+        variant_id: for error messages.
+        nodes: the ready nodes to use; by default all of them.
 
     Raises:
-        NoEligibleNode: no node is ready, and none may be waited for.
+        NoEligibleNode: no node is ready, and the task may not wait for one.
         InvalidInput: the caller's options contradict the environment or its placement.
     """
     _check_strategy(environment, given.get("scheduling_strategy"), variant_id=variant_id)
@@ -93,18 +97,15 @@ def options(
     }
 
 
-_MERGED = ("runtime_env", "label_selector", "fallback_strategy")
-
-
 def _merged_env(
     decided: Mapping[str, Any], given: Mapping[str, Any], *, variant_id: str
 ) -> dict[str, Any]:
-    """The environment's runtime_env, with what the caller's has besides."""
+    """Return the environment's runtime_env, together with the caller's other fields."""
     theirs = dict(given.get("runtime_env") or {})
     for name in _OURS:
         if name in theirs:
             raise InvalidInput(
-                f"runtime_env[{name!r}] is what the variant {variant_id!r} decides",
+                f"runtime_env[{name!r}] is decided by the variant {variant_id!r}",
                 hint="leave it out, or put the packages into the variant",
                 variant_id=variant_id,
             )
@@ -113,7 +114,7 @@ def _merged_env(
     for name, value in given_vars.items():
         if name in RESERVED_VARIABLES or variables.get(name, value) != value:
             raise InvalidInput(
-                f"runtime_env['env_vars'][{name!r}] is what the variant {variant_id!r} decides",
+                f"runtime_env['env_vars'][{name!r}] is decided by the variant {variant_id!r}",
                 hint="leave it out, or change the variant's env_vars",
                 variant_id=variant_id,
             )
@@ -127,18 +128,20 @@ def _placed(
     variant_id: str,
     nodes: Iterable[str] | None,
 ) -> list[dict[str, str]]:
-    """The label selectors that Ray is to try, in this order; an empty one means any node."""
+    """Return the label selectors for Ray to try, in this order; an empty one means any node."""
     bases = _bases(environment, given, variant_id=variant_id)
     ready = sorted(set(environment["ready_nodes"] if nodes is None else nodes))
     preparing, unfit = environment["preparing_nodes"], sorted(set(environment["unfit_nodes"]))
     may_spread = environment["is_gated"] and environment["may_spread"]
     if may_spread and nodes is None and ready and not preparing and not unfit:
-        return bases  # anywhere; on a node that joins meanwhile the plugin makes it wait
-    found = [_on(base, _few(ready, variant_id)) for base in bases if ready]
-    if environment["is_gated"]:  # where those are busy: where it is being prepared
-        found += [_on(base, _few(preparing, variant_id)) for base in bases if preparing]
-    if may_spread and len(unfit) <= MAX_NAMED_NODES:  # then anywhere but where it cannot be
-        found += [_off(base, unfit) for base in bases]
+        return bases  # any node; the plugin makes tasks wait on nodes that join later
+    found = [_with_nodes(base, "in", _few(ready, variant_id)) for base in bases if ready]
+    if environment["is_gated"]:  # if the ready nodes are busy: nodes that prepare it
+        found += [
+            _with_nodes(base, "in", _few(preparing, variant_id)) for base in bases if preparing
+        ]
+    if may_spread and len(unfit) <= MAX_NAMED_NODES:  # then any node that can have it
+        found += [_with_nodes(base, "!in", unfit) for base in bases]
     if not found:
         wanted = ", ".join(f"{k}={v}" for k, v in environment["label_selector"].items())
         raise NoEligibleNode(
@@ -151,7 +154,10 @@ def _placed(
 
 
 def _check_strategy(environment: Mapping[str, Any], strategy: Any, *, variant_id: str) -> None:
-    """Refuse to pin a task to a node that is not ready; of selectors, Ray sees to it itself."""
+    """Refuse a strategy that pins the task to a node that is not ready.
+
+    A caller's selector needs no check: it is combined with the ready nodes.
+    """
     node_id = getattr(strategy, "node_id", None)
     if node_id is None or getattr(strategy, "soft", True):
         return
@@ -169,7 +175,7 @@ def _check_strategy(environment: Mapping[str, Any], strategy: Any, *, variant_id
 def _bases(
     environment: Mapping[str, Any], given: Mapping[str, Any], *, variant_id: str
 ) -> list[dict[str, str]]:
-    """What the caller asks of nodes, each of his choices with what the variant asks."""
+    """Return the caller's label selectors, each combined with the variant's."""
     fallbacks = given.get("fallback_strategy") or []
     for each in fallbacks:
         if set(each) != {"label_selector"}:
@@ -186,15 +192,15 @@ def _bases(
 
 
 def _both(ours: Mapping[str, str], theirs: Mapping[str, str], *, variant_id: str) -> dict[str, str]:
-    """Both selectors in one.
+    """Return one selector with the labels of both.
 
     Raises:
-        InvalidInput: they ask for two things of one label, or theirs names nodes.
+        InvalidInput: they want different values of one label, or the caller's names nodes.
     """
     if NODE_ID_LABEL in theirs:
         raise InvalidInput(
-            f"label_selector[{NODE_ID_LABEL!r}] is how ray_envs names the ready nodes",
-            hint="use another label, which Ray's nodes can be given at their start",
+            f"label_selector[{NODE_ID_LABEL!r}] is used by ray_envs to name the ready nodes",
+            hint="use another label: `ray start --labels` gives one to a node",
             variant_id=variant_id,
         )
     for name, wanted in ours.items():
@@ -208,17 +214,14 @@ def _both(ours: Mapping[str, str], theirs: Mapping[str, str], *, variant_id: str
     return {**theirs, **ours}
 
 
-def _on(base: Mapping[str, str], nodes: Iterable[str]) -> dict[str, str]:
-    return {**base, NODE_ID_LABEL: f"in({','.join(nodes)})"}
-
-
-def _off(base: Mapping[str, str], nodes: Iterable[str]) -> dict[str, str]:
+def _with_nodes(base: Mapping[str, str], word: str, nodes: Iterable[str]) -> dict[str, str]:
+    """Return the selector `base`, limited to `nodes` (word "in") or to all others ("!in")."""
     names = ",".join(nodes)
-    return {**base, **({NODE_ID_LABEL: f"!in({names})"} if names else {})}
+    return {**base, **({NODE_ID_LABEL: f"{word}({names})"} if names else {})}
 
 
 def _few(nodes: Iterable[str], variant_id: str) -> list[str]:
-    """At most as many as are cheap: others for each variant, the same ones each time."""
+    """Return at most `MAX_NAMED_NODES`; a variant gets the same ones each time."""
     found = sorted(set(nodes))
     if len(found) > MAX_NAMED_NODES:
         found = sorted(random.Random(variant_id).sample(found, MAX_NAMED_NODES))  # noqa: S311

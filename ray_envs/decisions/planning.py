@@ -1,8 +1,8 @@
-"""What each node has to build, given what is wanted and there. Pure: a snapshot in, actions out.
+"""Decides what each node has to build now, from the wanted environments and the state of the nodes.
 
-Level-triggered: the planner keeps nothing between two calls, so any snapshot is a legal input and
-the state after a restart is planned like any other. `reconciler` gathers the snapshot and acts;
-on which nodes an environment shall be is said by `targets`, below.
+Level-triggered: the planner keeps no state between two calls, so any snapshot is a legal input,
+also the one after a restart. The manager's `reconciler` takes the snapshot and acts; `targets`
+decides which nodes shall have an environment.
 """
 
 from __future__ import annotations
@@ -15,112 +15,113 @@ from ray_envs.decisions.targets import Need, NodeView, chosen, fits, spread
 from ray_envs.errors import StorageFailed, from_dict
 from ray_envs.models import NodeEnvState, Phase, Status
 
-#: How many environments a node is told of at once: the rest when it has finished with some.
+#: How many environments a node builds or waits to build at a time; it gets more when some are done.
 MAX_TOLD = 8
-#: How many nodes try the package index in vain before each one tries for itself.
+#: After so many nodes have failed to download an environment, every node tries for itself.
 _MAX_DOWNLOADERS = 3
-#: Of how many peers a node is told that they have what it lacks.
+#: How many peers a node gets to ask for wheels.
 _MAX_PEERS = 4
-#: How many nodes get a key from one that has it, at once: soon those give it to others.
+#: How many nodes get wheels from one peer at a time; soon they can send them to others.
 _MAX_RECEIVERS = 4
-#: The first pause after a failure that may pass, in seconds; it doubles up to the second number.
+#: The pause after the first failure that may pass. It doubles with each failure, up to the last.
 _FIRST_PAUSE_S = 30.0
 _LAST_PAUSE_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """An environment that some variant wants.
+    """An environment that at least one variant wants.
 
-    `attempt` rises whenever somebody asks again: a failure is tried at once for each attempt.
+    `attempt` rises with each new request: a node that failed tries again for each attempt.
     """
 
     key: str
     attempt: int
     variants: tuple[str, ...]
-    #: What a node must be to have it.
+    #: A node must have the same platform, Python and Ray; see `NodeView.site`.
     site: str
-    #: What each of the variants asks of nodes; together they get the nodes of all of them.
+    #: The requirements of the variants for nodes; a node gets the environment if it meets one.
     needs: tuple[Need, ...] = (Need(),)
 
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Tell the agent of `node_id` to make `key` ready; `because` is for people."""
+    """An order to the agent of `node_id` to make `key` ready; `because` is for people."""
 
     node_id: str
     key: str
     attempt: int
     because: str
-    #: Nodes that have its wheels, in the order in which to ask them; none: the package index.
+    #: Nodes that have its wheels, in the order to ask them; if empty, ask the package index.
     peers: tuple[str, ...] = ()
-    #: Only get its wheels, for other nodes.
+    #: Only download its wheels, for other nodes.
     is_cache_only: bool = False
 
 
 def plan(wishes: Iterable[Wish], nodes: Iterable[NodeView]) -> list[Build]:
-    """What to begin now, so that every wish becomes true on every node that shall have it.
+    """Return the builds to start now.
 
-    One node downloads what no node has: the head, where it fits, even for others; then the rest
-    gets it from there, a few at a time from each. A node is told of a few environments at a time.
+    If no node has an environment, one node downloads it: the head if it has the right site, even if
+    it does not use the environment itself. The others get it from nodes that have it, a few at a
+    time from each. A node gets a few environments at a time.
 
     Args:
-        wishes: what is wanted.
+        wishes: the wanted environments.
         nodes: the live nodes.
     """
     return _Plan(wishes, nodes).actions()
 
 
 class _Plan:
-    """One snapshot, and what follows from it.
+    """The plan for one snapshot.
 
-    Of a thousand nodes and keys most have nothing to do; sets find out which have.
+    Of a thousand nodes and keys most have nothing to do. Set operations find the others quickly.
     """
 
     def __init__(self, wishes: Iterable[Wish], nodes: Iterable[NodeView]) -> None:
-        #: Where workers wait, and what they wait for, comes first.
+        #: Nodes with waiting workers come first, and so do the keys that these wait for.
         self._nodes = sorted(nodes, key=lambda node: (not node.asked, node.node_id))
         asked = {key for node in self._nodes for key in node.asked}
         order = sorted(wishes, key=lambda wish: (wish.key not in asked, wish.key))
         self._wishes = {wish.key: wish for wish in order}
         self._head = next((node for node in self._nodes if node.is_head), None)
-        #: By key: the nodes that are at it, and those that failed and are not to try again now.
-        self._at_it: defaultdict[str, list[NodeView]] = defaultdict(list)
+        #: By key: the nodes that build it, and those that failed and must not try again now.
+        self._building: defaultdict[str, list[NodeView]] = defaultdict(list)
         self._failed: defaultdict[str, list[NodeView]] = defaultdict(list)
-        #: What some node has for others; without what enough others get already.
-        self._open: set[str] = set()
-        self._look()
-        #: By node: sets of what all such nodes shall have, and what it was chosen for or asked.
+        #: Keys that a node can send to others, without those that are sent often enough already.
+        self._available: set[str] = set()
+        self._sort_states()
+        #: By node: key sets that it shares with similar nodes, and keys for this node alone.
         self._common: defaultdict[str, list[frozenset[str]]] = defaultdict(list)
         self._own: defaultdict[str, set[str]] = defaultdict(set)
         self._owners: defaultdict[str, list[NodeView]] = defaultdict(list)
         self._fits: dict[tuple[str, tuple[Need, ...]], list[NodeView]] = {}
-        self._share_out()
-        #: By node: what it has to ask the package index for.
+        self._assign()
+        #: By node: the keys that it must download from the package index.
         self._downloads: defaultdict[str, set[str]] = defaultdict(set)
-        for key in self._wishes.keys() - self._open:
+        for key in self._wishes.keys() - self._available:
             for node in self._downloaders(self._wishes[key]):
                 self._downloads[node.node_id].add(key)
-        #: By key: who has it, how many more may be sent it now, and who sends it next.
+        #: By key: the nodes that can send it, how many more may get it now, and who sends next.
         self._senders: dict[str, list[NodeView]] = {}
         self._room: dict[str, int] = {}
         self._turn: dict[str, int] = {}
 
-    def _look(self) -> None:
-        """Sort by key what nodes say."""
+    def _sort_states(self) -> None:
+        """Fill `_available`, `_building` and `_failed` from the states of the nodes."""
         for node in self._nodes:
-            self._open |= node.ready
+            self._available |= node.ready
             for key, state in node.others.items():
                 if state.phase is Phase.CACHED:
-                    self._open.add(key)
+                    self._available.add(key)
                 elif state.phase is not Phase.FAILED:
-                    self._at_it[key].append(node)
+                    self._building[key].append(node)
                 elif key in self._wishes and not _why_build(self._wishes[key], node):
                     self._failed[key].append(node)
-        self._open &= self._wishes.keys()
+        self._available &= self._wishes.keys()
 
-    def _share_out(self) -> None:
-        """Find out which nodes shall have what."""
+    def _assign(self) -> None:
+        """Fill `_common`, `_own` and `_owners`: which nodes shall have which keys."""
         common: dict[tuple[str, tuple[Need, ...]], set[str]] = {}
         for key, wish in self._wishes.items():
             if everywhere := _everywhere(wish):
@@ -154,14 +155,15 @@ class _Plan:
         return self._fits[site, needs]
 
     def _downloaders(self, wish: Wish) -> list[NodeView]:
-        """Who is to ask the package index for what no node has: one, until some have failed.
+        """Return the nodes that download an environment which no node has.
 
-        The head first, even where it shall not have it; nobody while somebody is at it.
+        The head is first, even if it shall not have the environment. It is one node at a time,
+        and none while one is at work, until `_MAX_DOWNLOADERS` have failed.
         """
         head = self._head if self._head is not None and self._head.site == wish.site else None
         failed = {node.node_id for node in self._failed[wish.key]}
-        is_vain = len(failed) >= _MAX_DOWNLOADERS
-        if self._at_it[wish.key] and not is_vain:
+        all_try = len(failed) >= _MAX_DOWNLOADERS
+        if self._building[wish.key] and not all_try:
             return []
         everywhere = _everywhere(wish)
         targets = self._fitting(wish.site, everywhere) if everywhere else []
@@ -170,19 +172,19 @@ class _Plan:
             return [head]
         able = [node for node in targets if node.node_id not in failed]
         start = spread("", wish.key) % max(1, len(able))
-        return able if is_vain else able[start : start + 1]
+        return able if all_try else able[start : start + 1]
 
     def actions(self) -> list[Build]:
-        return [action for node in self._nodes for action in self._begun(node)]
+        return [action for node in self._nodes for action in self._builds_of(node)]
 
-    def _begun(self, node: NodeView) -> list[Build]:
-        """What one node has to begin; what workers wait for there comes first."""
+    def _builds_of(self, node: NodeView) -> list[Build]:
+        """Return the builds that one node has to start; first those that its workers wait for."""
         room = MAX_TOLD - sum(not state.phase.is_final for state in node.others.values())
         if room <= 0:
             return []
-        possible = (self._own[node.node_id] - node.ready) & self._open
+        possible = (self._own[node.node_id] - node.ready) & self._available
         for keys in self._common[node.node_id]:
-            possible |= (keys - node.ready) & self._open
+            possible |= (keys - node.ready) & self._available
         possible |= self._downloads[node.node_id]
         order = [key for key in self._wishes if key in possible] if possible else []
         order.sort(key=lambda key: key not in node.asked)
@@ -196,7 +198,7 @@ class _Plan:
         return found
 
     def _build(self, node: NodeView, wish: Wish) -> Build | None:
-        """What the node has to do for the wish now, if anything."""
+        """Return the build that the node has to start now for a wish, or None."""
         because = _why_build(wish, node)
         if not because:
             return None
@@ -211,18 +213,18 @@ class _Plan:
         return Build(node.node_id, wish.key, wish.attempt, because, is_cache_only=True)
 
     def _peers(self, node: NodeView, key: str) -> tuple[str, ...]:
-        """Who sends the node the wheels of `key`, the next one first; nobody where all are busy.
+        """Return the peers that the node asks for the wheels of `key`; none if all are busy.
 
-        The head, which gives everything to the first ones, is asked last where others have it.
+        If others have them, the head is asked last: it already sends every key to the first nodes.
         """
         if key not in self._senders:
             having = [each for each in self._nodes if _has(each, key)]
             senders = [each for each in having if each is not self._head] or having
             self._senders[key] = senders
-            self._room[key] = _MAX_RECEIVERS * len(senders) - len(self._at_it[key])
+            self._room[key] = _MAX_RECEIVERS * len(senders) - len(self._building[key])
             self._turn[key] = spread(node.node_id, key) % len(senders)
         if self._room[key] <= 0:
-            self._open.discard(key)
+            self._available.discard(key)
             return ()
         senders, turn = self._senders[key], self._turn[key]
         self._room[key] -= 1
@@ -243,7 +245,7 @@ def _everywhere(wish: Wish) -> tuple[Need, ...]:
 
 
 def _has(node: NodeView, key: str) -> bool:
-    """Whether it can give the wheels of `key` to others."""
+    """Whether the node can send the wheels of `key` to others."""
     return key in node.ready or _is_cached(node, key)
 
 
@@ -253,7 +255,7 @@ def _is_cached(node: NodeView, key: str) -> bool:
 
 
 def _why_build(wish: Wish, node: NodeView) -> str:
-    """Why a node must build the wish now, or an empty string where it must not."""
+    """Return why a node must build the wish now, or an empty string if it must not."""
     if wish.key in node.ready:
         return ""
     state = node.others.get(wish.key)
@@ -274,33 +276,32 @@ def _names(wish: Wish) -> str:
 
 
 def may_pass(error: Mapping[str, str]) -> bool:
-    """Whether a failure is one that time may mend: a network that is away, a full disk."""
+    """Whether a failure may pass with time, such as a lost network or a full disk."""
     found = from_dict(dict(error))
     return found.retryable or isinstance(found, StorageFailed)
 
 
 def pause_s(failures: int) -> float:
-    """How long to wait after so many failures in a row before a node tries again, in seconds."""
+    """Return how long a node waits after so many failures in a row, in seconds."""
     return float(min(_FIRST_PAUSE_S * 2 ** min(failures - 1, 20), _LAST_PAUSE_S))
 
 
 def is_to_try_again(state: NodeEnvState, attempt: int) -> bool:
-    """Whether a failure is older than the last request for the environment."""
+    """Whether the environment was requested again after a failure."""
     return state.phase is Phase.FAILED and state.attempt < attempt
 
 
 def status_of(
     key: str, node_ids: Iterable[str], states: Mapping[str, Mapping[str, NodeEnvState]]
 ) -> Status:
-    """What a variant with this key is, over all nodes that shall have it.
+    """Return the status of a variant with this key, over all nodes that shall have it.
 
-    ACTIVE only where every one of them is ready; ERROR where none can become ready any more
-    or some failed; CREATING otherwise.
+    ACTIVE if all are ready; ERROR if all are ready or failed, and one failed; otherwise CREATING.
 
     Args:
         key: the environment's key.
         node_ids: the nodes that shall have it.
-        states: by node, then by key.
+        states: the state by node, then by key.
     """
     phases = []
     for node_id in node_ids:

@@ -1,8 +1,7 @@
-"""What may stand in a definition or a lock, and what may be shown.
+"""Checks definitions and lock files against the operator's settings.
 
-Pure: texts in, values or errors out; no disk, no processes, no clock. `resolving`, above, refuses
-what cannot work on every node; here is refused what the operator does not allow (`settings`), and
-what is a secret. Formats come from elsewhere: `[tool.uv]` and `uv.lock` from uv 0.13.
+`resolving` refuses what cannot work on every node, `credentials` refuses secrets. `[tool.uv]` and
+`uv.lock` have the formats of uv 0.13.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from urllib.parse import urlsplit
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ray_envs.decisions.credentials import check_env_vars, redacted
+from ray_envs.decisions.requirements import LOCAL_HINT
 from ray_envs.decisions.toml import parsed_toml, strings
 from ray_envs.errors import InvalidInput, InvalidPackages
 from ray_envs.models import Definition
 from ray_envs.settings import Settings, cut_off
 
-#: Where [tool.uv] and [project] hold requirements.
+#: The places of requirements in a pyproject.toml.
 _REQUIREMENT_TABLES = (
     ("project", "dependencies"),
     ("project", "optional-dependencies"),
@@ -39,20 +39,21 @@ _Error = Callable[..., InvalidInput | InvalidPackages]
 
 
 def check_definition(definition: Definition, settings: Settings, *, where: str) -> Definition:
-    """`definition` as the operator's settings make it, if they admit it.
+    """Check that the operator's settings allow a definition, and complete it from them.
 
     Args:
         definition: a spec with the texts of its files.
-        settings: sources and indexes that are allowed, wheels only, the cut-off date.
+        settings: the allowed sources and indexes, wheels only, the cut-off date.
         where: the file or option that holds the spec, for messages.
 
     Returns:
-        The definition with the default cut-off, and with `only_binary` where either asks for it.
+        The definition with the operator's cut-off if it has none, and with `only_binary` if the
+        definition or the settings have it.
 
     Raises:
-        InvalidPackages: a requirement from a source that is not allowed.
-        InvalidInput: a source, an index or a cut-off of the project that is not allowed; a secret
-            in env_vars; a project that is no TOML.
+        InvalidPackages: a requirement has a source that is not allowed.
+        InvalidInput: the project has a source, an index or a cut-off that is not allowed, or is not
+            TOML; or env_vars hold a secret.
     """
     check_env_vars(definition.env_vars, where=where)
     for text in definition.packages:
@@ -74,26 +75,26 @@ def check_definition(definition: Definition, settings: Settings, *, where: str) 
         if definition.exclude_newer is not None:
             place = _place(where, "exclude_newer")
             _check_cut_off(definition.exclude_newer, limit, where=place)
-        # A cut-off of the project's own holds as well; ours would replace it with a later one.
+        # If the project has a cut-off, keep it: ours could only be later.
         elif "exclude-newer" not in _table(project, "tool", "uv"):
             changed["exclude_newer"] = limit
     return definition.model_copy(update=changed)
 
 
 def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> None:
-    """Nothing, if all that `lock` names comes from where the operator's settings allow.
+    """Check that the operator's settings allow the sources of all packages in a lock.
 
-    The last word: it sees what the variables of uv's process and a lock that was kept brought in.
-    Sources are checked, not the addresses of files: an index may keep its files elsewhere.
+    This is the last check: it also sees packages that came from UV_* variables or from the user's
+    own lock. It checks sources, not the addresses of files: an index may keep its files elsewhere.
 
     Args:
-        lock: the text of the uv.lock that a resolution left.
-        settings: sources and indexes that are allowed, wheels only.
+        lock: the text of the uv.lock that uv wrote.
+        settings: the allowed sources and indexes, wheels only.
         only_binary: whether the spec asks for wheels only.
 
     Raises:
-        InvalidPackages: a package from elsewhere, or without a wheel where only wheels are allowed.
-        InvalidInput: `lock` is no TOML.
+        InvalidPackages: a package has another source, or no wheel and only wheels are allowed.
+        InvalidInput: `lock` is not TOML.
     """
     for package in parsed_toml(lock, where="uv.lock").get("package", []):
         source = package.get("source", {})
@@ -110,7 +111,7 @@ def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> N
             _check_source(kind, settings, InvalidPackages, what=what, where="uv.lock")
         if (only_binary or settings.only_binary) and not package.get("wheels"):
             raise InvalidPackages(
-                f"{name} has no wheel, and nothing may be built from source",
+                f"{name} has no wheel, and building from source is not allowed",
                 where="uv.lock",
                 hint="publish a wheel of it, choose a version that has one, or allow builds "
                 "(only_binary of the spec, RAY_ENVS_ONLY_BINARY)",
@@ -122,19 +123,16 @@ def _place(*parts: str) -> str:
 
 
 def _at(data: Any, *path: str) -> Any:
-    """What stands at `path`, or an empty table."""
+    """Return the value at `path`, or an empty table."""
     for part in path:
         data = data.get(part, {}) if isinstance(data, dict) else {}
     return data
 
 
 def _table(data: Any, *path: str) -> dict[str, Any]:
-    """The table at `path`; empty for anything else, which `resolving` refuses."""
+    """Return the table at `path`; an empty one for another value, which `resolving` refuses."""
     found = _at(data, *path)
     return found if isinstance(found, dict) else {}
-
-
-# -- projects
 
 
 def _check_project(project: Mapping[str, Any], settings: Settings, *, where: str) -> None:
@@ -164,7 +162,7 @@ def _check_requirement(text: str, settings: Settings, *, where: str) -> None:
     try:
         url = Requirement(text).url
     except InvalidRequirement:
-        return  # `resolving` says what is wrong with it
+        return  # `resolving` raises the error
     if url is not None:
         kind = "git" if url.lower().startswith("git+") else "url"
         what = f"{redacted(text)!r} comes from {kind}"
@@ -188,7 +186,7 @@ def _refused_local(what: str, error: _Error, *, where: str) -> InvalidInput | In
     return error(
         f"{what}, and other nodes do not have it",
         where=where,
-        hint="build a wheel, publish it to an index that every node reaches, and name it",
+        hint=LOCAL_HINT,
     )
 
 
@@ -204,13 +202,13 @@ def _check_index(url: str, settings: Settings, error: _Error, *, what: str, wher
 
 
 def normalised(url: str) -> str:
-    """`url` such that equal indexes are equal texts: no credentials, no slash at the end."""
+    """Return the one spelling of an index URL: lower case host, no credentials, no final slash."""
     try:
         parts = urlsplit(url.strip())
         port = parts.port
     except ValueError:
         return url
-    if "\\" in url:  # uv reads it as a slash, and so another host
+    if "\\" in url:  # uv reads it as a slash, which makes another host
         return url
     scheme, host = parts.scheme.lower(), (parts.hostname or "").lower()
     host = f"[{host}]" if ":" in host else host
@@ -220,11 +218,8 @@ def normalised(url: str) -> str:
     return f"{scheme}://{host}{parts.path.rstrip('/')}{query}"
 
 
-# -- cut-offs
-
-
 def _cut_offs(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Every cut-off below [tool.uv]: uv knows one for all, for a package and for an index."""
+    """Yield (place, text) of every cut-off below [tool.uv]: general, of a package, of an index."""
     if isinstance(value, list):
         for inner in value:
             yield from _cut_offs(inner, place)
@@ -242,7 +237,7 @@ def _cut_offs(value: Any, place: str) -> Iterator[tuple[str, str]]:
 
 
 def _as_text(value: Any) -> str:
-    # TOML has moments of its own; `false` is how uv exempts a package.
+    # TOML has dates; `false` exempts a package in uv.
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 

@@ -1,7 +1,6 @@
-"""What a spec asks for: requirement strings in their canonical form, and a Python version.
+"""Checks what a spec asks for: requirement strings (PEP 508) and a Python version.
 
-Pure: texts in, values out. `resolving` puts them into the project that uv locks. The format of
-requirements comes from PEP 508.
+`resolving` writes them into the project that uv locks.
 """
 
 from __future__ import annotations
@@ -34,24 +33,23 @@ _OPTION_HINTS = (
 def requirement_lines(
     text_or_lines: str | Iterable[str], *, where: str = "packages"
 ) -> tuple[str, ...]:
-    """The requirements of a text in their canonical form: sorted, each once.
+    """Return the requirements of a text in canonical form: sorted, each once.
 
     Args:
-        text_or_lines: a requirements text, or its lines. Blank lines and comments are dropped,
-            lines that end with a backslash go on in the next, and an entry such as "numpy,pandas"
-            is two requirements.
+        text_or_lines: a requirements text, or its lines. Blank lines and comments are dropped, a
+            backslash at the end continues a line, and "numpy,pandas" is two requirements.
         where: the file or option that holds them, for messages.
 
     Raises:
-        InvalidPackages: an option, a local path, an unpinned repository, credentials in a URL, or
-            a malformed entry.
+        InvalidPackages: an entry is an option, a local path, a repository without a commit, or
+            malformed, or has credentials in its URL.
     """
     entries = (part for entry in _entries(text_or_lines) for part in _split(entry))
     return tuple(sorted({requirement_line(entry, where=where) for entry in entries}))
 
 
 def check_python(wanted: str | None, target: Target, *, where: str) -> None:
-    """Nothing, if `wanted` admits the cluster's interpreter.
+    """Check that `wanted` admits the cluster's interpreter.
 
     Args:
         wanted: a version ("3.11" admits every 3.11), a specifier (">=3.11"), or None for any.
@@ -59,7 +57,7 @@ def check_python(wanted: str | None, target: Target, *, where: str) -> None:
         where: the file or option that holds it, for messages.
 
     Raises:
-        InvalidInput: it does not admit it, or is neither a version nor a specifier.
+        InvalidInput: it excludes that interpreter, or is neither a version nor a specifier.
     """
     if wanted is None:
         return
@@ -69,7 +67,7 @@ def check_python(wanted: str | None, target: Target, *, where: str) -> None:
         is_admitted = target.python.split(".")[: len(parts)] == parts
     else:
         try:
-            # An empty set of specifiers would admit everything: nobody means that.
+            # An empty specifier would admit every Python, which a user cannot mean.
             is_admitted = SpecifierSet(text or "?").contains(target.python, prereleases=True)
         except InvalidSpecifier:
             raise InvalidInput(
@@ -87,11 +85,11 @@ def check_python(wanted: str | None, target: Target, *, where: str) -> None:
 
 
 def _entries(text_or_lines: str | Iterable[str]) -> Iterator[str]:
-    """The entries of a requirements text, without comments and with continued lines joined."""
+    """Yield the entries of a requirements text, without comments, with continued lines joined."""
     texts = [text_or_lines] if isinstance(text_or_lines, str) else text_or_lines
     pending = ""
     for line in (line for text in texts for line in text.lstrip("\ufeff").splitlines()):
-        # As pip does: a comment never goes on in the next line.
+        # As in pip, a backslash does not continue a comment.
         is_comment = line.lstrip().startswith("#")
         if line.endswith("\\") and not is_comment:
             pending += line[:-1]
@@ -105,7 +103,7 @@ def _entries(text_or_lines: str | Iterable[str]) -> Iterator[str]:
 
 
 def _split(entry: str) -> list[str]:
-    """`entry`, or the requirements that it lists with commas if it is not one itself."""
+    """Split an entry that is no requirement itself at its commas."""
     try:
         Requirement(entry)
     except InvalidRequirement:
@@ -116,8 +114,8 @@ def _split(entry: str) -> list[str]:
 
 
 def requirement_line(entry: str, *, where: str) -> str:
-    """`entry` in its canonical form; see `requirement_lines` for what is refused."""
-    # First of all, so that no later message can repeat a secret.
+    """Return `entry` in canonical form; raise like `requirement_lines`."""
+    # This comes first, so that no later message can repeat a secret.
     check_credentials(entry, InvalidPackages, where=where)
 
     def refused(what: str, hint: str = "") -> InvalidPackages:
@@ -156,7 +154,7 @@ def requirement_line(entry: str, *, where: str) -> str:
 
 
 def _url_problem(url: str) -> tuple[str, str] | None:
-    """What is wrong with the URL of a requirement, and what to do about it."""
+    """Return what is wrong with the URL of a requirement, and a hint; None if it is accepted."""
     scheme, is_absolute, rest = url.partition("://")
     scheme = scheme.lower()
     if not is_absolute or scheme.endswith("file"):

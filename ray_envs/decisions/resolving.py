@@ -1,15 +1,13 @@
-"""From what was asked to what uv resolves: requirements, project texts and their fingerprints.
+"""Makes the pyproject.toml that uv resolves for a definition, and its fingerprint.
 
-Pure: texts in, values out; no disk, no processes, no clock. `builder` runs uv on the texts made
-here, and `locks`, next door, reads what uv answers. Formats come from elsewhere: requirements from
-PEP 508, dependency groups from PEP 735, `[tool.uv]` from uv 0.13.
+`node.uv` runs uv on these texts, and `locks` reads the lock file that uv writes. Dependency groups
+come from PEP 735, `[tool.uv]` from uv 0.13.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -30,25 +28,20 @@ from ray_envs.decisions.toml import parsed_toml, strings, table
 from ray_envs.errors import InvalidInput
 from ray_envs.models import RAY_GROUP, Definition, Target, nearest_hint
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
-
 _PYPROJECT = "pyproject.toml"
 
-#: Entries of [tool.uv] that leave what a lock installs as it is: they choose what goes into the
-#: lock, or say how uv works. Whatever else uv knows, or will know, is taken to change it.
-_NOT_INSTALLED = (
-    # what the lock says already
+#: Entries of [tool.uv] that do not change what is installed from a lock. Every other entry, also
+#: one that a later uv adds, is assumed to change it.
+_NO_EFFECT_ON_INSTALL = (
+    # they decide the content of the lock
     "*index*", "constraint-dependencies", "default-groups", "dependency-groups",
     "dependency-metadata", "dev-dependencies", "environments", "exclude-dependencies",
     "exclude-newer*", "find-links", "fork-strategy", "no-sources*", "override-dependencies",
     "prerelease*", "required-environments", "resolution", "sources", "upgrade*",
-    # what concerns the project itself, which is never installed, or other commands
+    # they concern the project itself, which is never installed, or other commands of uv
     "add-bounds", "audit", "build-backend", "check-url", "managed", "package", "pip",
     "publish-url", "trusted-publishing",
-    # how uv reaches, keeps and lays out files whose hashes are fixed
+    # they decide how uv downloads, stores and links files whose hashes are fixed
     "allow-insecure-host", "cache-*", "compile-bytecode", "concurrent-*", "http-*", "https-*",
     "keyring-provider", "link-mode", "native-tls", "no-cache", "no-proxy", "offline", "preview*",
     "*-install-mirror", "python-*", "reinstall*", "required-version", "system-certs",
@@ -56,16 +49,16 @@ _NOT_INSTALLED = (
 
 
 def project_text(definition: Definition, target: Target) -> str:
-    """The `pyproject.toml` that uv locks and installs for `definition` on this cluster.
+    """Return the `pyproject.toml` that uv locks and installs for `definition` on this cluster.
 
-    A project's own text is kept, with its comments, apart from what must be ours: the group
-    `ray-envs`, `requires-python`, `tool.uv.package` and additional packages. A text that has all
-    of this already (an export that comes back) is returned byte for byte.
+    A project's own text is kept with its comments. Only these are set: the group `ray-envs`,
+    `requires-python`, `tool.uv.package`, and additional packages. A text that has them already,
+    such as an export that is imported again, is returned byte for byte.
 
     Raises:
-        InvalidInput: the text is no usable TOML project, excludes the cluster's interpreter, needs
-            a local source or a workspace, or lacks an extra or group that is asked for.
-        InvalidPackages: a dependency that `requirement_lines` would refuse.
+        InvalidInput: the text is not a usable TOML project, excludes the cluster's interpreter,
+            needs a local source or a workspace, or lacks an extra or group of the definition.
+        InvalidPackages: `requirement_lines` refuses a dependency.
     """
     check_python(definition.python, target, where="python")
     packages = requirement_lines(definition.packages)
@@ -85,7 +78,7 @@ def project_text(definition: Definition, target: Target) -> str:
     groups = table(data, "dependency-groups")
     _check_names(definition, table(data, "project", "optional-dependencies"), groups)
 
-    # A group of that name in another spelling is the same group to uv, and two are an error.
+    # To uv, another spelling of that name is the same group, and the same group twice an error.
     group = next((name for name in groups if canonicalize_name(name) == RAY_GROUP), RAY_GROUP)
     own = data["project"].get("dependencies", [])
     known = {requirement_line(entry, where=_PYPROJECT) for entry in own}
@@ -99,29 +92,30 @@ def project_text(definition: Definition, target: Target) -> str:
         del edits["project", "dependencies"]
     dynamic = data["project"].get("dynamic", [])
     if "version" in dynamic:
-        # uv would run the build backend for it, whose files are elsewhere; nobody installs it.
+        # For a dynamic version uv would run the build backend, whose files are not here. The
+        # project itself is not installed, so any version will do.
         edits["project", "dynamic"] = [name for name in dynamic if name != "version"]
         edits["project", "version"] = "0"
     return _edited(text, data, edits)
 
 
 def build_options(project_text: str) -> str:
-    """What [tool.uv] says that changes what is installed from the same lock; "" for nothing.
+    """Return the entries of [tool.uv] that change what is installed from the same lock.
 
-    Files are pinned by their hash, but whether a wheel or the source archive is taken, and how that
-    is built, is not (`no-binary`, `config-settings`, `extra-build-dependencies`, …).
+    A lock fixes the hashes of files, but not whether a wheel or the source archive is installed,
+    nor how the archive is built (`no-binary`, `config-settings`, `extra-build-dependencies`, …).
 
     Returns:
-        Canonical JSON, for `locks.key_of`.
+        Canonical JSON for `locks.key_of`; "" if there are none.
 
     Raises:
-        InvalidInput: the text is no TOML.
+        InvalidInput: the text is not TOML.
     """
     uv = table(parsed_toml(project_text, where=_PYPROJECT), "tool", "uv")
     found = {
         name: value
         for name, value in uv.items()
-        if not any(fnmatchcase(name, pattern) for pattern in _NOT_INSTALLED)
+        if not any(fnmatchcase(name, pattern) for pattern in _NO_EFFECT_ON_INSTALL)
     }
     return _canonical(found) if found else ""
 
@@ -134,15 +128,15 @@ def fingerprint(
     *,
     index_settings: Mapping[str, str],
 ) -> str:
-    """A sha256 (hex) that is equal for what resolves to the same lock, given the same index.
+    """Return a sha256 (hex): equal inputs of uv, which give the same lock, have the same one.
 
     Args:
-        project: the result of `project_text`; extras and groups choose from a lock and do not
-            change it.
+        project: the result of `project_text`. Extras and groups select from a lock and do not
+            change it, so they do not count.
         user_lock: the text of the project's own uv.lock, if it has one.
-        definition: where `exclude_newer` and `only_binary` come from.
+        definition: has `exclude_newer` and `only_binary`.
         target: the cluster's interpreter and Ray.
-        index_settings: the variables of uv's process that decide a resolution too.
+        index_settings: the UV_* variables that change a resolution.
     """
     asked = [project, user_lock, definition.exclude_newer, target.python, target.ray]
     if definition.only_binary:
@@ -151,17 +145,17 @@ def fingerprint(
 
 
 def declared(project_text: str) -> tuple[str, ...]:
-    """The requirements that [project] declares, as they are written there.
+    """Return the requirements in [project], as they are written there.
 
     Raises:
-        InvalidInput: the text is no TOML.
+        InvalidInput: the text is not TOML.
     """
     project = parsed_toml(project_text, where=_PYPROJECT).get("project", {})
     return tuple(project.get("dependencies", ()))
 
 
 def _canonical(value: Any) -> str:
-    """`value` as JSON, equal for equal values; a date of TOML becomes its text."""
+    """Return `value` as JSON, equal for equal values; a TOML date becomes its text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
@@ -170,15 +164,12 @@ def _toml_array(items: Iterable[str]) -> str:
     return f"[\n{lines}]" if lines else "[]"
 
 
-# -- projects
-
-
 def _refused(what: str, hint: str, place: str = "") -> InvalidInput:
     return InvalidInput(what, hint=hint, where=f"{_PYPROJECT}: {place}" if place else _PYPROJECT)
 
 
 def _check_project(data: Mapping[str, Any], target: Target) -> None:
-    """Refuse what cannot mean the same on every node, or not what the text says."""
+    """Refuse a project that would not install the same on every node."""
     if "project" not in data:
         raise _refused("no [project] table", "add one with name, version and dependencies")
     project = table(data, "project")
@@ -194,20 +185,20 @@ def _check_project(data: Mapping[str, Any], target: Target) -> None:
         lists |= {".".join((*path, name)): value for name, value in table(data, *path).items()}
     for place, entries in lists.items():
         if not isinstance(entries, list):
-            raise _refused("this is no list", 'write it like ["numpy>=1.26"]', place)
+            raise _refused("this is not a list", 'write it like ["numpy>=1.26"]', place)
         for entry in entries:
             if isinstance(entry, str):
                 requirement_line(entry, where=f"{_PYPROJECT}: {place}")
             elif not (isinstance(entry, dict) and place.startswith("dependency-groups.")):
                 # A table in a group includes another group.
-                raise _refused(f"{entry!r} is no string", "write requirements only", place)
+                raise _refused(f"{entry!r} is not a string", "write requirements only", place)
 
 
 def _check_uv(uv: Mapping[str, Any]) -> None:
     """Refuse workspaces, conflicts, credentials and sources that other nodes do not have."""
     for name, hint in (
         ("workspace", LOCAL_HINT),
-        ("conflicts", "make one variant of each alternative"),
+        ("conflicts", "make one variant for each alternative"),
     ):
         if name in uv:
             raise _refused(f"{name} cannot be used here", hint, f"tool.uv.{name}")
@@ -217,9 +208,9 @@ def _check_uv(uv: Mapping[str, Any]) -> None:
         place = f"tool.uv.sources.{name}"
         for source in given if isinstance(given, list) else [given]:
             if not isinstance(source, dict):
-                raise _refused("this is no table", 'write it like { index = "…" }', place)
+                raise _refused("this is not a table", 'write it like { index = "…" }', place)
             if {"path", "workspace", "editable"} & source.keys():
-                raise _refused("a local source, which other nodes lack", LOCAL_HINT, place)
+                raise _refused("a local source, which other nodes do not have", LOCAL_HINT, place)
             if "git" in source and not COMMIT.fullmatch(str(source.get("rev", ""))):
                 hint = 'write rev = "<commit>", all 40 characters'
                 raise _refused("the repository may change: no commit is named", hint, place)
@@ -242,10 +233,10 @@ def _check_names(
 
 
 def _edited(text: str, data: dict[str, Any], edits: Mapping[tuple[str, ...], Any]) -> str:
-    """`text` with the values at the given paths replaced; `text` itself where they are there.
+    """Return `text` with the values at the given paths set; unchanged if they are set already.
 
     Raises:
-        InvalidInput: its layout is one that tomlkit cannot edit faithfully.
+        InvalidInput: tomlkit cannot edit its layout faithfully.
     """
     try:
         document, is_changed = tomlkit.parse(text), False
@@ -262,14 +253,14 @@ def _edited(text: str, data: dict[str, Any], edits: Mapping[tuple[str, ...], Any
                 continue
             is_changed = True
             if path == ("project", "dependencies") and before is not None:
-                # One by one: the comments between the others stay.
+                # Append one by one, so that comments between the others stay.
                 for item in value[len(before) :]:
                     table[path[-1]].append(item)
             else:
                 table[path[-1]] = value
         result = document.as_string() if is_changed else text
-        is_faithful = tomllib.loads(result) == data
-    except (TOMLKitError, tomllib.TOMLDecodeError):
+        is_faithful = parsed_toml(result, where=_PYPROJECT) == data
+    except (TOMLKitError, InvalidInput):
         is_faithful = False
     if not is_faithful:
         raise InvalidInput(

@@ -1,6 +1,6 @@
-"""On which nodes an environment shall be. Pure: what nodes are and what variants ask, in; ids, out.
+"""Decides which nodes shall have an environment.
 
-`planning` says what these nodes have to do, `placement` how a task is led to them.
+`planning` decides what these nodes have to build, `placement` how a task gets to them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from dataclasses import dataclass, field
 
 from ray_envs.models import Definition, NodeEnvState, Phase
 
-#: How far a node is, in the order of choice: those that failed give their places to others.
-_READY, _AT_IT, _UNTOUCHED, _HEAD, _FAILED = range(5)
-#: How many that failed are replaced: what fails everywhere is not tried on all nodes in turn.
+#: The progress of a node with an environment, the preferred ones first. Failed nodes come last, so
+#: that others replace them.
+_READY, _BUILDING, _UNTOUCHED, _HEAD, _FAILED = range(5)
+#: When so many nodes have failed, they are not replaced: the build probably fails on all nodes.
 _MAX_REPLACED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a variant asks of the nodes that shall have its environment."""
+    """The requirements of a variant for the nodes that shall have its environment."""
 
-    #: Label and what it must be, sorted.
+    #: Pairs of a label and its wanted value, sorted.
     labels: tuple[tuple[str, str], ...] = ()
     num_gpus: float = 0
-    #: On how many of those that fit; None for all.
+    #: How many of the fitting nodes; None means all.
     count: int | None = None
 
     @classmethod
@@ -44,33 +45,33 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """One live node as its agent last described it."""
+    """A live node, as its agent described it last."""
 
     node_id: str
-    #: What an environment must match to be built here: platform, Python and Ray.
+    #: Its platform, Python and Ray; an environment must be for the same ones.
     site: str
     is_head: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     num_gpus: float = 0
     #: The keys that are ready here.
     ready: frozenset[str] = frozenset()
-    #: What it says of other keys.
+    #: The states of other keys.
     others: Mapping[str, NodeEnvState] = field(default_factory=dict)
-    #: Keys that workers wait for here, with the attempt that they belong to.
+    #: Keys that workers wait for here, each with its attempt.
     asked: Mapping[str, int] = field(default_factory=dict)
-    #: Keys that failed, long enough ago to be tried once more.
+    #: Keys that failed here so long ago that they are tried again.
     due: frozenset[str] = frozenset()
 
 
 def fits(need: Need, labels: Mapping[str, str], num_gpus: float) -> bool:
-    """Whether a node is what a variant asks for."""
+    """Whether a node meets the requirements of a variant, apart from `site` and `count`."""
     return num_gpus >= need.num_gpus and all(
         _matches(wanted, labels.get(name)) for name, wanted in need.labels
     )
 
 
 def _matches(wanted: str, value: str | None) -> bool:
-    """Whether a label is as Ray's selector wants it; one that is not there is nothing."""
+    """Whether the value of a label matches Ray's selector; None stands for a missing label."""
     is_wanted = not wanted.startswith("!")
     wanted = wanted.removeprefix("!")
     values = {wanted}
@@ -80,10 +81,10 @@ def _matches(wanted: str, value: str | None) -> bool:
 
 
 def chosen(need: Need, key: str, fitting: Iterable[NodeView]) -> list[NodeView]:
-    """The nodes that shall have `key`, of those that fit; the same ones as long as they live.
+    """Return those of the fitting nodes that shall have `key`: the same ones while they live.
 
-    Where not all are asked for, those that have it come first, then those that are at it, and
-    those that failed last; which of equals is decided by the key, so that keys spread.
+    If not all are wanted, nodes that have it come first, then those that build it, and those that
+    failed come last. Among equals the key decides, so that different keys use different nodes.
     """
     nodes = list(fitting)
     if need.count is None:
@@ -92,12 +93,12 @@ def chosen(need: Need, key: str, fitting: Iterable[NodeView]) -> list[NodeView]:
     if len(ready) >= need.count:
         nodes = ready
     progress = {node.node_id: _progress(node, key) for node in nodes}
-    is_vain = list(progress.values()).count(_FAILED) >= _MAX_REPLACED
+    fails_everywhere = list(progress.values()).count(_FAILED) >= _MAX_REPLACED
 
     def rank(node: NodeView) -> tuple[int, int, str]:
         rank = progress[node.node_id]
-        is_kept = is_vain and rank == _FAILED
-        return (_AT_IT if is_kept else rank, spread(node.node_id, key), node.node_id)
+        is_kept = fails_everywhere and rank == _FAILED
+        return (_BUILDING if is_kept else rank, spread(node.node_id, key), node.node_id)
 
     return sorted(nodes, key=rank)[: need.count]
 
@@ -108,11 +109,11 @@ def _progress(node: NodeView, key: str) -> int:
     state = node.others.get(key)
     if state is not None and state.phase is Phase.FAILED:
         return _FAILED
-    if node.is_head:  # it may be at it for others only
+    if node.is_head:  # it may build it only for others
         return _HEAD
-    return _UNTOUCHED if state is None else _AT_IT
+    return _UNTOUCHED if state is None else _BUILDING
 
 
 def spread(node_id: str, key: str) -> int:
-    """A number by which nodes are in another order for each key, and always in the same one."""
+    """Return a sort number: it orders nodes differently for each key, but always the same way."""
     return zlib.crc32(f"{node_id}/{key}".encode())

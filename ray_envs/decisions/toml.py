@@ -1,4 +1,4 @@
-"""TOML texts as Python values, for the modules that check projects, lock files and batch files."""
+"""Reads TOML texts, for the modules that check projects, lock files and batch files."""
 
 from __future__ import annotations
 
@@ -30,16 +30,21 @@ def parsed_toml(text: str, *, where: str, hint: str = "") -> dict[str, Any]:
 
 
 def table(data: Mapping[str, Any], *path: str) -> dict[str, Any]:
-    """The table at `path` of a pyproject.toml, empty where there is none."""
+    """Return the table at `path` of a pyproject.toml; an empty one if there is none.
+
+    Raises:
+        InvalidInput: a value on the path is not a table.
+    """
     found: Any = data
     for part in path:
         found = found.get(part, {})
         if not isinstance(found, dict):
-            raise InvalidInput(f"{'.'.join(path)} is no table", where="pyproject.toml")
+            raise InvalidInput(f"{'.'.join(path)} is not a table", where="pyproject.toml")
     return dict(found)
 
 
 def strings(value: Any) -> Iterator[str]:
+    """Yield every string inside `value`, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):

@@ -204,7 +204,7 @@ def test_a_text_that_cannot_be_edited_is_refused_and_not_half_edited(
     [
         ("numpi", "did you mean 'numpy'?"),
         ("sixx", "did you mean 'six'?"),
-        ("zope", "a package that another one needs goes with that one"),
+        ("zope", "a dependency is removed together with the package that needs it"),
     ],
 )
 def test_what_is_not_declared_cannot_be_removed_and_the_nearest_is_named(
