@@ -1,6 +1,21 @@
 """Runs in the user's program: a driver, a submitted job, or the command line.
 
 In: specs, variant ids, batches. Out: options for Ray tasks, results of items.
-`provider` speaks to the EnvManager through `connection`; `runner` runs batches with `dispatch`.
+It calls the EnvManager through `connection`, and starts the items of a batch as Ray tasks.
 It never builds an environment, and never writes to the store.
+
+To change …                                                        go to
+what a program can call: define, prepare, options, …               provider
+verbs of a variant's life: add, update, rollback, export, …        lifecycle
+how a verb is called, repeated, cancelled                          connection
+the provider for tests without Ray                                 in_memory
+how batch files, specs and earlier results are read                inputs
+how an entrypoint is checked without importing it                  entrypoints
+which files a code folder contains, and their archive              code_folder
+the runner: which items, earlier results, states, progress         runner
+when an item starts; what happens while the manager is away        item_queue
+which item is next, and which nodes have room for it               scheduling
+how an item starts, is watched, times out, is started again        dispatch
+what is sent to the workers                                        payload
+an item, and how its result is made                                items
 """

@@ -1,5 +1,20 @@
-"""Runs in no process of its own: pure functions, called by client, manager and node.
+"""Runs in no process of its own: pure functions, called by client, manager, node and disk.
 
-In: values. Out: values that say what to do and why (`because`). No Ray, no disk, no processes, no
-clock: what time it is comes in as an argument. Any input of the right type is legal.
+In: values. Out: values that say what to do and why (`because`).
+It never uses Ray, disks, processes or clocks: the time is an argument.
+It must accept any input of the right type.
+
+To change …                                                        go to
+what each node has to build now, and the status of a variant       planning
+which nodes shall have an environment                              targets
+the options of a task: runtime_env and nodes                       placement
+which environments are deleted                                     collecting
+which requirements and Python versions are accepted                requirements
+the pyproject.toml that uv resolves, and its fingerprint           resolving
+what a lock installs, and the key of an environment                locks
+how packages are added, removed or upgraded in a definition        edits
+what the operator's settings forbid                                policy
+which secrets are hidden or refused                                credentials
+the description of wheels that nodes send to each other            packs
+how TOML is read                                                   toml
 """

@@ -135,13 +135,11 @@ def _placed(
     may_spread = environment["is_gated"] and environment["may_spread"]
     if may_spread and nodes is None and ready and not preparing and not unfit:
         return bases  # any node; the plugin makes tasks wait on nodes that join later
-    found = [_with_nodes(base, "in", _few(ready, variant_id)) for base in bases if ready]
+    found = [_select(base, "in", _few(ready, variant_id)) for base in bases if ready]
     if environment["is_gated"]:  # if the ready nodes are busy: nodes that prepare it
-        found += [
-            _with_nodes(base, "in", _few(preparing, variant_id)) for base in bases if preparing
-        ]
+        found += [_select(base, "in", _few(preparing, variant_id)) for base in bases if preparing]
     if may_spread and len(unfit) <= MAX_NAMED_NODES:  # then any node that can have it
-        found += [_with_nodes(base, "!in", unfit) for base in bases]
+        found += [_select(base, "!in", unfit) for base in bases]
     if not found:
         wanted = ", ".join(f"{k}={v}" for k, v in environment["label_selector"].items())
         raise NoEligibleNode(
@@ -214,7 +212,7 @@ def _both(ours: Mapping[str, str], theirs: Mapping[str, str], *, variant_id: str
     return {**theirs, **ours}
 
 
-def _with_nodes(base: Mapping[str, str], word: str, nodes: Iterable[str]) -> dict[str, str]:
+def _select(base: Mapping[str, str], word: str, nodes: Iterable[str]) -> dict[str, str]:
     """Return the selector `base`, limited to `nodes` (word "in") or to all others ("!in")."""
     names = ",".join(nodes)
     return {**base, **({NODE_ID_LABEL: f"{word}({names})"} if names else {})}
