@@ -21,6 +21,7 @@ from ray_envs.manager.leases import Leases
 from ray_envs.manager.operations import Change, Operations
 from ray_envs.manager.reconciler import Reconciler
 from ray_envs.manager.registry import Registry
+from ray_envs.manager.variants import Variants
 from ray_envs.models import Generation, VariantRecord
 from ray_envs.settings import Settings
 
@@ -36,7 +37,8 @@ class Collector:
         settings: budgets, and how many generations are kept.
         cluster: which jobs and detached actors live.
         registry: the generations that are kept.
-        reconciler: the nodes, and what is being prepared.
+        variants: what is defined, wanted and being prepared.
+        reconciler: the nodes, and the keys that callers wait for.
         leases: to whom keys are promised.
         operations: keeps the rows and tells events.
     """
@@ -46,6 +48,7 @@ class Collector:
         settings: Settings,
         cluster: Nodes,
         registry: Registry,
+        variants: Variants,
         reconciler: Reconciler,
         leases: Leases,
         operations: Operations,
@@ -53,6 +56,7 @@ class Collector:
         self._settings = settings
         self._cluster = cluster
         self._registry = registry
+        self._variants = variants
         self._reconciler = reconciler
         self._leases = leases
         self._operations = operations
@@ -160,16 +164,16 @@ class Collector:
             if key in self._busy() or key in self._leases.all() or key in wanted:
                 stayed.append(_kept(verdict, "it was asked for meanwhile"))
                 continue
-            was_wanted = self._reconciler.wishes.drop(key)  # or the loop would make it again
+            was_wanted = self._variants.wishes.drop(key)  # or the loop would make it again
             try:
                 freed = await node.call("collect", key=key, planned=use.model_dump(mode="json"))
             except RayEnvsError as exc:
                 stayed.append(_kept(verdict, exc.message))
                 if was_wanted:
-                    self._reconciler.wishes.want(key)
+                    self._variants.wishes.want(key)
                 continue
             self._reconciler.fleet.forget_state(node, key)
-            self._reconciler.wishes.outdate(key)
+            self._variants.wishes.outdate(key)
             gone.append({**verdict.model_dump(mode="json"), "freed_bytes": int(freed)})
             change.say(
                 EventKind.COLLECTED,
@@ -194,10 +198,10 @@ class Collector:
     def wanted(self, *, include_current: bool = False) -> dict[str, str]:
         """Why each key is wanted by a variant; with `include_current`, only the pinned ones are."""
         found: dict[str, str] = {}
-        for folder in self._reconciler.damaged:  # doubt keeps
+        for folder in self._variants.damaged:  # doubt keeps
             why = f"a generation of the definition in {folder}, which cannot be read"
             found.update(dict.fromkeys(self._registry.keys_in(folder), why))
-        for name, record in self._reconciler.variants.items():
+        for name, record in self._variants.by_name.items():
             if record.is_pinned or not include_current:
                 word = "pinned" if record.is_pinned else "current"
                 found.setdefault(
@@ -218,7 +222,7 @@ class Collector:
 
     def _busy(self) -> set[str]:
         """The keys that are being made somewhere, or prepared for a change."""
-        busy = {generation.key for generation in self._reconciler.staged.values()}
+        busy = {generation.key for generation in self._variants.staged.values()}
         busy |= {key for key, count in self._reconciler.awaited.items() if count > 0}
         for node in self._reconciler.fleet.healthy():
             busy |= {key for key, state in node.states.items() if not state.phase.is_final}
@@ -227,10 +231,10 @@ class Collector:
     def _needed(self) -> dict[str, list[str]]:
         """The versions of each package that some kept generation has."""
         needed: dict[str, set[str]] = {}
-        for generation in self._reconciler.staged.values():
+        for generation in self._variants.staged.values():
             for name, version in generation.packages.items():
                 needed.setdefault(name, set()).add(version)
-        for record in self._reconciler.variants.values():
+        for record in self._variants.by_name.values():
             for generation in (record.current, *self.kept(record)):
                 for name, version in generation.packages.items():
                     needed.setdefault(name, set()).add(version)

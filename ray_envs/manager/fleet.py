@@ -104,6 +104,8 @@ class Fleet:
         self._is_stopping = False
         #: How often in a row an agent could not be met.
         self._misses: dict[str, int] = {}
+        #: Why the loop last built an environment, by node and key; for people.
+        self.becauses: dict[tuple[str, str], str] = {}
         #: Those that are being met now.
         self._meetings: dict[str, asyncio.Task[None]] = {}
 

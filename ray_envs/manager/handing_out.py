@@ -23,25 +23,24 @@ class HandingOut:
     """Tells programs what they need to run in a variant, and remembers that it was promised."""
 
     def __init__(self, parts: Parts) -> None:
-        self._reconciler, self._leases, self._cluster = (
-            parts.reconciler, parts.leases, parts.cluster,
-        )  # fmt: skip
+        self._variants, self._statuses, self._fleet = parts.variants, parts.statuses, parts.fleet
+        self._leases, self._cluster = parts.leases, parts.cluster
         #: The keys and variables with which an interpreter has started successfully.
         self._started: set[tuple[str, str]] = set()
 
     async def environment(self, record: VariantRecord, job_id: str | None) -> dict[str, Any]:
         """The answer of `get_environment`; takes a lease for the job."""
         name = str(record.env_id)
-        status = self._reconciler.status(name)
-        places = self._reconciler.places(name)
-        if self._reconciler.is_stale(record.current):  # no task may run in it any more
+        status = self._statuses.status(name)
+        places = self._statuses.places(name)
+        if self._statuses.is_stale(record.current):  # no task may run in it any more
             places = {**places, "ready_nodes": [], "preparing_nodes": [], "may_spread": False}
         elif job_id is not None:
             self._lease(record, job_id)
         if places["ready_nodes"]:
             await self._check_start(record, places["ready_nodes"][0])
         env_vars, key = record.definition.env_vars, record.current.key
-        field = gate.field(key, self._reconciler.wishes.epoch(key))
+        field = gate.field(key, self._variants.wishes.epoch(key))
         return {
             **{name: status[name] for name in _FOR_PROGRAMS},
             "env_vars": dict(env_vars),
@@ -68,6 +67,6 @@ class HandingOut:
         variables = record.definition.env_vars
         combination = (record.current.key, json.dumps(variables, sort_keys=True))
         if variables and combination not in self._started:
-            node = self._reconciler.fleet.nodes[node_id]
+            node = self._fleet.nodes[node_id]
             await node.call("try_start", key=record.current.key, env_vars=variables)
             self._started.add(combination)

@@ -25,6 +25,8 @@ from ray_envs.manager.leases import Leases
 from ray_envs.manager.operations import Operations
 from ray_envs.manager.reconciler import Reconciler
 from ray_envs.manager.registry import Registry
+from ray_envs.manager.statuses import Statuses
+from ray_envs.manager.variants import Variants
 from ray_envs.models import Definition, EnvId, Generation, Phase, Target, VariantRecord
 from ray_envs.settings import Settings
 
@@ -42,7 +44,9 @@ class Inspector:
     Args:
         settings: how long a rebuilt environment may take.
         registry: the definitions.
-        reconciler: the nodes, and what they say.
+        variants: the definitions in memory.
+        statuses: the states of environments on the nodes.
+        reconciler: the nodes, and rebuilds.
         operations: keeps rows and tells events.
         collector: what a collection would do, and which leases have ended.
         leases: to whom keys are promised.
@@ -53,6 +57,8 @@ class Inspector:
         self,
         settings: Settings,
         registry: Registry,
+        variants: Variants,
+        statuses: Statuses,
         reconciler: Reconciler,
         operations: Operations,
         collector: Collector,
@@ -62,6 +68,8 @@ class Inspector:
     ) -> None:
         self._settings = settings
         self._registry = registry
+        self._variants = variants
+        self._statuses = statuses
         self._reconciler = reconciler
         self._operations = operations
         self._collector = collector
@@ -97,18 +105,18 @@ class Inspector:
         """See `EnvManager.explain`."""
         name, key = str(record.env_id), record.current.key
         nodes = {}
-        for node_id, state in self._reconciler.states(record.current).items():
-            because = self._reconciler.becauses.get((node_id, key), "")
+        for node_id, state in self._statuses.states(record.current).items():
+            because = self._reconciler.fleet.becauses.get((node_id, key), "")
             nodes[node_id] = {**state.model_dump(mode="json"), "because": because}
         verdicts = [verdict for verdict, _ in await self._collector.plan()]
-        status = self._reconciler.status(name)
+        status = self._statuses.status(name)
         return {
             "variant_id": name,
             "status": status["status"],
             "key": key,
             "generation": record.current.number,
-            "is_asked_for": key in self._reconciler.wishes,
-            "shared_with": [other for other in self._reconciler.sharing(key) if other != name],
+            "is_asked_for": key in self._variants.wishes,
+            "shared_with": [other for other in self._variants.sharing(key) if other != name],
             "users": await self.users([key]),
             "leases": self._leases.of(key),
             "collection": [v.model_dump(mode="json") for v in verdicts if v.key == key],
@@ -119,14 +127,14 @@ class Inspector:
     async def sync(self, env_id: EnvId, changes: Changes, *, dry_run: bool) -> dict[str, Any]:
         """See `EnvManager.sync_env`."""
         name = str(env_id)
-        if self._reconciler.is_stale(self._reconciler.get(name).current):
+        if self._statuses.is_stale(self._variants.get(name).current):
             relocked = await changes.relock(env_id, dry_run=dry_run)
             if dry_run:
-                return {**self._reconciler.status(name), **relocked, "checks": []}
+                return {**self._statuses.status(name), **relocked, "checks": []}
         async with self._operations.on_variant(
             env_id, "sync", failed=EventKind.SYNC_FAILED
         ) as change:
-            record = self._reconciler.get(name)
+            record = self._variants.get(name)
             if not dry_run:
                 change.begin()
             rows = await self.check(record.env_id, record.current, repair=not dry_run)
@@ -134,16 +142,14 @@ class Inspector:
                 for row in rows:
                     if row["error"]:
                         raise from_dict(row["error"])
-                self._reconciler.want([record.current.key])
                 await self._reconciler.fleet.look_at_disks()
                 limit_s = self._settings.prepare_timeout_s
-                await self._reconciler.until_final(record.current, limit_s, variant_id=name)
-                self._reconciler.raise_failure(record.current, variant_id=name)
+                await self._reconciler.make_ready(record.current, limit_s, variant_id=name)
                 self._tell_repaired(record.env_id, record.current, rows)
                 change.told("\n".join(map(in_words, rows)))
                 change.succeed(EventKind.SYNCED, key=record.current.key)
         return {
-            **self._reconciler.status(name),
+            **self._statuses.status(name),
             "dry_run": dry_run,
             "checks": rows,
             "stdout": "",
@@ -160,7 +166,7 @@ class Inspector:
         environments: Rows = []
         for key, (env_id, made) in self._kept_by(names).items():
             name = str(env_id)
-            known = self._reconciler.variants.get(name)
+            known = self._variants.by_name.get(name)
             if known is None:  # deleted meanwhile
                 continue
             is_current = known.current.key == key
@@ -201,7 +207,7 @@ class Inspector:
         records = []
         for name in names:
             with suppress(NotFound):  # deleted meanwhile
-                records.append(self._reconciler.get(name))
+                records.append(self._variants.get(name))
         for record in records:
             found.setdefault(record.current.key, (record.env_id, record.current))
         for record in records:
@@ -210,7 +216,7 @@ class Inspector:
         return {
             key: (env_id, made)
             for key, (env_id, made) in found.items()
-            if not self._reconciler.is_stale(made)
+            if not self._statuses.is_stale(made)
         }
 
     async def _rebuilt(self, name: str, made: Generation, rows: Rows) -> None:
@@ -220,7 +226,7 @@ class Inspector:
         limit_s = self._settings.prepare_timeout_s
         with suppress(EnvironmentNotReady):  # the rows say so
             await self._reconciler.until_final(made, limit_s, variant_id=name)
-        states = self._reconciler.states(made)
+        states = self._statuses.states(made)
         for row in rows:
             state = states.get(row["node_id"])
             row["is_ready"] = state is not None and state.phase is Phase.READY
@@ -253,7 +259,7 @@ class Inspector:
         key = made.key
         request = self._reconciler.request(env_id, made)
         rows: Rows = []
-        for node in self._reconciler.eligible(made):
+        for node in self._statuses.eligible(made):
             row = _row(node.info.node_id)
             try:
                 row |= await node.call("check", request=request, repair=repair)

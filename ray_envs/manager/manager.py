@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_envs import verbs
@@ -48,6 +48,7 @@ class EnvManager:
         self._chores = Chores(parts)
         self._sharing = Sharing()
         self._registry, self._reconciler = parts.registry, parts.reconciler
+        self._variants, self._statuses, self._fleet = parts.variants, parts.statuses, parts.fleet
         self._changes, self._history = parts.changes, parts.operations.history
         self._handing_out = HandingOut(parts)
         #: Changes at each start of a manager, so that clients know to repeat their requests.
@@ -68,27 +69,27 @@ class EnvManager:
                 node.info.node_id: {
                     "address": node.info.address,
                     "is_head": node.info.is_head,
-                    "is_eligible": node.site == self._reconciler.site and node.error is None,
+                    "is_eligible": node.site == self._statuses.site and node.error is None,
                     "site": node.site,
                     "has_gate": node.has_gate,
                     "software": dict(node.software),
                     "labels": dict(node.info.labels),
                     "error": node.error,
                 }
-                for node in self._reconciler.fleet.nodes.values()
+                for node in self._fleet.nodes.values()
             },
         }
 
     @serves
     async def get_env_status(self, asked: verbs.GetEnvStatus) -> Answer:
         await self._chores.awake()
-        return self._reconciler.status(asked.variant_id)
+        return self._statuses.status(asked.variant_id)
 
     @serves
     async def list_envs(self, _: verbs.ListEnvs) -> Rows:
         await self._chores.awake()
         self._reconciler.reload()
-        return self._reconciler.summaries()
+        return self._statuses.summaries()
 
     @serves
     async def get_environment(self, asked: verbs.GetEnvironment) -> Answer:
@@ -107,8 +108,8 @@ class EnvManager:
     async def list_generations(self, asked: verbs.ListGenerations) -> Rows:
         def facts(made: Generation) -> Answer:
             return {
-                "fits_cluster": not self._reconciler.is_stale(made),
-                "is_ready": self._reconciler.is_ready(made),
+                "fits_cluster": not self._statuses.is_stale(made),
+                "is_ready": self._statuses.is_ready(made),
             }
 
         record = await self._defined(asked.variant_id)
@@ -127,7 +128,7 @@ class EnvManager:
             files = exports.project_files(self._registry, record, made)
         elif asked.format in _CONVERTED:
             pyproject, uv_lock = self._registry.lock_text(record.env_id, made.number)
-            text = await self._reconciler.fleet.head().call(
+            text = await self._fleet.head().call(
                 "export",
                 pyproject=pyproject,
                 uv_lock=uv_lock,
@@ -231,25 +232,24 @@ class EnvManager:
 
     @serves
     async def add_deps(self, asked: verbs.AddDeps) -> Answer:
-        return await self._edit(asked, self._changes.add)
+        return await self._edit("add", asked)
 
     @serves
     async def update_deps(self, asked: verbs.UpdateDeps) -> Answer:
-        return await self._edit(asked, self._changes.update)
+        return await self._edit("update", asked)
 
     @serves
     async def remove_deps(self, asked: verbs.RemoveDeps) -> Answer:
-        return await self._edit(asked, self._changes.remove)
+        return await self._edit("remove", asked)
 
     async def _edit(
-        self,
-        asked: verbs.AddDeps | verbs.UpdateDeps | verbs.RemoveDeps,
-        change: Callable[..., Awaitable[Answer]],
+        self, operation: str, asked: verbs.AddDeps | verbs.UpdateDeps | verbs.RemoveDeps
     ) -> Answer:
         await self._chores.awake()
         return await self._sharing.once(
             asked,
-            lambda: change(
+            lambda: self._changes.edit(
+                operation,
                 EnvId.parse(asked.variant_id),
                 asked.packages,
                 dry_run=asked.dry_run,
@@ -313,10 +313,10 @@ class EnvManager:
     @serves
     async def prepare(self, asked: verbs.Prepare) -> Answer:
         await self._chores.awake()
-        await self._reconciler.fleet.look_at_disks()
+        await self._fleet.look_at_disks()
         for name in asked.variant_ids:
-            record = self._reconciler.get(name)
-            if self._reconciler.is_stale(record.current):
+            record = self._variants.get(name)
+            if self._statuses.is_stale(record.current):
                 self._relock_soon(name, record.env_id)
             else:
                 self._reconciler.want([record.current.key])
@@ -325,14 +325,14 @@ class EnvManager:
     @serves
     async def watch(self, asked: verbs.Watch) -> Answer:
         await self._chores.awake()
-        await self._reconciler.fleet.news(asked.seen, asked.timeout_s)
+        await self._fleet.news(asked.seen, asked.timeout_s)
         return self._told(asked.variant_ids)
 
     @serves
     async def doctor(self, asked: verbs.Doctor) -> Answer:
         await self._chores.awake()
         self._reconciler.reload()
-        names = [asked.variant_id] if asked.variant_id else sorted(self._reconciler.variants)
+        names = [asked.variant_id] if asked.variant_id else sorted(self._variants.by_name)
         return await self._parts.inspector.doctor(names, repair=asked.repair)
 
     async def stop(self) -> None:
@@ -346,33 +346,33 @@ class EnvManager:
 
     async def _defined(self, variant_id: str) -> VariantRecord:
         await self._chores.awake()
-        return self._reconciler.get(variant_id)
+        return self._variants.get(variant_id)
 
     async def _handed_out(self, asked: verbs.GetEnvironment | verbs.GetOptions) -> Answer:
         record = await self._defined(asked.variant_id)
         return await self._handing_out.environment(record, asked.job_id)
 
     def _told(self, names: Iterable[str]) -> Answer:
-        statuses = {name: self._reconciler.status(name) for name in names}
-        version = self._reconciler.fleet.version
+        statuses = {name: self._statuses.status(name) for name in names}
+        version = self._fleet.version
         return {"life": self._life, "version": version, "variants": statuses}
 
     def _relock_soon(self, name: str, env_id: EnvId) -> None:
         """Lock a variant for this cluster in the background; its status shows the progress."""
-        if name in self._reconciler.relocking:
+        if name in self._variants.relocking:
             return
 
         async def relock() -> None:
             try:
                 await self._changes.relock(env_id)
-                self._reconciler.relock_errors.pop(name, None)
+                self._variants.relock_errors.pop(name, None)
             except RayEnvsError as exc:
-                self._reconciler.relock_errors[name] = exc
+                self._variants.relock_errors[name] = exc
             finally:
-                self._reconciler.relocking.pop(name, None)
-                await self._reconciler.fleet.announce()
+                self._variants.relocking.pop(name, None)
+                await self._fleet.announce()
 
-        self._reconciler.relocking[name] = asyncio.create_task(relock())
+        self._variants.relocking[name] = asyncio.create_task(relock())
 
 
 def _plain(definition: Definition) -> dict[str, Any]:

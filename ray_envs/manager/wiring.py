@@ -8,13 +8,19 @@ from ray_envs.cluster.nodes import NodeInfo, Nodes
 from ray_envs.events import EventKind
 from ray_envs.manager.changes import Changes
 from ray_envs.manager.collector import Collector
+from ray_envs.manager.demand import Wishes
+from ray_envs.manager.fleet import Fleet, site_name
 from ray_envs.manager.inspector import Inspector
 from ray_envs.manager.leases import Leases
 from ray_envs.manager.operations import Operations
 from ray_envs.manager.reconciler import Reconciler
 from ray_envs.manager.registry import Registry
 from ray_envs.manager.resolver import Resolver
+from ray_envs.manager.statuses import Statuses
+from ray_envs.manager.variants import Variants
+from ray_envs.manager.views import Views
 from ray_envs.models import NodeEnvState, Phase, Platform, Target
+from ray_envs.node.store import Store
 from ray_envs.node.uv import this_platform, this_target
 from ray_envs.settings import Settings
 
@@ -33,6 +39,9 @@ class Parts:
     registry: Registry
     operations: Operations
     leases: Leases
+    variants: Variants
+    fleet: Fleet
+    statuses: Statuses
     reconciler: Reconciler
     resolver: Resolver
     collector: Collector
@@ -52,7 +61,7 @@ def wired(settings: Settings, cluster: Nodes) -> Parts:
         operations.say(kind, node_id=info.node_id, address=info.address)
 
     def on_final(info: NodeInfo, state: NodeEnvState) -> None:
-        names = reconciler.sharing(state.key)
+        names = variants.sharing(state.key)
         for name in names if len(names) <= _OWN_EVENTS else [None]:
             operations.say(
                 EventKind.PREPARED if state.phase is Phase.READY else EventKind.PREPARATION_FAILED,
@@ -64,29 +73,31 @@ def wired(settings: Settings, cluster: Nodes) -> Parts:
                 error=state.error,
             )
 
-    reconciler = Reconciler(
-        settings,
+    wishes = Wishes(settings.root / "wishes.json" if cluster.address() else None)
+    fleet = Fleet(
         cluster,
-        registry,
-        platform=platform,
-        target=target,
+        settings.to_environment(),
         on_node=on_node,
         on_final=on_final,
+        on_outdated=wishes.outdate,
     )
+    variants, views = Variants(settings, registry, wishes), Views()
+    site = site_name(platform.name, target)
+    statuses = Statuses(variants, fleet, views, registry, Store(settings), site)
+    reconciler = Reconciler(settings, registry, variants, fleet, views, statuses)
     resolver = Resolver(
-        settings,
-        registry,
-        reconciler.fleet,
-        platform=platform,
-        target=target,
-        known=reconciler.known,
+        settings, registry, fleet, platform=platform, target=target, known=variants.known
     )
-    collector = Collector(settings, cluster, registry, reconciler, leases, operations)
+    collector = Collector(settings, cluster, registry, variants, reconciler, leases, operations)
     inspector = Inspector(
-        settings, registry, reconciler, operations, collector, leases, target=target
-    )
-    changes = Changes(settings, registry, reconciler, resolver, operations, users=inspector.users)
+        settings, registry, variants, statuses, reconciler, operations, collector, leases,
+        target=target,
+    )  # fmt: skip
+    changes = Changes(
+        settings, registry, variants, statuses, reconciler, resolver, operations,
+        users=inspector.users,
+    )  # fmt: skip
     return Parts(
-        settings, cluster, platform, target, registry, operations, leases, reconciler, resolver,
-        collector, inspector, changes,
+        settings, cluster, platform, target, registry, operations, leases, variants, fleet,
+        statuses, reconciler, resolver, collector, inspector, changes,
     )  # fmt: skip
