@@ -251,10 +251,10 @@ def opened() -> Iterator[RayEnvironmentProvider]:
     Ctrl-C undoes what is done in this process. A manager's actor goes on: that is said.
     """
     from ray_envs.client.provider import RayEnvironmentProvider
-    from ray_envs.manager.registry import Registry
+    from ray_envs.manager import presence
 
     settings = Settings.from_environment()
-    has_manager = Registry(settings).manager_address() is not None
+    has_manager = presence.address_of(settings.root) is not None
     with RayEnvironmentProvider.without_cluster(settings) as provider:
         try:
             yield provider

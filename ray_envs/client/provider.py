@@ -18,8 +18,8 @@ from ray_envs.client.lifecycle import POLL_S, Lifecycle
 from ray_envs.client.statuses import Statuses
 from ray_envs.cluster import actors, bootstrap, connecting
 from ray_envs.errors import RayEnvsWarning
+from ray_envs.manager import presence
 from ray_envs.manager.manager import EnvManager
-from ray_envs.manager.registry import Registry
 from ray_envs.models import Definition, EnvId
 from ray_envs.settings import Settings
 
@@ -101,7 +101,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
 
         Goes through the manager that lives on that root, if one does; starts no Ray otherwise.
         """
-        address = Registry(settings).manager_address()
+        address = presence.address_of(settings.root)
         if address is not None:
             return cls._opened(address, settings, options)[0]
         return cls(LocalConnection(settings), settings, **options)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 
 from ray_envs.errors import StorageFailed
+from ray_envs.manager import presence
 from ray_envs.manager.wiring import Parts
 
 _PRUNE_HISTORY_S = 3600.0
@@ -56,4 +57,5 @@ class Chores:
 
     def _announce(self) -> None:
         if self._announced is None:
-            self._announced = self._parts.registry.announce_manager(self._parts.cluster.address())
+            root = self._parts.settings.root
+            self._announced = presence.announce(root, self._parts.cluster.address())

@@ -13,17 +13,16 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from ray_envs.disk.files import locked
 from ray_envs.errors import InvalidInput, LockTimeout, RayEnvsError, StorageFailed
 from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
+from ray_envs.manager import venv_view
 from ray_envs.manager.history import History
 from ray_envs.manager.registry import Registry
-from ray_envs.models import EnvId, VariantRecord
+from ray_envs.models import EnvId
 from ray_envs.node.store import Store
-from ray_envs.node.uv import base_python
 from ray_envs.settings import Settings
 
 #: How often somebody who waits for events looks for those of other processes.
@@ -352,25 +351,10 @@ class Operations:
         if record is not None and number in record.numbers:
             with suppress(StorageFailed):  # its process died before it had written them
                 self._registry.write_copies(record)
-            write_view(self._registry, self._paths, record)
+            venv_view.show(self._registry, self._paths, record)
             return bool(record.current.number == number)
         self._registry.unstage(env_id, number)
         return False
-
-
-def write_view(registry: Registry, paths: Store, record: VariantRecord) -> None:
-    """Make the `.venv` beside a definition show its current generation, if that can be written.
-
-    It is for people: programs use the store.
-    """
-    current = record.current
-    with suppress(StorageFailed):
-        registry.write_view(
-            record.env_id,
-            base_python=Path(base_python()),
-            python=current.target.python,
-            site=paths.site_packages(current.key, current.target.python_minor),
-        )
 
 
 def _now() -> datetime:

@@ -21,11 +21,11 @@ from ray_envs.decisions.locks import lock_sha256
 from ray_envs.decisions.targets import Need
 from ray_envs.errors import EnvironmentNotReady, ManagerUnavailable, RayEnvsError, StorageFailed
 from ray_envs.manager.fleet import Fleet, ended, site_name
-from ray_envs.manager.registry import Registry, build_request
+from ray_envs.manager.registry import Registry
 from ray_envs.manager.statuses import Statuses
 from ray_envs.manager.variants import Variants
 from ray_envs.manager.views import Views
-from ray_envs.models import EnvId, Generation, NodeEnvState, Phase, Status
+from ray_envs.models import BuildRequest, EnvId, Generation, NodeEnvState, Phase, Status
 from ray_envs.settings import Settings
 
 
@@ -255,3 +255,21 @@ class Reconciler:
                 variant_id=str(env_id),
             )
         return build_request(generation, pyproject, uv_lock).model_dump(mode="json")
+
+
+def build_request(generation: Generation, pyproject: str, uv_lock: str) -> BuildRequest:
+    """The request that a node builds `generation` from."""
+    definition = generation.definition
+    return BuildRequest(
+        key=generation.key,
+        pyproject=pyproject,
+        uv_lock=uv_lock,
+        extras=definition.extras,
+        groups=definition.groups,
+        exclude_newer=definition.exclude_newer,
+        only_binary=definition.only_binary,
+        target=generation.target,
+        platform=generation.platform,
+        lock_sha256=generation.lock_sha256,
+        packages=generation.packages,
+    )

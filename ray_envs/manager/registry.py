@@ -6,7 +6,6 @@ replaced in one step. Nothing here knows whether an environment is built: that i
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 
 from ray_envs.disk.files import locked, storage_errors, sync_folder, write_atomically
 from ray_envs.errors import InvalidId, StorageFailed
-from ray_envs.models import BuildRequest, EnvId, Generation, VariantRecord
+from ray_envs.models import EnvId, Generation, VariantRecord
 from ray_envs.settings import Settings
 
 _METADATA = "metadata.json"
@@ -339,75 +338,6 @@ class Registry:
         record = self.get(env_id)
         return max(record.numbers) + 1 if record else 1
 
-    def write_view(self, env_id: EnvId, *, base_python: Path, python: str, site: Path) -> None:
-        """Give people a `.venv` beside the definition that shows the store's packages.
-
-        It has its own `pyvenv.cfg` and folder: a stray `uv sync` or `pip install` there changes
-        the view, never the store. Programs use the store's own interpreter.
-        """
-        venv = self.folder(env_id) / ".venv"
-        minor = ".".join(python.split(".")[:2])
-        packages = venv / "lib" / f"python{minor}" / "site-packages"
-        with storage_errors(f"write the view of {env_id}"):
-            packages.mkdir(parents=True, exist_ok=True)
-            (venv / "bin").mkdir(exist_ok=True)
-            write_atomically(
-                venv / "pyvenv.cfg",
-                f"home = {base_python.parent}\nversion_info = {python}\n"
-                "include-system-site-packages = false\n",
-                is_durable=False,
-            )
-            link = venv / "bin" / "python"
-            if not link.is_symlink():
-                link.symlink_to(base_python)
-            write_atomically(
-                packages / "ray_envs_store.pth",
-                f"import site; site.addsitedir({str(site)!r})\n",
-                is_durable=False,
-            )
-
-    def announce_manager(self, address: str) -> int | None:
-        """Tell other processes on this machine that a manager serves this root at `address`.
-
-        Returns a descriptor whose lock says so for as long as it is open, or None where another
-        manager lives on the same root.
-        """
-        with storage_errors(f"use {self._settings.root}"):
-            self._settings.root.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self._manager_lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                return None
-            try:
-                write_atomically(self._settings.root / "manager.address", address + "\n")
-            except OSError:
-                os.close(fd)
-                raise
-        return fd
-
-    def manager_address(self) -> str | None:
-        """The Ray address of the manager that lives on this root, or None where none does."""
-        try:
-            fd = os.open(self._manager_lock, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError:
-            try:
-                return (self._settings.root / "manager.address").read_text().strip() or None
-            except OSError:  # it is just coming up
-                return None
-        finally:
-            os.close(fd)
-
-    @property
-    def _manager_lock(self) -> Path:
-        return self._settings.root / "manager.lock"
-
     def delete(self, env_id: EnvId) -> bool:
         """Forget `env_id`; returns whether it was there. The caller holds its lock."""
         folder = self.folder(env_id)
@@ -443,24 +373,6 @@ def _stamp(folder: str) -> int:
     except OSError:
         return 0
     return told.st_mtime_ns << 64 | told.st_ino
-
-
-def build_request(generation: Generation, pyproject: str, uv_lock: str) -> BuildRequest:
-    """What a node needs to build `generation`."""
-    definition = generation.definition
-    return BuildRequest(
-        key=generation.key,
-        pyproject=pyproject,
-        uv_lock=uv_lock,
-        extras=definition.extras,
-        groups=definition.groups,
-        exclude_newer=definition.exclude_newer,
-        only_binary=definition.only_binary,
-        target=generation.target,
-        platform=generation.platform,
-        lock_sha256=generation.lock_sha256,
-        packages=generation.packages,
-    )
 
 
 def describe_record(record: VariantRecord, registry: Registry, venv: Path) -> dict[str, Any]:

@@ -132,10 +132,22 @@ class Resolver:
         policy.check_lock(uv_lock, self._settings, only_binary=definition.only_binary)
         if made_by in _KEEPS_PINS:
             self._check_pins(definition, uv_lock)
+        generation = self._generation(definition, project, uv_lock, fingerprint, number, made_by)
+        return Resolved(generation, project, uv_lock, output, same_lock)
+
+    def _generation(
+        self,
+        definition: Definition,
+        project: str,
+        uv_lock: str,
+        fingerprint: str,
+        number: int,
+        made_by: str,
+    ) -> Generation:
         packages = locks.installed(
             uv_lock, self._platform, extras=definition.extras, groups=definition.groups
         )
-        generation = Generation(
+        return Generation(
             number=number,
             definition=definition,
             made_by=made_by,
@@ -152,7 +164,6 @@ class Resolver:
             created_at=datetime.now(timezone.utc),
             packages={package.name: package.version for package in packages},
         )
-        return Resolved(generation, project, uv_lock, output, same_lock)
 
     def _check_pins(self, definition: Definition, uv_lock: str) -> None:
         if definition.uv_lock is None or definition.allow_moved_pins:

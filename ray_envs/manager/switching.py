@@ -11,7 +11,8 @@ from typing import Any
 from ray_envs.decisions import edits
 from ray_envs.errors import RayEnvsError, StorageFailed
 from ray_envs.events import EventKind
-from ray_envs.manager.operations import Change, write_view
+from ray_envs.manager import venv_view
+from ray_envs.manager.operations import Change
 from ray_envs.manager.reconciler import Reconciler
 from ray_envs.manager.registry import Registry
 from ray_envs.manager.resolver import Resolved, Resolver
@@ -178,7 +179,7 @@ class Switching:
         self._reconciler.want([generation.key])
         if before is not None:
             self._variants.unwant(before.current.key)
-        write_view(self._registry, self._paths, record)
+        venv_view.show(self._registry, self._paths, record)
 
     def fits(self, record: VariantRecord) -> bool:
         """Whether it was locked for the Ray, Python and platform of this cluster."""

@@ -17,7 +17,9 @@ import pytest
 from ray_envs.disk.files import write_atomically
 from ray_envs.errors import LockTimeout, StorageFailed
 from ray_envs.manager import registry as registry_module
-from ray_envs.manager.registry import Registry, build_request
+from ray_envs.manager import venv_view
+from ray_envs.manager.reconciler import build_request
+from ray_envs.manager.registry import Registry
 from ray_envs.models import Definition, EnvId, Generation, Target, VariantRecord
 from ray_envs.settings import Settings
 
@@ -291,65 +293,6 @@ def test_who_changes_a_definition_keeps_others_out_and_is_named(settings: Settin
         asyncio.run(main())
 
 
-#: Announces a manager, says so, and lives until it is killed.
-MANAGER = """\
-import sys
-from pathlib import Path
-from ray_envs.manager.registry import Registry
-from ray_envs.settings import Settings
-fd = Registry(Settings(root=Path(sys.argv[1]))).announce_manager("10.0.0.1:6379")
-print(fd is not None, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_manager_is_found_exactly_as_long_as_its_process_lives(
-    registry: Registry, settings: Settings
-) -> None:
-    assert registry.manager_address() is None
-    with subprocess.Popen(
-        [sys.executable, "-c", MANAGER, str(settings.root)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as manager:
-        assert manager.stdout is not None
-        assert manager.stdout.readline() == "True\n"
-        for _ in range(3):  # asking must not take the lock away
-            assert registry.manager_address() == "10.0.0.1:6379"
-        assert registry.announce_manager("10.0.0.2:6379") is None
-        assert registry.manager_address() == "10.0.0.1:6379"
-        manager.kill()
-    assert registry.manager_address() is None
-    fd = registry.announce_manager("10.0.0.3:6379")
-    assert fd is not None
-    assert registry.manager_address() == "10.0.0.3:6379"
-    os.close(fd)
-    assert registry.manager_address() is None
-
-
-def test_a_manager_without_a_cluster_has_no_address(registry: Registry) -> None:
-    fd = registry.announce_manager("")
-    assert fd is not None
-    assert registry.manager_address() is None
-    os.close(fd)
-
-
-def test_an_announcement_that_cannot_be_written_leaves_no_lock_behind(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(registry_module, "write_atomically", fails)
-        with pytest.raises(StorageFailed):
-            registry.announce_manager("10.0.0.1:6379")
-    fd = registry.announce_manager("10.0.0.2:6379")
-    assert fd is not None
-    os.close(fd)
-
-
 # -- the view for people
 
 
@@ -363,7 +306,7 @@ def test_the_view_shows_the_packages_of_the_store_and_holds_them(
     minor = f"{sys.version_info.major}.{sys.version_info.minor}"
     base = Path(os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable))
     for _ in range(2):  # a second generation writes over the first
-        registry.write_view(V, base_python=base, python=f"{minor}.0", site=site)
+        venv_view.write(registry.folder(V), base, f"{minor}.0", site)
     python = registry.folder(V) / ".venv" / "bin" / "python"
     code = "import sys, in_the_store; print(sys.prefix, in_the_store.__file__)"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
