@@ -78,31 +78,8 @@ async def run(
     except OSError as exc:
         raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
     lines: list[str] = []
-
-    def tell(raw: bytes) -> None:
-        line = redacted(raw.decode("utf-8", "replace").rstrip())
-        lines.append(line)
-        if on_line is not None:
-            on_line(line)
-
-    async def talk() -> None:
-        if process.stdin is not None:
-            with suppress(BrokenPipeError, ConnectionResetError):  # it ended before it read all
-                process.stdin.write(stdin.encode())
-                await process.stdin.drain()
-            process.stdin.close()
-        assert process.stdout is not None
-        rest = b""
-        while chunk := await process.stdout.read(_CHUNK):
-            *whole, rest = (rest + chunk).split(b"\n")
-            for raw in whole:
-                tell(raw)
-        if rest:
-            tell(rest)
-        await process.wait()
-
     try:
-        await asyncio.wait_for(talk(), timeout_s)
+        await asyncio.wait_for(_talk(process, stdin, lines, on_line), timeout_s)
     except (TimeoutError, asyncio.TimeoutError):
         raise UvFailed(
             f"{os.path.basename(command[0])} did not end within {timeout_s:g} s",
@@ -116,6 +93,33 @@ async def run(
             await process.wait()
     assert process.returncode is not None
     return Ended(process.returncode, "\n".join(lines))
+
+
+async def _talk(
+    process: asyncio.subprocess.Process, stdin: str, lines: list[str], on_line: Progress | None
+) -> None:
+    """Write to the child, collect its lines, and return when it has ended."""
+
+    def tell(raw: bytes) -> None:
+        line = redacted(raw.decode("utf-8", "replace").rstrip())
+        lines.append(line)
+        if on_line is not None:
+            on_line(line)
+
+    if process.stdin is not None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it ended before it read all
+            process.stdin.write(stdin.encode())
+            await process.stdin.drain()
+        process.stdin.close()
+    assert process.stdout is not None
+    rest = b""
+    while chunk := await process.stdout.read(_CHUNK):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for raw in whole:
+            tell(raw)
+    if rest:
+        tell(rest)
+    await process.wait()
 
 
 def last_words(output: str) -> str:

@@ -12,9 +12,9 @@ from ray_envs.decisions import edits, locks, resolving
 from ray_envs.errors import EnvironmentNotReady, InvalidInput, StorageFailed
 from ray_envs.manager.registry import Registry
 from ray_envs.models import Generation, Installed, VariantRecord
-from ray_envs.node import bundles, transfer
+from ray_envs.node import bundles, receiving, sending
+from ray_envs.node.interpreter import this_platform
 from ray_envs.node.store import Store
-from ray_envs.node.uv import this_platform
 from ray_envs.node.uv_cache import UvCache
 
 #: What stands in the exported texts themselves.
@@ -130,7 +130,7 @@ def put_bundle(
         files["uv.lock"], this_platform(), extras=definition.extras, groups=definition.groups
     )
     cache = UvCache(store.cache)
-    wheels = transfer.offers(cache, packages)
+    wheels = sending.offers(cache, packages)
     lacking = {package.name for package in packages} - {wheel.package.name for wheel in wheels}
     if lacking:
         raise EnvironmentNotReady(
@@ -138,7 +138,7 @@ def put_bundle(
             variant_id=str(record.env_id),
             hint="prepare it here first (`ray-envs sync`), or export where it is prepared",
         )
-    manifests = [transfer.manifest(cache, wheel) for wheel in wheels]
+    manifests = [sending.manifest(cache, wheel) for wheel in wheels]
     bundles.write_bundle(path, cache, manifests, files, ray=made.target.ray)
     return files
 
@@ -167,8 +167,8 @@ def take_bundle(path: Path, store: Store) -> dict[str, bytes]:
                     where=str(path),
                     hint="take it only from whom you trust; export it again",
                 )
-            if transfer.missing(cache, [package]):
-                transfer.receive(cache, manifest, bundle.chunks(manifest))
+            if receiving.missing(cache, [package]):
+                receiving.receive(cache, manifest, bundle.chunks(manifest))
         return dict(bundle.files)
 
 

@@ -13,8 +13,8 @@ from ray_envs.disk.files import storage_errors, write_atomically
 from ray_envs.errors import StorageFailed
 from ray_envs.manager.registry import Registry
 from ray_envs.models import VariantRecord
+from ray_envs.node.interpreter import base_python
 from ray_envs.node.store import Store
-from ray_envs.node.uv import base_python
 
 
 def show(registry: Registry, store: Store, record: VariantRecord) -> None:

@@ -20,8 +20,8 @@ from ray_envs.manager.statuses import Statuses
 from ray_envs.manager.variants import Variants
 from ray_envs.manager.views import Views
 from ray_envs.models import NodeEnvState, Phase, Platform, Target
+from ray_envs.node.interpreter import this_platform, this_target
 from ray_envs.node.store import Store
-from ray_envs.node.uv import this_platform, this_target
 from ray_envs.settings import Settings
 
 #: Up to this many variants of one environment, each gets an event of its own when it is ready.

@@ -20,11 +20,13 @@ from ray_envs.cluster.peers import RayPeers
 from ray_envs.decisions.collecting import EnvUse
 from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed, UvFailed, from_dict
 from ray_envs.models import BuildRequest, NodeEnvState, Phase, Target
+from ray_envs.node import startup
 from ray_envs.node.exchange import Exchange
+from ray_envs.node.interpreter import this_platform, this_target, uv_version
 from ray_envs.node.maintenance import Upkeep
 from ray_envs.node.provisioning import Maker, Progress
 from ray_envs.node.store import Store
-from ray_envs.node.uv import Builder, this_platform, this_target, uv_version
+from ray_envs.node.uv import Builder
 from ray_envs.node.uv_cache import UvCache
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, Gate, has_plugin
 from ray_envs.settings import Settings
@@ -223,7 +225,7 @@ class NodeAgent:
         Raises:
             InvalidInput: it does not start; `detail` is what it said.
         """
-        await self._builder.try_start(self._store.python(key), env_vars)
+        await startup.try_start(self._settings, self._store.python(key), env_vars)
 
     async def inventory(self) -> dict[str, Any]:
         """What this node has, and when it was used last; see `Upkeep.inventory`."""

@@ -24,7 +24,7 @@ from ray_envs.decisions.packs import CHUNK_BYTES, MadeFor, Manifest
 from ray_envs.disk.files import kind_of, storage_errors, sync_folder, unreadable
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.models import Model, validated
-from ray_envs.node import transfer
+from ray_envs.node import sending
 from ray_envs.node.uv_cache import UvCache
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def write_bundle(
     Args:
         path: the file.
         cache: the uv cache that the wheels are in.
-        manifests: the wheels, each from `transfer.manifest`.
+        manifests: the wheels, each from `sending.manifest`.
         files: the texts of the project, by file name.
         ray: the version of Ray that the environment holds.
 
@@ -126,7 +126,7 @@ def write_bundle(
     texts = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
     header = _Header(
         format=FORMAT,
-        made_for=transfer.made_here(),
+        made_for=sending.made_here(),
         ray=ray,
         files={
             name: _Text(size=len(text), sha256=hashlib.sha256(text).hexdigest())
@@ -142,12 +142,7 @@ def write_bundle(
         with cache.in_use():
             fd, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             with os.fdopen(fd, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w:") as archive:
-                    _add(archive, _HEADER, len(head), io.BytesIO(head))
-                    for (name, size), stream in zip(header.members(), streams, strict=True):
-                        _add(archive, name, size, stream)
-                    digest = hashlib.sha256(head).hexdigest().encode() + b"\n"
-                    _add(archive, _TRAILER, len(digest), io.BytesIO(digest))
+                _write(file, header, head, streams)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(scratch, 0o644)
@@ -163,6 +158,16 @@ def write_bundle(
         if scratch is not None:
             with suppress(OSError):  # it has its name by now
                 os.unlink(scratch)
+
+
+def _write(file: IO[bytes], header: _Header, head: bytes, streams: Iterable[IO[bytes]]) -> None:
+    """Write the members of a bundle: its header, its texts and wheels, and the header's hash."""
+    digest = hashlib.sha256(head).hexdigest().encode() + b"\n"
+    with tarfile.open(fileobj=file, mode="w:") as archive:
+        _add(archive, _HEADER, len(head), io.BytesIO(head))
+        for (name, size), stream in zip(header.members(), streams, strict=True):
+            _add(archive, name, size, stream)
+        _add(archive, _TRAILER, len(digest), io.BytesIO(digest))
 
 
 @contextmanager
@@ -250,7 +255,7 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         view = memoryview(buffer)
-        part = transfer.read_range(self._cache, self._manifest, self._offset, len(view))
+        part = sending.read_range(self._cache, self._manifest, self._offset, len(view))
         view[: len(part)] = part
         self._offset += len(part)
         return len(part)

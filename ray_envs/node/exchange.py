@@ -15,8 +15,8 @@ from ray_envs.cluster.calls import Call
 from ray_envs.decisions.packs import Manifest, Wheel, why_not
 from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError, StorageFailed
 from ray_envs.models import Installed, validated
-from ray_envs.node import transfer
-from ray_envs.node.transfer import Receiving
+from ray_envs.node import receiving, sending
+from ray_envs.node.receiving import Receiving
 from ray_envs.node.uv_cache import UvCache
 
 #: How many pieces a sender keeps in Ray's object store for further receivers.
@@ -63,13 +63,13 @@ class Exchange:
     async def offers(self, packages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of `packages` that this node can send."""
         asked = [Installed.model_validate(package) for package in packages]
-        wheels = await asyncio.to_thread(transfer.offers, self._cache, asked)
+        wheels = await asyncio.to_thread(sending.offers, self._cache, asked)
         return [wheel.model_dump(mode="json") for wheel in wheels]
 
     async def manifest(self, wheel: Mapping[str, Any]) -> dict[str, Any]:
         """What there is to send of one of the `offers`."""
         asked = Wheel.model_validate(wheel)
-        made = await asyncio.to_thread(transfer.manifest, self._cache, asked)
+        made = await asyncio.to_thread(sending.manifest, self._cache, asked)
         self._manifests[made.identity] = made
         if len(self._manifests) > _KEPT_MANIFESTS:
             self._manifests.popitem(last=False)
@@ -99,7 +99,7 @@ class Exchange:
             raise
 
     async def _put(self, made: Manifest, number: int) -> Any:
-        data = await asyncio.to_thread(transfer.read_chunk, self._cache, made, number)
+        data = await asyncio.to_thread(sending.read_chunk, self._cache, made, number)
         return await self._peers.put(data)
 
     # -- taking -----------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class Exchange:
             StorageFailed: this node cannot write what it is sent.
         """
         reasons: list[str] = []
-        lacking = await asyncio.to_thread(transfer.missing, self._cache, packages)
+        lacking = await asyncio.to_thread(receiving.missing, self._cache, packages)
         for node_id in peers:
             if not lacking:
                 break
@@ -126,7 +126,7 @@ class Exchange:
                 raise
             except RayEnvsError as exc:
                 reasons.append(f"node {node_id[:12]}: {exc}")
-            lacking = await asyncio.to_thread(transfer.missing, self._cache, lacking)
+            lacking = await asyncio.to_thread(receiving.missing, self._cache, lacking)
         if not lacking:
             return []
         names = ", ".join(package.name for package in lacking[:5])
@@ -134,7 +134,7 @@ class Exchange:
 
     async def lacking(self, packages: Iterable[Installed]) -> list[Installed]:
         """Those of `packages` that uv would not find in this node's cache."""
-        return await asyncio.to_thread(transfer.missing, self._cache, packages)
+        return await asyncio.to_thread(receiving.missing, self._cache, packages)
 
     async def _fetch_from(self, node_id: str, lacking: list[Installed], say: Say) -> list[str]:
         call = self._peers.peer(node_id)
@@ -147,7 +147,7 @@ class Exchange:
 
         async def one(wheel: Wheel) -> None:
             nonlocal done, is_silent
-            reason = why_not(wheel, transfer.made_here())
+            reason = why_not(wheel, sending.made_here())
             if reason:
                 reasons.append(reason)
                 return

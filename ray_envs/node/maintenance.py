@@ -15,10 +15,11 @@ from typing import Any
 from ray_envs.decisions.collecting import EnvUse
 from ray_envs.errors import EnvironmentInUse, RayEnvsError
 from ray_envs.models import BuildRequest, EnvRecord, Target
-from ray_envs.node import wheels
+from ray_envs.node import bytecode, mending, startup, wheels
+from ray_envs.node.interpreter import uv_version
 from ray_envs.node.probing import probe
 from ray_envs.node.store import Store
-from ray_envs.node.uv import Builder, uv_version
+from ray_envs.node.uv import Builder
 from ray_envs.node.uv_cache import UvCache
 from ray_envs.node.wheels import Damage
 from ray_envs.settings import Settings
@@ -140,7 +141,7 @@ class Upkeep:
             found = [_GONE]
         try:
             with self._store.no_use(record.key):
-                await self._builder.verify(self._store.python(record.key), request, site)
+                await startup.verify(self._settings, self._store.python(record.key), request, site)
         except (RayEnvsError, OSError):
             found.append(Damage(package="", path="../../../bin/python", kind="changed"))
         return found
@@ -153,7 +154,7 @@ class Upkeep:
             if other != key
         }
         site = self._store.site_packages(key, minor)
-        found = await asyncio.to_thread(wheels.sharers, site, damage, others)
+        found = await asyncio.to_thread(mending.sharers, site, damage, others)
         return sorted(others[path] for path in found)
 
     async def _mend(self, request: BuildRequest, damage: list[Damage]) -> tuple[list[Damage], bool]:
@@ -165,11 +166,11 @@ class Upkeep:
         site = store.site_packages(key, request.target.python_minor)
         odd: set[str] = set()
         try:
-            _, to_fetch = await asyncio.to_thread(wheels.mend, site, damage, self._cache)
+            _, to_fetch = await asyncio.to_thread(mending.mend, site, damage, self._cache)
             if to_fetch:
                 await self._fetch(request)
                 # A wheel that was just fetched and differs from its own RECORD was published so.
-                _, again = await asyncio.to_thread(wheels.mend, site, damage, self._cache)
+                _, again = await asyncio.to_thread(mending.mend, site, damage, self._cache)
                 odd = set(again)
         except (RayEnvsError, OSError):  # no network, a folder that is gone: build it again
             pass
@@ -207,7 +208,7 @@ class Upkeep:
             venv = project / ".venv"
             await self._builder.sync(project, venv, request, is_offline=False)
             site = venv / "lib" / f"python{request.target.python_minor}" / "site-packages"
-            late = self._builder.without_bytecode(site, before=time.time())
+            late = bytecode.without_bytecode(site, before=time.time())
             async with self._store.compile_lock():
                 await self._builder.compile(site, late)
 

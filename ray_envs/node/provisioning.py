@@ -18,9 +18,11 @@ from typing import Literal
 from ray_envs.decisions import locks
 from ray_envs.errors import RayEnvsError, StorageFailed, UvFailed
 from ray_envs.models import BuildRequest, EnvRecord, Installed, Phase
+from ray_envs.node import bytecode, startup
 from ray_envs.node.exchange import Exchange
+from ray_envs.node.interpreter import this_platform, uv_version
 from ray_envs.node.store import Store
-from ray_envs.node.uv import Builder, this_platform, uv_version
+from ray_envs.node.uv import Builder
 from ray_envs.settings import Settings
 
 #: The first pause before a failed download is tried again; it doubles. A guess.
@@ -73,7 +75,7 @@ class Maker:
         try:
             with store.scratch(_texts(request)) as project:
                 how, linked_at = await self._install(project, venv, request, peers, progress)
-                late = builder.without_bytecode(site, before=linked_at)
+                late = bytecode.without_bytecode(site, before=linked_at)
                 is_compiled = True
                 if late:
                     is_compiled = await self._compile(site, late, progress)
@@ -83,7 +85,7 @@ class Maker:
                     await builder.sync(project, venv, request, is_offline=True)
             progress(Phase.VERIFYING, "")
             store.install_hold(key, request.target.python_minor)
-            await builder.verify(store.python(key), request, site)
+            await startup.verify(self._settings, store.python(key), request, site)
         except UvFailed as exc:
             raise self.blamed(exc) from exc
         record = EnvRecord(
@@ -113,7 +115,7 @@ class Maker:
                 venv = project / ".venv"
                 _, linked_at = await self._install(project, venv, request, (), progress)
                 site = venv / "lib" / f"python{request.target.python_minor}" / "site-packages"
-                late = self._builder.without_bytecode(site, before=linked_at)
+                late = bytecode.without_bytecode(site, before=linked_at)
                 if late:
                     await self._compile(site, late, progress)
         except UvFailed as exc:

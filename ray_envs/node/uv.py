@@ -1,34 +1,27 @@
-"""uv's commands and this node's interpreter; knows exit codes, not why something is built.
+"""uv's commands, and what their exit codes and words mean.
 
-`agent` decides when, `store` where. `processes`, below, runs what is asked for here; byte-code in
-uv's cache is a module of its own, `bytecode`.
+`agent` decides when they run, `store` where; byte-code in uv's cache is `bytecode`.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import uv
-from packaging.markers import default_environment
-from packaging.tags import sys_tags
-from packaging.utils import canonicalize_name
 
 from ray_envs.decisions.credentials import redacted
-from ray_envs.disk import processes
 from ray_envs.disk.processes import Ended, Progress, last_words
-from ray_envs.errors import InvalidInput, InvalidPackages, ResolutionFailed, UvFailed
-from ray_envs.models import RAY_GROUP, BuildRequest, Platform, Target
+from ray_envs.errors import InvalidPackages, ResolutionFailed, UvFailed
+from ray_envs.models import RAY_GROUP, BuildRequest
 from ray_envs.node import bytecode
+from ray_envs.node.interpreter import base_python
+from ray_envs.node.startup import run_clean
 from ray_envs.settings import Settings
-from ray_envs.worker.hold import INSTALLED_AS
 
 #: uv's exit code where it works as meant but the answer is no: nothing satisfies the requirements.
 _UV_SAYS_NO = 1
@@ -50,16 +43,6 @@ _ONLY_BINARY_HINT = (
     "(only_binary of the spec, RAY_ENVS_ONLY_BINARY)"
 )
 _FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
-
-#: What uv must not take over from the process that calls us: it names other projects and modes.
-_NOT_FOR_UV = (
-    "UV_PROJECT", "UV_PROJECT_ENVIRONMENT", "UV_WORKING_DIR", "UV_WORKING_DIRECTORY",
-    "UV_FROZEN", "UV_LOCKED", "UV_NO_SYNC", "UV_ISOLATED", "UV_PYTHON", "UV_DEV", "UV_NO_DEV",
-    "UV_NO_GROUP", "UV_NO_DEFAULT_GROUPS", "UV_COMPILE_BYTECODE", "UV_CACHE_DIR", "UV_NO_CACHE",
-    "UV_ENV_FILE", "UV_RUN_RECURSION_DEPTH", "UV_EXCLUDE_NEWER", "UV_PREVIEW", "VIRTUAL_ENV",
-    "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "CONDA_PREFIX",
-)  # fmt: skip
-
 #: What uv takes from the process that calls us and that decides what a resolution finds.
 _INDEX_SETTINGS = (
     "UV_BUILD_CONSTRAINT", "UV_CONFIG_FILE", "UV_CONSTRAINT", "UV_DEFAULT_INDEX", "UV_EXCLUDE",
@@ -69,38 +52,6 @@ _INDEX_SETTINGS = (
     "UV_NO_SOURCES_PACKAGE", "UV_NO_SYSTEM_CONFIG", "UV_OVERRIDE", "UV_PRERELEASE",
     "UV_RESOLUTION", "UV_TORCH_BACKEND",
 )  # fmt: skip
-
-
-def base_python() -> str:
-    """The interpreter that environments are made from: this one's, outside any environment."""
-    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-
-
-@cache
-def this_platform() -> Platform:
-    """Where environments of this node are installed; the same for the life of the process."""
-    libc = "".join(platform.libc_ver()) or platform.release()
-    markers = {name: str(value) for name, value in default_environment().items()}
-    # The kernel's release says nothing about which wheels fit and differs from node to node.
-    markers.update(platform_release="", platform_version="")
-    return Platform(
-        markers=markers,
-        tags=tuple(str(tag) for tag in sys_tags()),
-        name=f"{sys.platform}-{platform.machine()}-{libc}",
-    )
-
-
-def this_target(ray_version: str) -> Target:
-    """What environments of this node must match."""
-    return Target(python=platform.python_version(), ray=ray_version)
-
-
-@cache
-def uv_version() -> str:
-    """The version of the uv that this module runs."""
-    from importlib.metadata import version
-
-    return version("uv")
 
 
 def index_settings() -> dict[str, str]:
@@ -136,25 +87,6 @@ class Builder:
         self._settings = settings
         self._cache = cache
         self._uv = uv_command or (uv.find_uv_bin(),)
-
-    async def lock(
-        self,
-        project: Path,
-        *,
-        exclude_newer: str | None = None,
-        upgrade: Iterable[str] | None = None,
-        only_binary: bool = False,
-        on_line: Progress | None = None,
-    ) -> str:
-        """The text of the uv.lock that `resolve` makes."""
-        locked = await self.resolve(
-            project,
-            exclude_newer=exclude_newer,
-            upgrade=upgrade,
-            only_binary=only_binary,
-            on_line=on_line,
-        )
-        return locked.text
 
     async def resolve(
         self,
@@ -310,12 +242,12 @@ class Builder:
         return ended.output
 
     async def check_index(self, project: Path, timeout_s: float) -> None:
-        """Nothing, if the package index answers for the project in `project` now.
+        """Check that the package index can resolve `project` now. Raises `UvFailed` if it cannot.
 
-        What the cache knows of Ray does not count, and nothing is written.
+        Ray's metadata is asked for again, whatever the cache has; nothing is written.
 
         Raises:
-            UvFailed: it does not, or not within `timeout_s` seconds.
+            UvFailed: it cannot, or not within `timeout_s` seconds.
         """
         ended = await self._run_uv(
             ["lock", "--dry-run", "--refresh-package", "ray"],
@@ -326,62 +258,11 @@ class Builder:
         if ended.code:
             raise _failed("uv lock", ended)
 
-    def without_bytecode(self, site_packages: Path, *, before: float) -> list[str]:
-        """See `bytecode.without_bytecode`."""
-        return bytecode.without_bytecode(site_packages, before=before)
-
     async def compile(self, site_packages: Path, dist_infos: Iterable[str]) -> bool:
         """See `bytecode.compile_wheels`; the caller holds the node's compile lock."""
         return await bytecode.compile_wheels(
             self._cache, site_packages, dist_infos, python=base_python(), settings=self._settings
         )
-
-    async def verify(self, python: Path, request: BuildRequest, site_packages: Path) -> None:
-        """Check that the environment starts, takes its hold, and has the promised versions.
-
-        Versions are read from metadata: importing ray would cost as much as the whole build.
-
-        Raises:
-            UvFailed: it does not, although uv reported success.
-        """
-        installed = set()
-        for entry in os.scandir(site_packages):
-            name, dot, _ = entry.name.rpartition(".dist-info")
-            if dot and os.path.exists(os.path.join(entry.path, "RECORD")):
-                installed.add(canonicalize_name(name.rpartition("-")[0]))
-        missing = {canonicalize_name(name) for name in request.packages} - installed
-        if missing:
-            raise UvFailed(f"uv reported success but did not install {', '.join(sorted(missing))}")
-        ended = await self._run(
-            [
-                str(python), "-I", "-c",
-                f"import sys, {INSTALLED_AS} as i;"
-                "print(i.hold_fd is not None, *sys.version_info[:3])",
-            ],
-            site_packages,
-            timeout_s=60,
-        )  # fmt: skip
-        said, wanted = ended.output.strip(), "True " + request.target.python.replace(".", " ")
-        if ended.code or said != wanted:
-            raise UvFailed(
-                f"the new interpreter says {said!r} (exit code {ended.code}), not {wanted!r}"
-            )
-
-    async def try_start(self, python: Path, env_vars: dict[str, str]) -> None:
-        """Start `python` with these variables, as a worker would be.
-
-        Raises:
-            InvalidInput: it does not start; `detail` is what it said.
-        """
-        ended = await self._run(
-            [str(python), "-c", ""], python.parent, timeout_s=60, environ=env_vars
-        )
-        if ended.code:
-            raise InvalidInput(
-                f"the interpreter does not start with env_vars {', '.join(sorted(env_vars))}",
-                detail=last_words(ended.output),
-                hint="mend or remove the variable that it names",
-            )
 
     async def _run_uv(
         self,
@@ -398,7 +279,8 @@ class Builder:
         command = [*self._uv, *command, "--color", "never", "--no-progress"]
         if has_python:
             command += ["--python", base_python()]
-        return await self._run(
+        return await run_clean(
+            self._settings,
             command,
             cwd,
             timeout_s=timeout_s,
@@ -409,27 +291,6 @@ class Builder:
                 "UV_PYTHON_DOWNLOADS": "never",
                 **(environ or {}),
             },
-        )
-
-    async def _run(
-        self,
-        command: list[str],
-        cwd: Path,
-        *,
-        timeout_s: float,
-        hint: str = "",
-        on_line: Progress | None = None,
-        environ: dict[str, str] | None = None,
-    ) -> Ended:
-        clean = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_UV}
-        return await processes.run(
-            command,
-            cwd,
-            timeout_s=timeout_s,
-            niceness=self._settings.build_niceness,
-            environ={**clean, **(environ or {})},
-            on_line=on_line,
-            hint=hint,
         )
 
 
@@ -457,14 +318,3 @@ def _failed(command: str, ended: Ended, *, hint: str = _INDEX_HINT) -> UvFailed:
         detail=last_words(ended.output),
         hint=hint,
     )
-
-
-__all__ = [
-    "Builder",
-    "Locked",
-    "base_python",
-    "index_settings",
-    "this_platform",
-    "this_target",
-    "uv_version",
-]

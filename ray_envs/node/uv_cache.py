@@ -1,9 +1,6 @@
-"""uv's cache on disk; the only module that knows its layout, which is that of uv 0.13.
+"""Changes uv's cache: moves wheels in, forgets damaged or unneeded ones. Uses uv's own lock.
 
-`archive-v*/<id>` are unpacked wheels. The entries that lead to them: in `wheels-v*`, at
-`<index>/<name>/<version>-<tag>`, a link with its pointer (`.http`, `.rev`), metadata (`.msgpack`)
-and lock beside it; in `sdists-v*` a link beside each wheel that uv built. Nothing is built or
-downloaded here: `builder` runs uv, and `wheels`, above, decides what is damaged.
+Nothing is built or downloaded here: that is uv's work. `uv_entries` knows the layout.
 """
 
 from __future__ import annotations
@@ -16,56 +13,31 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
-from packaging.version import InvalidVersion, Version
+from packaging.utils import canonicalize_name
 
 from ray_envs.disk.files import storage_errors
 from ray_envs.errors import InvalidInput, LockTimeout
 from ray_envs.models import Installed
-
-#: The uv whose layout this is; another one finds, or leaves, a cache that is read differently.
-UV_SERIES = "0.13"
-
-#: What stands beside the link of a wheel. The first two say which archive it is, in their text.
-_POINTERS = (".http", ".rev")
-_SUFFIXES = (*_POINTERS, ".msgpack", ".lock")
+from ray_envs.node.uv_entries import (
+    Cached,
+    built_entries,
+    built_of,
+    is_led_to,
+    pointers_to,
+    reachable,
+    version_of,
+    wheel_entries,
+    wheels_of,
+)  # fmt: skip
 
 #: What is on its way out, below the cache; `uv cache prune` removes folders that it does not know.
 _TRASH = ".ray_envs-forgotten-"
 #: What is on its way in. Its owner holds the shared lock: under the exclusive one it is rubbish.
 _ARRIVING = ".ray_envs-arriving-"
-
 #: How often a waiter tries the lock again, in seconds. Short against any work of uv.
 _POLL_S = 0.05
-
-#: How much of a commit uv has in the name of a folder.
-_COMMIT_LENGTH = 16
-
-_Release = tuple[str, Version]
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """What uv keeps of a wheel, or of a source archive with the wheels built from it."""
-
-    #: The packages and versions in it; never empty.
-    holds: frozenset[_Release]
-    #: Files, links and folders; the pointers first, so that no pointer ever leads nowhere.
-    paths: tuple[Path, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Cached:
-    """A package as uv needs it to install it offline."""
-
-    #: The unpacked wheels.
-    archives: tuple[Path, ...]
-    #: The files and links that lead to them, in the order in which they may appear: each is of no
-    #: use, and does no harm, without the next; pointers last.
-    leads: tuple[Path, ...]
 
 
 class UvCache:
@@ -101,7 +73,11 @@ class UvCache:
             StorageFailed: the cache cannot be read.
         """
         with storage_errors("read uv's cache"):
-            built = self._built_of(package) if package.is_built else self._wheels_of(package)
+            built = (
+                built_of(self.folder, package)
+                if package.is_built
+                else wheels_of(self.folder, package)
+            )
             found = list(built)
         if not found:
             return None
@@ -152,7 +128,7 @@ class UvCache:
             for archive in archives:
                 place = self.folder / archive
                 place.parent.mkdir(parents=True, exist_ok=True)
-                if place.is_dir() and not self._is_led_to(place):
+                if place.is_dir() and not is_led_to(self.folder, place):
                     self._let_go(place)
                 try:
                     os.rename(arriving / archive, place)
@@ -220,14 +196,14 @@ class UvCache:
             (str(canonicalize_name(name)), parsed)
             for name, versions in needed.items()
             for version in versions
-            if (parsed := _version(version)) is not None
+            if (parsed := version_of(version)) is not None
         }
         with storage_errors("remove wheels from uv's cache"):
             with self._lock(fcntl.LOCK_EX):
                 self._give_up_arriving()
-                entries = [*self._wheels(), *self._built()]
+                entries = [*wheel_entries(self.folder), *built_entries(self.folder)]
                 doomed = [entry for entry in entries if not entry.holds & wanted]
-                before = self._reachable()
+                before = reachable(self.folder)
                 free = sum(_free_bytes(path) for entry in doomed for path in entry.paths)
                 for path in (path for entry in doomed for path in entry.paths):
                     if path.is_dir() and not path.is_symlink():
@@ -236,7 +212,7 @@ class UvCache:
                         path.unlink(missing_ok=True)
                     with suppress(OSError):  # others of the same package are in it
                         path.parent.rmdir()
-                free += sum(_free_bytes(archive) for archive in before - self._reachable())
+                free += sum(_free_bytes(archive) for archive in before - reachable(self.folder))
             self._empty_trash()
         return len(doomed), free
 
@@ -262,106 +238,8 @@ class UvCache:
         finally:
             os.close(fd)
 
-    def _wheels_of(self, package: Installed) -> Iterator[Cached]:
-        """The entries of a downloaded wheel; of each index that it was taken from."""
-        release = _release(package.name, package.version)
-        pin = package.pin.rpartition(":")[2].encode()
-        for kind in ("pypi", "index/*", "url/*"):
-            for pointer in self.folder.glob(f"wheels-v*/{kind}/{package.name}/*"):
-                if pointer.suffix not in _POINTERS:
-                    continue
-                link = pointer.with_name(pointer.name[: -len(pointer.suffix)])
-                if _release(package.name, link.name.partition("-")[0]) != release:
-                    continue
-                archive = _unpacked(link)
-                text = pointer.read_bytes()
-                if archive and pin in text and os.fsencode(archive.name) in text:
-                    metadata = link.with_name(f"{link.name}.msgpack")
-                    more = (metadata,) if metadata.is_file() else ()
-                    yield Cached((archive,), (*more, link, pointer))
-
-    def _built_of(self, package: Installed) -> Iterator[Cached]:
-        """The entries of wheels that uv built from the source that is pinned."""
-        kind, _, pin = package.pin.partition(":")
-        if kind == "git":
-            commit = pin.partition(":")[0]
-            for folder in self.folder.glob(f"sdists-v*/git/*/{commit[:_COMMIT_LENGTH]}"):
-                yield from _built_in(folder, package, ())
-            return
-        for place in (f"pypi/{package.name}/*", f"index/*/{package.name}/*", "url/*"):
-            for pointer in self.folder.glob(f"sdists-v*/{place}/revision.*"):
-                text = pointer.read_bytes()
-                if pointer.suffix in _POINTERS and pin.encode() in text:
-                    for folder in pointer.parent.iterdir():
-                        if folder.is_dir() and os.fsencode(folder.name) in text:
-                            yield from _built_in(folder, package, (pointer,))
-
-    def _pointers_to(self, archive: Path) -> Iterator[Path]:
-        """What leads to `archive`: pointers of uv first, as uv trusts them without the link."""
-        links = []
-        name = os.fsencode(archive.name)
-        for path in self._bucket_files():
-            with suppress(OSError):
-                if path.is_symlink():
-                    if _target(path) == archive:
-                        links.append(path)
-                elif path.suffix in _POINTERS and name in path.read_bytes():
-                    yield path
-        yield from links
-
-    def _is_led_to(self, archive: Path) -> bool:
-        """Whether uv may use `archive`; the link of a downloaded wheel is nothing on its own."""
-        built = tuple(self.folder.glob("sdists-v*"))
-        return any(
-            not path.is_symlink() or any(bucket in path.parents for bucket in built)
-            for path in self._pointers_to(archive)
-        )
-
-    def _reachable(self) -> set[Path]:
-        """The unpacked wheels that something leads to, in the eyes of `uv cache prune`."""
-        return {_target(path) for path in self._bucket_files() if path.is_symlink()}
-
-    def _bucket_files(self) -> Iterator[Path]:
-        """Every file and link of the buckets, apart from unpacked source archives."""
-        for kind in ("wheels-v*", "sdists-v*"):
-            for bucket in self.folder.glob(kind):
-                for place, folders, files in os.walk(bucket):
-                    links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-                    if kind == "sdists-v*":
-                        folders[:] = [name for name in folders if name != "src"]
-                    yield from (Path(place, name) for name in (*files, *links))
-
-    def _wheels(self) -> Iterator[_Entry]:
-        """The entries of downloaded wheels."""
-        found: dict[tuple[Path, str], list[Path]] = {}
-        for path in self._bucket_files():
-            if path.relative_to(self.folder).parts[0].startswith("wheels-v"):
-                stem = path.name
-                if path.suffix in _SUFFIXES:
-                    stem = stem[: -len(path.suffix)]
-                found.setdefault((path.parent, stem), []).append(path)
-        for (folder, stem), paths in found.items():
-            version, dash, _ = stem.partition("-")
-            release = _release(folder.name, version)
-            if dash and release is not None:
-                paths.sort(key=lambda path: (path.suffix not in _POINTERS, path.name))
-                yield _Entry(frozenset([release]), tuple(paths))
-
-    def _built(self) -> Iterator[_Entry]:
-        """The entries of source archives: those of an index, then those named by the wheels."""
-        for kind in ("pypi/*/*", "index/*/*/*"):
-            for folder in self.folder.glob(f"sdists-v*/{kind}"):
-                release = _release(folder.parent.name, folder.name)
-                if release is not None:
-                    yield _Entry(frozenset([release]), (folder,))
-        for kind in ("url", "path", "git", "editable"):
-            for folder in self.folder.glob(f"sdists-v*/{kind}/*"):
-                releases = {_release_of_wheel(path.name) for path in folder.glob("*/*.whl")}
-                if releases and None not in releases:
-                    yield _Entry(frozenset(r for r in releases if r is not None), (folder,))
-
     def _check_place(self, path: str) -> None:
-        """Nothing, if `path` is in the folder that it names: a link leads into another wheel."""
+        """Refuse a path through a link: it would lead into another wheel."""
         place = self.folder / path
         if any(above.is_symlink() for above in place.parents if self.folder in above.parents):
             raise InvalidInput(
@@ -371,7 +249,7 @@ class UvCache:
 
     def _let_go(self, archive: Path) -> None:
         """Move `archive` away after all that leads to it: nothing ever leads nowhere."""
-        for pointer in list(self._pointers_to(archive)):
+        for pointer in list(pointers_to(self.folder, archive)):
             pointer.unlink(missing_ok=True)
         self._move_away(archive)
 
@@ -391,59 +269,6 @@ class UvCache:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _target(link: Path) -> Path:
-    return Path(os.path.normpath(link.parent / os.readlink(link)))
-
-
-def _unpacked(link: Path) -> Path | None:
-    """The unpacked wheel that `link` leads to, if it is there."""
-    if not link.is_symlink():
-        return None
-    archive = _target(link)
-    return archive if archive.is_dir() and not archive.is_symlink() else None
-
-
-def _built_in(folder: Path, package: Installed, pointers: tuple[Path, ...]) -> Iterator[Cached]:
-    """The entry of `folder`, where uv built from one source; nothing without a wheel of it."""
-    archives: list[Path] = []
-    links: list[Path] = []
-    files: list[Path] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "src"]
-        for path in sorted(Path(place, name) for name in (*folders, *names)):
-            release = _release_of_wheel(f"{path.name}.whl")
-            if path.is_symlink():
-                archive = _unpacked(path)
-                if archive and release and release[0] == package.name:
-                    archives.append(archive)
-                    links.append(path)
-            elif path.is_file() and path.suffix != ".lock" and path.name != ".lock":
-                files.append(path)
-    if archives:
-        yield Cached(tuple(archives), (*files, *links, *pointers))
-
-
-def _release(name: str, version: str) -> _Release | None:
-    """The package and version that uv means by a folder called `name`; None if it means none."""
-    parsed = _version(version)
-    return (name, parsed) if parsed is not None and canonicalize_name(name) == name else None
-
-
-def _release_of_wheel(file: str) -> _Release | None:
-    try:
-        name, version, _, _ = parse_wheel_filename(file)
-    except InvalidWheelFilename:
-        return None
-    return str(name), version
-
-
-def _version(text: str) -> Version | None:
-    try:
-        return Version(text)
-    except InvalidVersion:
-        return None
-
-
 def _free_bytes(path: Path) -> int:
     """The bytes of the files at or below `path` that nothing else has a link to."""
     total = 0
@@ -454,6 +279,3 @@ def _free_bytes(path: Path) -> int:
             if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
                 total += status.st_size
     return total
-
-
-__all__ = ["UV_SERIES", "Cached", "UvCache"]

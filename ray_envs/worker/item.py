@@ -39,16 +39,7 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
         "pid": os.getpid(),
     }
     clock = time.monotonic()
-    outcome = {
-        "python": ".".join(str(n) for n in sys.version_info[:3]),
-        "ray": ray.__version__,
-        "started_at": started,
-        "shadowed": [],
-        "kind": "payload",
-        "has_run": False,
-        "error": None,
-        "value": None,
-    }
+    outcome = _new_outcome(started)
     value = None
     folder = current_folder()
     wrong = what_is_wrong_here(request, outcome)
@@ -82,6 +73,20 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
     yield outcome
     if not request["as_json"] and outcome["error"] is None:
         yield value
+
+
+def _new_outcome(started_at: float) -> dict[str, Any]:
+    """The outcome of an item that has not run yet."""
+    return {
+        "python": ".".join(str(n) for n in sys.version_info[:3]),
+        "ray": sys.modules["ray"].__version__,
+        "started_at": started_at,
+        "shadowed": [],
+        "kind": "payload",
+        "has_run": False,
+        "error": None,
+        "value": None,
+    }
 
 
 def _load(

@@ -21,7 +21,7 @@ from pathlib import Path
 import uv
 
 from ray_envs import EnvSpec, RayEnvironmentProvider, Settings
-from ray_envs.node.uv import base_python
+from ray_envs.node.interpreter import base_python
 
 BATCH = Path(__file__).parents[2] / "envs" / "sklearn-upgrade"
 

@@ -22,8 +22,9 @@ import pytest
 from ray_envs.decisions import locks, resolving
 from ray_envs.models import BuildRequest, Definition, NodeEnvState
 from ray_envs.node.agent import NodeAgent
+from ray_envs.node.interpreter import this_platform, this_target
 from ray_envs.node.store import Store
-from ray_envs.node.uv import Builder, this_platform, this_target
+from ray_envs.node.uv import Builder
 from ray_envs.settings import Settings
 from ray_envs.testing import FakeUv
 
@@ -183,7 +184,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Locked:
             project.mkdir()
             text = resolving.project_text(Definition(packages=packages), target)
             (project / "pyproject.toml").write_text(text)
-            uv_lock = asyncio.run(builder.lock(project))
+            uv_lock = asyncio.run(builder.resolve(project)).text
             installed = locks.installed(uv_lock, platform)
             known[packages] = BuildRequest(
                 key=locks.key_of(installed, target, platform),

@@ -70,7 +70,7 @@ told["status"] = envs.prepare("plain", strict=False)
 
 END = """
 told["venv"] = envs.environment("plain")["venv_path"]
-told["nodes"] = envs._call("describe")["nodes"]
+told["nodes"] = envs.describe()["nodes"]
 print(json.dumps(told))
 """
 
@@ -83,7 +83,7 @@ told["seen"] = ray.get([look.options(**envs.options("plain")).remote() for _ in 
 #: One task on each node, once before and once after the agent there was killed.
 ON_EACH = """
 def on_each():
-    wait_until(lambda: all(n["is_eligible"] for n in envs._call("describe")["nodes"].values()))
+    wait_until(lambda: all(n["is_eligible"] for n in envs.describe()["nodes"].values()))
     envs.prepare("plain")
     return {name: ray.get(look.options(**envs.options("plain", resources={name: 0.01})).remote(),
                           timeout=120) for name in ids()}

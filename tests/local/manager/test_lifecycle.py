@@ -30,8 +30,9 @@ from ray_envs.manager import operations
 from ray_envs.manager.manager import EnvManager
 from ray_envs.models import Definition, EnvId
 from ray_envs.node.agent import NodeAgent
+from ray_envs.node.interpreter import this_target
 from ray_envs.node.store import Store
-from ray_envs.node.uv import Builder, this_target
+from ray_envs.node.uv import Builder
 from ray_envs.settings import Settings
 from ray_envs.testing import FakeUv
 from tests.local.conftest import RAY, Child, processes_of, wait_until
@@ -741,7 +742,7 @@ def test_a_lock_of_another_ray_is_refused_with_the_pins_that_would_move(
     other = this_target(RAY).model_copy(update={"ray": OTHER_RAY})
     text = resolving.project_text(Definition(packages=ONE), other)
     (tmp_path / "pyproject.toml").write_text(text)
-    uv_lock = asyncio.run(Builder(shared, Store(shared).cache).lock(tmp_path))
+    uv_lock = asyncio.run(Builder(shared, Store(shared).cache).resolve(tmp_path)).text
 
     async def act(manager: EnvManager) -> Any:
         before = tree(shared)

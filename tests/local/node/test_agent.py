@@ -26,10 +26,9 @@ from ray_envs.manager import fleet
 from ray_envs.manager.fleet import Fleet
 from ray_envs.models import BuildRequest, NodeEnvState, Phase
 from ray_envs.node import agent as agents
-from ray_envs.node import bytecode
+from ray_envs.node import bytecode, startup
 from ray_envs.node.agent import NodeAgent
 from ray_envs.node.store import Store
-from ray_envs.node.uv import Builder
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, Gate, with_plugin
 from ray_envs.settings import Settings
 from ray_envs.testing import FakeUv
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 AGENT = """\
 import asyncio, json, sys, time
 from pathlib import Path
-from ray_envs.node import bytecode, agent as agents, uv as builder, store
+from ray_envs.node import bytecode, agent as agents, startup, uv as builder, store
 given = json.loads(sys.argv[1])
 agents._RETRY_PAUSE_S = 0.01
 if given["uv"]:
@@ -63,7 +62,7 @@ def stop(*_, **__):
         time.sleep(60)
 
 owners = {"begin": store.Store, "install_hold": store.Store, "commit": store.Store,
-          "compile": builder.Builder, "verify": builder.Builder}
+          "compile": builder.Builder, "verify": startup}
 if given["stage"] in owners:
     setattr(owners[given["stage"]], given["stage"], stop)
 
@@ -326,7 +325,7 @@ def test_an_error_that_nobody_foresaw_is_a_failure_and_not_a_build_without_an_en
     async def odd(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(Builder, "verify", odd)
+    monkeypatch.setattr(startup, "verify", odd)
     state = build(warm, locked())
     assert state.phase is Phase.FAILED
     assert state.error is not None

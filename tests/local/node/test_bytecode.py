@@ -15,8 +15,9 @@ import pytest
 from ray_envs.errors import UvFailed
 from ray_envs.models import BuildRequest
 from ray_envs.node import bytecode
+from ray_envs.node.interpreter import base_python
 from ray_envs.node.store import Store
-from ray_envs.node.uv import Builder, base_python
+from ray_envs.node.uv import Builder
 from ray_envs.settings import Settings
 
 if TYPE_CHECKING:

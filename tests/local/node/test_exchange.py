@@ -18,7 +18,7 @@ from ray_envs.cluster.calls import Call
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.manager import exports
 from ray_envs.models import Installed
-from ray_envs.node import bundles, exchange, transfer
+from ray_envs.node import bundles, exchange, receiving
 from ray_envs.node.exchange import Exchange
 from ray_envs.node.store import Store
 from ray_envs.node.uv_cache import UvCache
@@ -154,4 +154,4 @@ def test_a_bundle_with_a_wheel_that_its_lock_does_not_name_is_refused(
     other = Store(Settings(root=tmp_path / "other"))
     with pytest.raises(InvalidInput, match="tabulate that its lock does not name"):
         exports.take_bundle(tmp_path / "evil", other)
-    assert transfer.missing(UvCache(other.cache), [built.package("tabulate")])
+    assert receiving.missing(UvCache(other.cache), [built.package("tabulate")])

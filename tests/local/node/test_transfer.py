@@ -30,11 +30,11 @@ from ray_envs.decisions import locks, packs
 from ray_envs.decisions.packs import Manifest
 from ray_envs.errors import InvalidInput, LockTimeout, StorageFailed
 from ray_envs.models import Installed
-from ray_envs.node import bundles, bytecode, transfer
+from ray_envs.node import bundles, bytecode, receiving, sending
 from ray_envs.node.bundles import FORMAT, read_bundle, write_bundle
+from ray_envs.node.interpreter import base_python, this_platform
+from ray_envs.node.receiving import Receiving
 from ray_envs.node.store import Store
-from ray_envs.node.transfer import Receiving
-from ray_envs.node.uv import base_python, this_platform
 from ray_envs.node.uv_cache import UvCache
 from ray_envs.settings import Settings
 from tests.local.conftest import build
@@ -83,16 +83,16 @@ class Sender:
         return next(each for each in self.packages if each.name == name)
 
     def manifest(self, name: str, *, chunk_bytes: int = packs.CHUNK_BYTES) -> Manifest:
-        (wheel,) = transfer.offers(self.cache, [self.package(name)])
-        return transfer.manifest(self.cache, wheel, chunk_bytes=chunk_bytes)
+        (wheel,) = sending.offers(self.cache, [self.package(name)])
+        return sending.manifest(self.cache, wheel, chunk_bytes=chunk_bytes)
 
     def chunks(self, manifest: Manifest) -> list[bytes]:
-        return [transfer.read_chunk(self.cache, manifest, n) for n in range(manifest.chunk_count)]
+        return [sending.read_chunk(self.cache, manifest, n) for n in range(manifest.chunk_count)]
 
     def send_all(self, to: UvCache, *, chunk_bytes: int = packs.CHUNK_BYTES) -> None:
-        for wheel in transfer.offers(self.cache, transfer.missing(to, self.packages)):
-            pack = transfer.manifest(self.cache, wheel, chunk_bytes=chunk_bytes)
-            transfer.receive(to, pack, self.chunks(pack))
+        for wheel in sending.offers(self.cache, receiving.missing(to, self.packages)):
+            pack = sending.manifest(self.cache, wheel, chunk_bytes=chunk_bytes)
+            receiving.receive(to, pack, self.chunks(pack))
 
 
 def uv_project(cache: Path, project: Path, venv: Path, *words: str) -> str:
@@ -177,7 +177,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Sender:
         project.mkdir()
         (project / "pyproject.toml").write_text(
             PROJECT.format(
-                minor=transfer.made_here().python,
+                minor=sending.made_here().python,
                 port=server.server_port,
                 git=source,
                 commit=git(source, "rev-parse", "HEAD"),
@@ -209,7 +209,7 @@ def sender(built: Sender, tmp_path: Path) -> Sender:
     mine = Sender(UvCache(tmp_path / "sender", lock_timeout_s=30), built.project, built.packages)
     for name in ("six", "tabulate"):
         pack = built.manifest(name)
-        transfer.receive(mine.cache, pack, built.chunks(pack))
+        receiving.receive(mine.cache, pack, built.chunks(pack))
     return mine
 
 
@@ -252,10 +252,10 @@ def test_an_environment_is_installed_offline_from_what_a_peer_sent(
     built: Sender, cache: UvCache, tmp_path: Path
 ) -> None:
     assert len(built.packages) == len(MODULES)
-    assert transfer.missing(cache, built.packages) == list(built.packages)
-    assert transfer.missing(built.cache, built.packages) == []
+    assert receiving.missing(cache, built.packages) == list(built.packages)
+    assert receiving.missing(built.cache, built.packages) == []
     built.send_all(cache, chunk_bytes=10_000)
-    assert transfer.missing(cache, built.packages) == []
+    assert receiving.missing(cache, built.packages) == []
 
     began_at = time.time()
     site = sync_offline(cache, built, tmp_path / "venv")
@@ -280,9 +280,9 @@ def test_what_uv_built_is_unpacked_again_without_the_network(
     built.send_all(cache)
     (archive,) = cache.archives()["docopt-0.6.2.dist-info"]
     cache.forget(archive)
-    assert [each.name for each in transfer.missing(cache, built.packages)] == ["docopt"]
+    assert [each.name for each in receiving.missing(cache, built.packages)] == ["docopt"]
     sync_offline(cache, built, tmp_path / "venv")
-    assert transfer.missing(cache, built.packages) == []
+    assert receiving.missing(cache, built.packages) == []
 
 
 def test_what_was_received_can_be_sent_on_as_the_same(
@@ -303,10 +303,10 @@ def test_the_environment_of_a_node_is_linked_from_what_a_peer_sent(
     request = locked()
     packages = locks.installed(request.uv_lock, this_platform())
     peer, cache = UvCache(warm_cache), UvCache(Store(settings).cache)
-    for wheel in transfer.offers(peer, packages):
-        pack = transfer.manifest(peer, wheel)
-        pieces = (transfer.read_chunk(peer, pack, n) for n in range(pack.chunk_count))
-        transfer.receive(cache, pack, pieces)
+    for wheel in sending.offers(peer, packages):
+        pack = sending.manifest(peer, wheel)
+        pieces = (sending.read_chunk(peer, pack, n) for n in range(pack.chunk_count))
+        receiving.receive(cache, pack, pieces)
     before = {path: path.stat().st_mtime_ns for path in cache.folder.glob("archive-v*/*/**/*.pyc")}
     state = build(settings, request)
     assert (state.phase.value, state.how) == ("ready", "linked"), state
@@ -322,10 +322,10 @@ def test_only_the_very_content_counts(built: Sender, cache: UvCache) -> None:
         package = built.package(name)
         kind, _, pin = package.pin.partition(":")
         other = package.model_copy(update={"pin": f"{kind}:{pin[::-1]}"})
-        assert transfer.offers(built.cache, [other]) == []
-        assert transfer.missing(built.cache, [other]) == [other]
+        assert sending.offers(built.cache, [other]) == []
+        assert receiving.missing(built.cache, [other]) == [other]
     unknown = Installed(name="of-nowhere", version="1.0", pin="sha256:" + "0" * 64)
-    assert transfer.offers(built.cache, [unknown, built.package("six")]) == transfer.offers(
+    assert sending.offers(built.cache, [unknown, built.package("six")]) == sending.offers(
         built.cache, [built.package("six")]
     )
 
@@ -334,8 +334,8 @@ def test_an_entry_without_its_unpacked_wheel_is_missing(sender: Sender) -> None:
     (archive,) = sender.cache.archives()["six-1.17.0.dist-info"]
     shutil.rmtree(archive)
     six = sender.package("six")
-    assert transfer.missing(sender.cache, [six]) == [six]
-    assert transfer.offers(sender.cache, [six]) == []
+    assert receiving.missing(sender.cache, [six]) == [six]
+    assert sending.offers(sender.cache, [six]) == []
 
 
 def test_the_stream_is_read_in_any_order(built: Sender) -> None:
@@ -346,10 +346,10 @@ def test_the_stream_is_read_in_any_order(built: Sender) -> None:
     assert pack.wheel.total_bytes == len(whole)
     for number in (2, 0, 1):
         wanted = whole[number * size : (number + 1) * size]
-        assert transfer.read_chunk(built.cache, pack, number) == wanted
+        assert sending.read_chunk(built.cache, pack, number) == wanted
     for number in (-1, 3):
         with pytest.raises(ValueError, match="no piece"):
-            transfer.read_chunk(built.cache, pack, number)
+            sending.read_chunk(built.cache, pack, number)
     for file, offset in zip(pack.files, pack.offsets, strict=False):
         assert whole[offset : offset + file.size] == (built.cache.folder / file.path).read_bytes()
 
@@ -375,14 +375,14 @@ def test_a_large_wheel_takes_little_memory(tmp_path: Path, cache: UvCache) -> No
     entry.mkdir(parents=True)
     (entry / "1.0-py3-none-any").symlink_to(os.path.relpath(archive, entry))
     (entry / "1.0-py3-none-any.http").write_text(f"{archive.name} {digest}")
-    (large,) = transfer.offers(
+    (large,) = sending.offers(
         peer, [Installed(name="large", version="1.0", pin=f"sha256:{digest}")]
     )
-    pack = transfer.manifest(peer, large, chunk_bytes=chunk)
-    pieces = (transfer.read_chunk(peer, pack, n) for n in range(pack.chunk_count))
+    pack = sending.manifest(peer, large, chunk_bytes=chunk)
+    pieces = (sending.read_chunk(peer, pack, n) for n in range(pack.chunk_count))
     tracemalloc.start()
     try:
-        transfer.receive(cache, pack, pieces)
+        receiving.receive(cache, pack, pieces)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -402,7 +402,7 @@ def test_byte_code_counts_from_the_arrival_by_the_receivers_clock(
     marker.write_text(repr(time.time() + 1e6))
     before = time.time()
     pack = sender.manifest("six")
-    transfer.receive(cache, pack, sender.chunks(pack))
+    receiving.receive(cache, pack, sender.chunks(pack))
     (arrived,) = cache.archives()["six-1.17.0.dist-info"]
     made_at = float((arrived / marker.relative_to(archive)).read_text())
     assert before <= made_at <= time.time()
@@ -414,7 +414,7 @@ def test_byte_code_that_is_not_complete_stays_at_home(sender: Sender, cache: UvC
     (archive / "six-1.17.0.dist-info" / bytecode.marker_name()).unlink()
     pack = sender.manifest("six")
     assert not pack.wheel.is_compiled
-    transfer.receive(cache, pack, sender.chunks(pack))
+    receiving.receive(cache, pack, sender.chunks(pack))
     (arrived,) = cache.archives()["six-1.17.0.dist-info"]
     assert not list(arrived.rglob("*.pyc"))
     assert not (arrived / "six-1.17.0.dist-info" / bytecode.marker_name()).exists()
@@ -443,11 +443,11 @@ def test_a_wheel_is_for_one_uv_one_python_and_a_built_one_for_one_platform(
     built: Sender, cache: UvCache, name: str, change: dict[str, str], words: str
 ) -> None:
     pack = built.manifest(name)
-    assert packs.why_not(pack.wheel, transfer.made_here()) == ""
+    assert packs.why_not(pack.wheel, sending.made_here()) == ""
     made_for = pack.wheel.made_for.model_copy(update=change)
     wheel = pack.wheel.model_copy(update={"made_for": made_for})
     other = pack.model_copy(update={"wheel": wheel})
-    assert words in packs.why_not(wheel, transfer.made_here())
+    assert words in packs.why_not(wheel, sending.made_here())
     if words:
         with pytest.raises(InvalidInput, match=words):
             Receiving(cache, other)
@@ -463,7 +463,7 @@ def test_a_changed_byte_is_found_and_nothing_appears(
     with pytest.raises(
         InvalidInput, match=r"six 1\.17\.0 was not received: .* was damaged"
     ) as caught:
-        transfer.receive(cache, pack, [bytes(stream)])
+        receiving.receive(cache, pack, [bytes(stream)])
     assert "another node" in caught.value.hint
     assert content(cache) == []
     assert not list(cache.folder.glob(".ray_envs-*"))
@@ -478,7 +478,7 @@ def test_a_stream_that_ends_early_or_goes_on_is_refused(built: Sender, cache: Uv
         ([*pieces, b"x"], "more"),
     ):
         with pytest.raises(InvalidInput, match=words):
-            transfer.receive(cache, pack, part)
+            receiving.receive(cache, pack, part)
     assert content(cache) == []
 
 
@@ -577,7 +577,7 @@ def test_a_wheel_must_be_as_its_own_record_says(
         for file in pack.files
     )
     with pytest.raises(InvalidInput, match=words):
-        transfer.receive(cache, other, [stream])
+        receiving.receive(cache, other, [stream])
     assert content(cache) == []
 
 
@@ -587,41 +587,41 @@ def test_another_package_in_the_wheel_is_refused(built: Sender, cache: UvCache) 
     text = pack.model_copy(update={"wheel": wheel}).model_dump_json()
     other = Manifest.parse(json.loads(text.replace("/pypi/six/", "/pypi/tabulate/")))
     with pytest.raises(InvalidInput, match=r"it holds six-1\.17\.0\.dist-info"):
-        transfer.receive(cache, other, built.chunks(pack))
+        receiving.receive(cache, other, built.chunks(pack))
     assert content(cache) == []
 
 
 def test_a_damaged_wheel_is_not_sent(sender: Sender) -> None:
     (archive,) = sender.cache.archives()["six-1.17.0.dist-info"]
-    (wheel,) = transfer.offers(sender.cache, [sender.package("six")])
+    (wheel,) = sending.offers(sender.cache, [sender.package("six")])
     (archive / "six.py").chmod(0o644)
     good = (archive / "six.py").read_bytes()
     (archive / "six.py").write_bytes(good + b"\n")
     with pytest.raises(StorageFailed, match=r"six\.py is not as its RECORD says"):
-        transfer.manifest(sender.cache, wheel)
+        sending.manifest(sender.cache, wheel)
     (archive / "six.py").write_bytes(good)
-    assert transfer.manifest(sender.cache, wheel)
+    assert sending.manifest(sender.cache, wheel)
 
 
 def test_a_wheel_that_has_gone_meanwhile_is_told(sender: Sender) -> None:
-    (wheel,) = transfer.offers(sender.cache, [sender.package("six")])
-    pack = transfer.manifest(sender.cache, wheel)
+    (wheel,) = sending.offers(sender.cache, [sender.package("six")])
+    pack = sending.manifest(sender.cache, wheel)
     last = sender.cache.folder / pack.files[0].path
     last.chmod(0o644)
     last.write_bytes(b"")
     with pytest.raises(StorageFailed, match="has changed"):
-        transfer.read_chunk(sender.cache, pack, 0)
+        sending.read_chunk(sender.cache, pack, 0)
     sender.cache.forget(sender.cache.folder / wheel.archives[0])
     with pytest.raises(StorageFailed, match="cannot read six"):
-        transfer.read_chunk(sender.cache, pack, 0)
+        sending.read_chunk(sender.cache, pack, 0)
     with pytest.raises(StorageFailed, match="not in uv's cache any more"):
-        transfer.manifest(sender.cache, wheel)
+        sending.manifest(sender.cache, wheel)
 
 
 def test_nothing_is_moved_through_a_link(built: Sender, cache: UvCache) -> None:
     for name in ("six", "tabulate"):
         pack = built.manifest(name)
-        transfer.receive(cache, pack, built.chunks(pack))
+        receiving.receive(cache, pack, built.chunks(pack))
     before = content(cache)
     link = next(lead.path for lead in built.manifest("six").leads if lead.archive)
     good = (cache.folder / link / "six.py").read_bytes()
@@ -644,18 +644,18 @@ def test_what_a_killed_forget_left_is_not_led_to_again(
     built: Sender, cache: UvCache, name: str, gone: int
 ) -> None:
     pack, package = built.manifest(name), built.package(name)
-    transfer.receive(cache, pack, built.chunks(pack))
+    receiving.receive(cache, pack, built.chunks(pack))
     module = cache.folder / pack.wheel.archives[0] / f"{name}.py"
     good = module.read_bytes()
     module.chmod(0o644)
     module.write_text("damaged\n")
     for lead in pack.leads[-gone:]:  # pointers go first
         (cache.folder / lead.path).unlink()
-    assert transfer.missing(cache, [package]) == [package]
+    assert receiving.missing(cache, [package]) == [package]
 
-    transfer.receive(cache, pack, built.chunks(pack))
+    receiving.receive(cache, pack, built.chunks(pack))
 
-    assert transfer.missing(cache, [package]) == []
+    assert receiving.missing(cache, [package]) == []
     assert module.read_bytes() == good
     cache.forget_unneeded({name: [package.version]})
     assert not list(cache.folder.glob(".ray_envs-*"))
@@ -663,10 +663,10 @@ def test_what_a_killed_forget_left_is_not_led_to_again(
 
 def test_an_archive_that_something_leads_to_stays(built: Sender, cache: UvCache) -> None:
     pack = built.manifest("six")
-    transfer.receive(cache, pack, built.chunks(pack))
+    receiving.receive(cache, pack, built.chunks(pack))
     (archive,) = cache.archives()["six-1.17.0.dist-info"]
     before = archive.stat().st_ino
-    transfer.receive(cache, pack, built.chunks(pack))
+    receiving.receive(cache, pack, built.chunks(pack))
     assert archive.stat().st_ino == before
     assert not list(cache.folder.glob(".ray_envs-*"))
 
@@ -690,14 +690,14 @@ def test_nothing_is_pruned_while_a_wheel_comes_in(built: Sender, cache: UvCache)
     impatient = UvCache(cache.folder, lock_timeout_s=0)
     pack = built.manifest("six", chunk_bytes=10_000)
     first, *rest = built.chunks(pack)
-    with Receiving(cache, pack) as receiving:
-        receiving.write(first)
+    with Receiving(cache, pack) as coming:
+        coming.write(first)
         with pytest.raises(LockTimeout):
             impatient.forget_unneeded({})
         for piece in rest:
-            receiving.write(piece)
-        receiving.commit()
-    assert transfer.missing(cache, [built.package("six")]) == []
+            coming.write(piece)
+        coming.commit()
+    assert receiving.missing(cache, [built.package("six")]) == []
 
 
 #: Receives the wheel of a manifest; ends itself at a point that is named by argv.
@@ -705,7 +705,7 @@ RECEIVER = """\
 import os, signal, sys
 from pathlib import Path
 from ray_envs.decisions import packs
-from ray_envs.node import transfer
+from ray_envs.node import receiving, sending
 from ray_envs.node.uv_cache import UvCache
 peer, cache, manifest, point = UvCache(Path(sys.argv[1])), UvCache(Path(sys.argv[2])), *sys.argv[3:]
 pack = packs.Manifest.model_validate_json(Path(manifest).read_bytes())
@@ -716,9 +716,9 @@ def hear(event, args):
         if str(step) == point:
             os.kill(os.getpid(), signal.SIGKILL)
         step += 1
-with transfer.Receiving(cache, pack) as receiving:
+with receiving.Receiving(cache, pack) as receiving:
     for number in range(pack.chunk_count):
-        receiving.write(transfer.read_chunk(peer, pack, number))
+        receiving.write(sending.read_chunk(peer, pack, number))
         if point == "middle":
             os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hear)
@@ -748,8 +748,8 @@ def test_a_receiver_killed_in_the_middle_leaves_only_rubbish(
     else:
         cache.forget_unneeded({})
     assert not list(cache.folder.glob(".ray_envs-*"))
-    transfer.receive(cache, pack, built.chunks(pack))
-    assert transfer.missing(cache, [built.package("six")]) == []
+    receiving.receive(cache, pack, built.chunks(pack))
+    assert receiving.missing(cache, [built.package("six")]) == []
 
 
 @pytest.mark.parametrize("name", ["six", "docopt"])
@@ -762,7 +762,7 @@ def test_a_receiver_killed_at_any_step_leaves_all_or_nothing(
     while code := run_receiver(built, cache, pack, tmp_path, str(step)):
         assert code == -9
         assert leads_to_nothing(cache) == []
-        assert transfer.missing(cache, [package]) == [package]
+        assert receiving.missing(cache, [package]) == [package]
         if step % 2:  # from what is left, and from nothing
             run_uv(cache.folder, "cache", "prune")
             is_linked = any(path.is_symlink() for path in cache.folder.glob("wheels-v*/**/*"))
@@ -770,7 +770,7 @@ def test_a_receiver_killed_at_any_step_leaves_all_or_nothing(
             assert not left or is_linked or name == "docopt"
         step += 1
     assert step >= 4
-    assert transfer.missing(cache, [package]) == []
+    assert receiving.missing(cache, [package]) == []
 
 
 # -- bundles
@@ -799,10 +799,10 @@ def test_a_bundle_is_all_that_an_environment_needs(
     write_bundle(path, built.cache, packs, texts, ray="2.60.0")
     with read_bundle(path) as opened:
         assert opened.files == {name: text.encode() for name, text in texts.items()}
-        assert (opened.ray, opened.made_for) == ("2.60.0", transfer.made_here())
+        assert (opened.ray, opened.made_for) == ("2.60.0", sending.made_here())
         assert list(opened.manifests) == packs
         for pack in reversed(opened.manifests):
-            transfer.receive(cache, pack, opened.chunks(pack))
+            receiving.receive(cache, pack, opened.chunks(pack))
     sync_offline(cache, built, tmp_path / "venv")
     with tarfile.open(path) as archive:
         assert archive.getnames()[0] == "bundle.json"
@@ -811,7 +811,7 @@ def test_a_bundle_is_all_that_an_environment_needs(
 def unpack(bundle: Path, cache: UvCache) -> None:
     with read_bundle(bundle) as opened:
         for pack in opened.manifests:
-            transfer.receive(cache, pack, opened.chunks(pack))
+            receiving.receive(cache, pack, opened.chunks(pack))
 
 
 def test_a_bundle_that_is_cut_off_anywhere_is_refused(bundle: Path, cache: UvCache) -> None:

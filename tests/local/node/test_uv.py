@@ -31,9 +31,10 @@ from ray_envs.errors import (
     UvFailed,
 )
 from ray_envs.models import BuildRequest
-from ray_envs.node import uv as builder_module
+from ray_envs.node import startup
+from ray_envs.node.interpreter import this_platform, this_target
 from ray_envs.node.store import Store
-from ray_envs.node.uv import Builder, Locked, this_platform, this_target
+from ray_envs.node.uv import Builder, Locked
 from ray_envs.settings import Settings
 from ray_envs.testing import FakeUv
 from tests.local.conftest import BUILT_S
@@ -65,7 +66,7 @@ def write_project(folder: Path, *packages: str) -> None:
 def run_lock(settings: Settings, project: Path, **options: object) -> str:
     async def main() -> str:
         builder = Builder(settings, settings.root / "uv-cache")
-        return await builder.lock(project, **options)  # type: ignore[arg-type]
+        return (await builder.resolve(project, **options)).text  # type: ignore[arg-type]
 
     return asyncio.run(main())
 
@@ -174,7 +175,7 @@ def test_uv_is_killed_when_its_time_is_over(
 
 def test_a_uv_that_cannot_be_started_is_named(settings: Settings, project: Path) -> None:
     async def main() -> None:
-        await Builder(settings, settings.root, uv_command=("/no/such/uv",)).lock(project)
+        await Builder(settings, settings.root, uv_command=("/no/such/uv",)).resolve(project)
 
     with pytest.raises(StorageFailed, match="/no/such/uv"):
         asyncio.run(main())
@@ -183,7 +184,7 @@ def test_a_uv_that_cannot_be_started_is_named(settings: Settings, project: Path)
 def test_uv_takes_nothing_over_from_the_project_of_its_caller(
     tmp_path: Path, settings: Settings, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in builder_module._NOT_FOR_UV:
+    for name in startup.NOT_INHERITED:
         monkeypatch.setenv(name, "of-the-caller")
     monkeypatch.setenv("UV_DEFAULT_INDEX", "kept")
     script = tmp_path / "uv"
@@ -192,7 +193,7 @@ def test_uv_takes_nothing_over_from_the_project_of_its_caller(
     cache = settings.root / "uv-cache"
 
     async def main() -> None:
-        await Builder(settings, cache, uv_command=(str(script),)).lock(project)
+        await Builder(settings, cache, uv_command=(str(script),)).resolve(project)
 
     with pytest.raises(UvFailed, match="exit code 3"):
         asyncio.run(main())
@@ -637,7 +638,7 @@ def test_an_environment_without_the_promised_ray_is_refused(
     warm: Settings, locked: LockedRequest, tmp_path: Path
 ) -> None:
     with pytest.raises(UvFailed, match=r"did not install .*ray"):
-        asyncio.run(new_builder(warm).verify(Path(sys.executable), locked(), tmp_path))
+        asyncio.run(startup.verify(warm, Path(sys.executable), locked(), tmp_path))
 
 
 def test_an_interpreter_that_takes_no_hold_is_refused(
@@ -652,9 +653,9 @@ def test_an_interpreter_that_takes_no_hold_is_refused(
         with store.scratch(files) as project:
             await builder.sync(project, venv, request, is_offline=False)
         site = venv / "lib" / f"python{request.target.python_minor}" / "site-packages"
-        await builder.verify(venv / "bin" / "python", request, site)
+        await startup.verify(warm, venv / "bin" / "python", request, site)
 
-    with pytest.raises(UvFailed, match="the new interpreter says"):
+    with pytest.raises(UvFailed, match="failed its start-up check"):
         asyncio.run(main())
 
 
@@ -663,6 +664,6 @@ def test_an_interpreter_that_does_not_start_tells_why(settings: Settings, tmp_pa
     python.write_text('#!/bin/sh\necho "no such locale: $LC_X"\nexit 1\n')
     python.chmod(0o755)
     with pytest.raises(InvalidInput, match="does not start with env_vars LC_X") as caught:
-        asyncio.run(new_builder(settings).try_start(python, {"LC_X": "de"}))
+        asyncio.run(startup.try_start(settings, python, {"LC_X": "de"}))
     assert caught.value.detail == "no such locale: de"
-    asyncio.run(new_builder(settings).try_start(Path(sys.executable), {"LC_X": "de"}))
+    asyncio.run(startup.try_start(settings, Path(sys.executable), {"LC_X": "de"}))

@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_envs.errors import LockTimeout
-from ray_envs.node.uv_cache import UV_SERIES, UvCache
+from ray_envs.node.uv_cache import UvCache
+from ray_envs.node.uv_entries import UV_SERIES
 from tests.local.conftest import wait_until
 
 #: A build backend that needs nothing: it zips one module.

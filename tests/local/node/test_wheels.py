@@ -21,9 +21,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ray_envs.errors import LockTimeout, StorageFailed
+from ray_envs.node.mending import mend, sharers
 from ray_envs.node.store import Store
 from ray_envs.node.uv_cache import UvCache
-from ray_envs.node.wheels import Damage, inspect, mend, sharers
+from ray_envs.node.wheels import Damage, inspect
 from ray_envs.settings import Settings
 from tests.local.conftest import build
 from tests.local.node.test_uv_cache import install, make_wheel
@@ -451,7 +452,7 @@ def test_a_file_that_cannot_be_linked_is_copied(
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr("ray_envs.node.wheels.os.link", refuse)
+    monkeypatch.setattr("ray_envs.node.mending.os.link", refuse)
     assert mend(site, inspect(site), cache) == ([], [])
     assert (inspect(site), (site / "one_flat.py").stat().st_nlink) == ([], 1)
 

@@ -1,0 +1,45 @@
+"""This node's interpreter, platform and uv: what environments here are made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from functools import cache
+
+from packaging.markers import default_environment
+from packaging.tags import sys_tags
+
+from ray_envs.models import Platform, Target
+
+
+def base_python() -> str:
+    """The interpreter that environments are made from: this one's, outside any environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+@cache
+def this_platform() -> Platform:
+    """Where environments of this node are installed; the same for the life of the process."""
+    libc = "".join(platform.libc_ver()) or platform.release()
+    markers = {name: str(value) for name, value in default_environment().items()}
+    # The kernel's release says nothing about which wheels fit and differs from node to node.
+    markers.update(platform_release="", platform_version="")
+    return Platform(
+        markers=markers,
+        tags=tuple(str(tag) for tag in sys_tags()),
+        name=f"{sys.platform}-{platform.machine()}-{libc}",
+    )
+
+
+def this_target(ray_version: str) -> Target:
+    """What environments of this node must match."""
+    return Target(python=platform.python_version(), ray=ray_version)
+
+
+@cache
+def uv_version() -> str:
+    """The version of the uv that this module runs."""
+    from importlib.metadata import version
+
+    return version("uv")
