@@ -7,17 +7,14 @@ those files in it, so that it means the same on every machine.
 
 from __future__ import annotations
 
-import difflib
-import keyword
 import re
-from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ray_envs.errors import InvalidId, InvalidInput
+from ray_envs.errors import InvalidId
 
 #: The only characters of an id. `_` may occur in one: folders encode it (see `EnvId.folder`).
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -46,8 +43,6 @@ Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
 #: More generations than any variant has.
 _MAX_NUMBER = 10**6
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
 
 class Model(BaseModel):
     """Frozen data that refuses keys it does not know."""
@@ -75,38 +70,6 @@ def checked_id(value: str, *, kind: str) -> str:
             hint="use letters, digits and . _ - and begin with a letter or a digit",
         )
     return value
-
-
-def split_entrypoint(text: str, *, where: str) -> tuple[str, str]:
-    """The module and the function that an entrypoint, `module:function`, names.
-
-    Raises:
-        InvalidInput: it has another form.
-    """
-    module, colon, function = text.partition(":")
-    if colon and is_name(function) and all(is_name(part) for part in module.split(".")):
-        return module, function
-    raise InvalidInput(
-        f"entrypoint: {text!r} is not of the form module:function",
-        where=where,
-        hint=_entrypoint_hint(text),
-    )
-
-
-def _entrypoint_hint(text: str) -> str:
-    """The entrypoint that was probably meant: a file's path or a dot for the colon are likely."""
-    module, colon, function = text.partition(":")
-    module = module.removesuffix(".py").removeprefix("./").replace("/", ".")
-    if not colon:
-        module, _, function = module.rpartition(".")
-    if is_name(function) and all(is_name(part) for part in module.split(".")):
-        return f"write {module}:{function}"
-    return 'as in "accuracy:evaluate" for the function evaluate in accuracy.py'
-
-
-def is_name(text: str) -> bool:
-    """Whether `text` may name a module, a function or another thing of Python."""
-    return text.isidentifier() and not keyword.iskeyword(text)
 
 
 class EnvId(Model):
@@ -397,141 +360,3 @@ class Status(str, Enum):
     UPDATING = "UPDATING"
     ERROR = "ERROR"
     DELETING = "DELETING"
-
-
-class ErrorInfo(Model):
-    """Why an item has no value."""
-
-    type: str
-    message: str
-    traceback: str = ""
-
-
-class ItemResult(Model):
-    """How one item (variant × case) ended, and where it ran."""
-
-    variant_id: str
-    case_id: str
-    ok: bool
-    value: Any = None
-    error: ErrorInfo | None = None
-    key: str | None = None
-    lock_sha256: str | None = None
-    python: str | None = None
-    ray: str | None = None
-    node_id: str | None = None
-    attempts: int = 0
-    started_at: datetime | None = None
-    duration_s: float = 0.0
-    #: Hash of entrypoint, arguments and code: what `--resume` compares besides the key.
-    call_sha256: str | None = None
-    #: Names of modules in the driver's folders that the environment has too; the environment's won.
-    shadowed: tuple[str, ...] = ()
-
-
-class RunDefaults(Model):
-    """Resources and limits of an item, where its variant says nothing else."""
-
-    num_cpus: float = Field(default=1, ge=0, allow_inf_nan=False)
-    num_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
-    #: Bytes of memory that Ray reserves for an item.
-    memory: int | None = Field(default=None, gt=0)
-    #: How often an item is started again after its worker or node was lost.
-    retries: int = Field(default=3, ge=0)
-    timeout_s: float = Field(default=3600, gt=0, allow_inf_nan=False)
-
-
-class VariantSpec(EnvSpec):
-    """A variant of a batch: an environment, plus what differs from the defaults."""
-
-    id: str
-    num_cpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    memory: int | None = Field(default=None, gt=0)
-    retries: int | None = Field(default=None, ge=0)
-    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-
-    def env_spec(self) -> EnvSpec:
-        return EnvSpec(**{name: getattr(self, name) for name in EnvSpec.model_fields})
-
-
-class CaseSpec(Model):
-    """One set of arguments that every variant is called with."""
-
-    id: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-
-
-class BatchSpec(Model):
-    """A batch file: variants × cases of one entrypoint."""
-
-    name: str
-    #: `module:function`, imported inside the environment, never in the driver.
-    entrypoint: str
-    #: A folder put on sys.path there, relative to the batch file.
-    code: str | None = None
-    #: The key of a returned mapping that the table shows; the first number, where not given.
-    metric: str | None = None
-    defaults: RunDefaults = RunDefaults()
-    variants: tuple[VariantSpec, ...]
-    cases: tuple[CaseSpec, ...]
-
-
-def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> ModelT:
-    """`data` as a `model`, or one clear error for one thing that is wrong with it.
-
-    An unknown key comes first: where a required key is misspelt, it says more than "is missing".
-
-    Args:
-        model: the model to build.
-        data: plain data, as read from a file or given by a caller.
-        where: the file or call that the data comes from, for the message.
-
-    Raises:
-        InvalidInput: an unknown key (the nearest known one is named), a wrong type, a bad value.
-        InvalidId: an id that is not allowed.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as exc:
-        errors = exc.errors()
-        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-        path = _dotted(first["loc"])
-        if first["type"] == "extra_forbidden":
-            name = str(first["loc"][-1])
-            known = _keys_at(model, first["loc"][:-1])
-            raise InvalidInput(
-                f"unknown key {path!r}", where=where, hint=nearest_hint(name, known)
-            ) from None
-        if first["type"] == "missing":
-            raise InvalidInput(f"{path} is missing", where=where) from None
-        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-        raise InvalidInput(f"{path}: {message}" if path else message, where=where) from None
-
-
-def _dotted(loc: Iterable[int | str]) -> str:
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
-
-
-def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
-    """The keys that the model at `loc` inside `model` knows."""
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        if (field := model.model_fields.get(part)) is None:  # a key of a table, as of `files`
-            continue
-        annotation = field.annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        classes = (c for c in candidates if isinstance(c, type) and not hasattr(c, "__origin__"))
-        model = next((c for c in classes if issubclass(c, BaseModel)), model)
-    return list(model.model_fields)
-
-
-def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word nearest to `name`, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(known)

@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ray_envs.models import BatchSpec, ItemResult
+from ray_envs.batch_models import BatchSpec, ItemResult
 
 if TYPE_CHECKING:
     from ray_envs.client.runner import Progress

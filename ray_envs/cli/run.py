@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from ray_envs.batch_models import ItemResult, split_entrypoint
 from ray_envs.cli.console import complain, in_background, json_option, put, put_json, say
 from ray_envs.errors import (
     InvalidId,
@@ -26,13 +27,12 @@ from ray_envs.errors import (
     StorageFailed,
     UvFailed,
 )
-from ray_envs.models import ItemResult, split_entrypoint
 from ray_envs.settings import Settings
 
 if TYPE_CHECKING:
+    from ray_envs.batch_models import BatchSpec
     from ray_envs.cli.display import RunDisplay
     from ray_envs.client.provider import RayEnvironmentProvider
-    from ray_envs.models import BatchSpec
 
 _SOME_FAILED = 1
 

@@ -37,8 +37,9 @@ from ray_envs.cli.console import (
     watched,
 )
 from ray_envs.errors import EnvironmentNotReady, InvalidInput, RayEnvsError, StorageFailed
-from ray_envs.models import Definition, EnvId, EnvSpec, validated
+from ray_envs.models import Definition, EnvId, EnvSpec
 from ray_envs.settings import Settings, cut_off
+from ray_envs.validation import validated
 
 #: How many variants `sync` works on at once; their builds are bounded elsewhere.
 _AT_ONCE = 8

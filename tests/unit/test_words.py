@@ -14,21 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ray_envs.batch_models import BatchSpec, RunDefaults, VariantSpec, split_entrypoint
 from ray_envs.errors import InvalidId, InvalidInput, RayEnvsError, all_errors, from_dict
-from ray_envs.models import (
-    MAX_ID_LENGTH,
-    BatchSpec,
-    EnvId,
-    EnvSpec,
-    Phase,
-    RunDefaults,
-    Target,
-    VariantSpec,
-    nearest_hint,
-    split_entrypoint,
-    validated,
-)
+from ray_envs.models import MAX_ID_LENGTH, EnvId, EnvSpec, Phase, Target
 from ray_envs.settings import Settings, cut_off
+from ray_envs.validation import nearest_hint, validated
 
 # -- errors
 

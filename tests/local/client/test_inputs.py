@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ray_envs.batch_models import CaseSpec, ItemResult, VariantSpec
 from ray_envs.client.inputs import read_batch, read_definition, read_results
 from ray_envs.errors import InvalidId, InvalidInput, InvalidPackages, RayEnvsError
-from ray_envs.models import CaseSpec, EnvSpec, ItemResult, VariantSpec
+from ray_envs.models import EnvSpec
 
 GOOD = """
 name = "upgrade"
