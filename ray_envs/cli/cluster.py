@@ -15,17 +15,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_envs.cli.console import (
-    Answer,
-    Phases,
-    columns,
-    json_option,
-    put,
-    put_fields,
-    put_json,
-    say,
-    variant_argument,
-)
+from ray_envs.cli.arguments import json_option, variant_argument
+from ray_envs.cli.printing import NODE_SHOWN, Answer, columns, put, put_fields, put_json, say
+from ray_envs.cli.waiting import Phases
 from ray_envs.errors import InvalidInput, ManagerUnavailable, NoEligibleNode
 from ray_envs.models import EnvId
 
@@ -34,8 +26,6 @@ if TYPE_CHECKING:
 
 #: How long one long-poll for news of the nodes lasts: short enough that Ctrl-C is noticed.
 _POLL_S = 2.0
-#: How much of a node's id people need to tell it from others.
-_NODE_SHOWN = 12
 
 _address_option = click.option(
     "--address", help="The Ray cluster; by default RAY_ADDRESS, or the one on this machine."
@@ -87,7 +77,7 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     say("the manager was there" if was_there else "the manager is started")
     put_fields({name: told[name] for name in ("root", "platform", "python", "ray")})
     rows = [
-        (row["node_id"][:_NODE_SHOWN], row["address"], "head" if row["is_head"] else None,
+        (row["node_id"][:NODE_SHOWN], row["address"], "head" if row["is_head"] else None,
          row["problem"] or ("ok" if row["has_gate"] else "ok, without the plugin"))
         for row in told["nodes"]
     ]  # fmt: skip

@@ -15,8 +15,18 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from ray_envs.cli import cluster, history, reads, run, variants
-from ray_envs.cli.console import complain, put
+from ray_envs.cli import (
+    cluster,
+    definitions,
+    execute,
+    exports,
+    history,
+    packages,
+    reads,
+    run,
+    upkeep,
+)
+from ray_envs.cli.printing import complain, put
 from ray_envs.errors import RayEnvsError
 
 _INTERRUPTED = 130
@@ -119,27 +129,27 @@ for command in (
     cluster.up,
     cluster.down,
     cluster.runtime_env,
-    variants.create,
+    definitions.create,
     reads.list_variants,
     reads.status,
-    variants.sync,
-    variants.add,
-    variants.update,
-    variants.remove,
+    packages.sync,
+    packages.add,
+    packages.update,
+    packages.remove,
     reads.deps,
     reads.generations,
     reads.diff,
-    variants.rollback,
-    reads.export,
-    variants.import_project,
-    variants.execute,
-    variants.pin,
-    variants.delete,
-    history.gc,
+    packages.rollback,
+    exports.export,
+    exports.import_project,
+    execute.execute,
+    definitions.pin,
+    definitions.delete,
+    upkeep.gc,
     history.operations,
     history.events,
-    history.explain,
-    history.doctor,
+    upkeep.explain,
+    upkeep.doctor,
     completion,
 ):
     cli.add_command(command)

@@ -17,7 +17,9 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from ray_envs.batch_models import ItemResult, split_entrypoint
-from ray_envs.cli.console import complain, in_background, json_option, put, put_json, say
+from ray_envs.cli.arguments import json_option
+from ray_envs.cli.printing import complain, put, put_json, say
+from ray_envs.cli.waiting import in_background
 from ray_envs.errors import (
     InvalidId,
     InvalidInput,
