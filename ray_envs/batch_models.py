@@ -1,7 +1,4 @@
-"""What a batch file says, and what is known of each item (variant × case) that ran.
-
-Data and its validation only, shared by the client and the command line.
-"""
+"""Data of batches: the batch file, and the result of each item (variant × case)."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from ray_envs.models import EnvSpec, Model
 
 
 class ErrorInfo(Model):
-    """Why an item has no value."""
+    """Why an item failed."""
 
     type: str
     message: str
@@ -39,26 +36,26 @@ class ItemResult(Model):
     attempts: int = 0
     started_at: datetime | None = None
     duration_s: float = 0.0
-    #: Hash of entrypoint, arguments and code: what `--resume` compares besides the key.
+    #: Hash of entrypoint, arguments and code. `--resume` compares it and the key.
     call_sha256: str | None = None
-    #: Names of modules in the driver's folders that the environment has too; the environment's won.
+    #: Modules that are in the driver's folders and in the environment; the latter were imported.
     shadowed: tuple[str, ...] = ()
 
 
 class RunDefaults(Model):
-    """Resources and limits of an item, where its variant says nothing else."""
+    """Resources and limits of an item, unless its variant gives others."""
 
     num_cpus: float = Field(default=1, ge=0, allow_inf_nan=False)
     num_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
     #: Bytes of memory that Ray reserves for an item.
     memory: int | None = Field(default=None, gt=0)
-    #: How often an item is started again after its worker or node was lost.
+    #: How often an item is started again after its worker or node died.
     retries: int = Field(default=3, ge=0)
     timeout_s: float = Field(default=3600, gt=0, allow_inf_nan=False)
 
 
 class VariantSpec(EnvSpec):
-    """A variant of a batch: an environment, plus what differs from the defaults."""
+    """A variant of a batch: a spec, and what differs from the defaults."""
 
     id: str
     num_cpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
@@ -71,7 +68,7 @@ class VariantSpec(EnvSpec):
 
 
 class CaseSpec(Model):
-    """One set of arguments that every variant is called with."""
+    """One set of arguments; every variant is called with it."""
 
     id: str
     args: tuple[Any, ...] = ()
@@ -82,11 +79,11 @@ class BatchSpec(Model):
     """A batch file: variants × cases of one entrypoint."""
 
     name: str
-    #: `module:function`, imported inside the environment, never in the driver.
+    #: `module:function`, imported in the environment, never in the driver.
     entrypoint: str
-    #: A folder put on sys.path there, relative to the batch file.
+    #: A folder, relative to the batch file, that is put on sys.path there.
     code: str | None = None
-    #: The key of a returned mapping that the table shows; the first number, where not given.
+    #: Which key of a returned mapping the table shows; by default the first number.
     metric: str | None = None
     defaults: RunDefaults = RunDefaults()
     variants: tuple[VariantSpec, ...]
@@ -94,7 +91,7 @@ class BatchSpec(Model):
 
 
 def split_entrypoint(text: str, *, where: str) -> tuple[str, str]:
-    """The module and the function that an entrypoint, `module:function`, names.
+    """Return the module and the function of an entrypoint, `module:function`.
 
     Raises:
         InvalidInput: it has another form.
@@ -110,16 +107,16 @@ def split_entrypoint(text: str, *, where: str) -> tuple[str, str]:
 
 
 def _entrypoint_hint(text: str) -> str:
-    """The entrypoint that was probably meant: a file's path or a dot for the colon are likely."""
+    """Return a hint with the entrypoint that a path, or a dot for the colon, probably means."""
     module, colon, function = text.partition(":")
     module = module.removesuffix(".py").removeprefix("./").replace("/", ".")
     if not colon:
         module, _, function = module.rpartition(".")
     if is_name(function) and all(is_name(part) for part in module.split(".")):
         return f"write {module}:{function}"
-    return 'as in "accuracy:evaluate" for the function evaluate in accuracy.py'
+    return 'write "accuracy:evaluate" for the function evaluate in accuracy.py'
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` may name a module, a function or another thing of Python."""
+    """Return whether `text` can be the name of a Python module or function."""
     return text.isidentifier() and not keyword.iskeyword(text)

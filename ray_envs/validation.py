@@ -1,4 +1,4 @@
-"""Turns plain data into models, with one clear error for people if that fails."""
+"""Turns plain data into models, or raises one clear error."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> ModelT:
-    """`data` as a `model`, or one clear error for one thing that is wrong with it.
+    """Return `data` as a `model`.
 
-    An unknown key comes first: where a required key is misspelt, it says more than "is missing".
+    The error tells one fault. An unknown key comes first: for a misspelt key it says more than
+    "is missing".
 
     Args:
         model: the model to build.
-        data: plain data, as read from a file or given by a caller.
+        data: plain data, from a file or a caller.
         where: the file or call that the data comes from, for the message.
 
     Raises:
-        InvalidInput: an unknown key (the nearest known one is named), a wrong type, a bad value.
-        InvalidId: an id that is not allowed.
+        InvalidInput: a key is unknown (the hint names the nearest one), or a value is wrong.
+        InvalidId: an id is not allowed.
     """
     try:
         return model.model_validate(data)
@@ -53,11 +54,11 @@ def _dotted(loc: Iterable[int | str]) -> str:
 
 
 def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
-    """The keys that the model at `loc` inside `model` knows."""
+    """Return the keys of the model at `loc` inside `model`."""
     for part in loc:
         if isinstance(part, int):
             continue
-        if (field := model.model_fields.get(part)) is None:  # a key of a table, as of `files`
+        if (field := model.model_fields.get(part)) is None:  # a key of a mapping
             continue
         annotation = field.annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
@@ -67,7 +68,7 @@ def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word nearest to `name`, or all of them."""
+    """Return a hint with the known word nearest to `name`, or with all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(known)

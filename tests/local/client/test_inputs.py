@@ -197,7 +197,7 @@ def test_a_batch_file_becomes_a_batch(tmp_path: Path) -> None:
             '"digits:evaluate"',
             '"digits"',
             "'digits' is not of the form",
-            'as in "accuracy:evaluate"',
+            'write "accuracy:evaluate"',
         ),
         ('"digits:evaluate"', '"digits.evaluate"', "entrypoint: ", "write digits:evaluate"),
         ('"digits:evaluate"', '"./digits.py:evaluate"', "entrypoint: ", "write digits:evaluate"),
