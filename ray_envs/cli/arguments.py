@@ -1,4 +1,7 @@
-"""What commands are called with: variants, packages and options."""
+"""The arguments of commands: variants, packages and options, and variants on this machine's disk.
+
+`ray` and what uses it are imported late: a command that only reads the disk answers at once.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Variant(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
-    """A variant's address; the shell completes it to those that are defined."""
+    """The id of a variant. The shell completes it."""
 
     name = "variant"
 
@@ -41,7 +44,7 @@ class Variant(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
 
 
 class Hours(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
-    """A number of hours that is not negative."""
+    """A number of hours, 0 or more."""
 
     name = "hours"
 
@@ -53,22 +56,25 @@ class Hours(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
         except ValueError:
             hours = -1.0
         if not 0 <= hours < float("inf"):
-            self.fail(f"{value!r} is no number of hours, such as 72 or 0.5", param, ctx)
+            self.fail(f"{value!r} is not a number of hours, such as 72 or 0.5", param, ctx)
         return hours
 
 
 variant_argument = click.argument("variant", type=Variant())
 optional_variant = click.argument("variant", required=False, type=Variant())
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+replace_option = click.option(
+    "--replace", is_flag=True, help="If the variant exists, make a new generation of it."
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 
 
 def requirements(packages: Iterable[str], file: str | None) -> list[str]:
-    """The requirements of a command's words and of its requirements file.
+    """Return the requirements in `packages` and in the requirements file `file`.
 
     Raises:
         InvalidInput: the file cannot be read.
-        InvalidPackages: one cannot be accepted, or there is none.
+        InvalidPackages: a requirement is not accepted, or there is none.
     """
     from ray_envs.client.inputs import read_definition
     from ray_envs.decisions.requirements import requirement_lines
@@ -77,12 +83,12 @@ def requirements(packages: Iterable[str], file: str | None) -> list[str]:
     if file is not None:
         lines += read_definition(EnvSpec(requirements=file), Path.cwd()).packages
     if not lines:
-        raise InvalidPackages("no packages are given", hint="name at least one, or give -r FILE")
+        raise InvalidPackages("no packages are given", hint="give at least one, or a file with -r")
     return list(lines)
 
 
 def disk() -> tuple[Registry, Store]:
-    """The definitions and the environments of this machine's root."""
+    """Return the definitions and the environments under this machine's root."""
     from ray_envs.manager.registry import Registry
     from ray_envs.node.store import Store
 
@@ -91,23 +97,23 @@ def disk() -> tuple[Registry, Store]:
 
 
 def defined(registry: Registry) -> list[str]:
-    """The names of all variants, from those of their folders: no file is opened."""
+    """Return the ids of all variants. They come from the names of folders: no file is opened."""
     names = []
     for folder in registry.stamps():
-        # `EnvId.folder` the other way round: `%` cannot be in an id.
+        # The reverse of `EnvId.folder`: an id cannot contain `%`.
         parts = [part.replace("%5F", "_") for part in folder.split("_")]
-        with contextlib.suppress(RayEnvsError):  # a folder that is none of ours
+        with contextlib.suppress(RayEnvsError):  # a folder of something else
             names.append(str(EnvId.parse("/".join(parts))))
     return sorted(names)
 
 
 def found(registry: Registry, variant: str) -> VariantRecord:
-    """The definition of a variant.
+    """Return the record of a variant.
 
     Raises:
-        InvalidId: that cannot be the name of one.
-        NotFound: it is not defined; the nearest one is named.
-        StorageFailed: it cannot be read.
+        InvalidId: the id is not allowed.
+        NotFound: the variant is not defined. The hint has the most similar id.
+        StorageFailed: its definition cannot be read.
     """
     env_id = EnvId.parse(variant)
     record = registry.get(env_id)
@@ -115,11 +121,11 @@ def found(registry: Registry, variant: str) -> VariantRecord:
         names = defined(registry)
         close = [name for name in names if name.split("/")[1:2] == [env_id.node_id]]
         close = close or difflib.get_close_matches(str(env_id), names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "`ray-envs list` shows the defined ones"
-        raise NotFound(f"no variant {variant!r} is defined", variant_id=variant, hint=hint)
+        hint = f"did you mean {close[0]!r}?" if close else "`ray-envs list` shows all variants"
+        raise NotFound(f"variant {variant!r} is not defined", variant_id=variant, hint=hint)
     return record
 
 
 def address(variant: str) -> str:
-    """The full name of a variant that is defined; see `found`."""
+    """Return the full id of a variant; raises what `found` raises."""
     return str(found(disk()[0], variant).env_id)

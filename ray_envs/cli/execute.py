@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import click
 
@@ -19,9 +18,9 @@ from ray_envs.errors import EnvironmentNotReady, InvalidInput
 @variant_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def execute(variant: str, command: tuple[str, ...]) -> None:
-    """Run COMMAND in the environment of VARIANT.
+    """Run COMMAND in the environment of VARIANT on this machine.
 
-    On this machine, and with its exit code; the environment is built first if need be.
+    Builds the environment first if it is missing. Exits with the exit code of COMMAND.
 
     \b
     Example: ray-envs exec old -- python -c 'import sklearn; print(sklearn.__version__)'
@@ -34,27 +33,21 @@ def execute(variant: str, command: tuple[str, ...]) -> None:
     record = found(registry, variant)
     key = record.current.key
     if store.record(key) is None:
-        phases = Phases()
-
-        def tell(statuses: Any) -> None:
-            for name, row in statuses.items():
-                phases.tell(name, row)
-
+        name = str(record.env_id)
         with opened() as provider:
-            name = str(record.env_id)
-            patiently(lambda: provider.prepare(name, on_status=tell))
-        record = found(registry, variant)  # it may have been locked again for this cluster
+            patiently(lambda: provider.prepare(name, on_status=Phases().tell_all))
+        record = found(registry, variant)  # `prepare` may have made a generation for this cluster
         key = record.current.key
         if store.record(key) is None:
             raise EnvironmentNotReady(f"the environment {key} is not on this machine", key=key)
-    store.open_hold(key)  # inherited by the command: held for as long as it runs
+    store.open_hold(key)  # inherited by the command, which so holds its environment
     venv = store.venv(key)
     environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH")}
     environ.update(record.definition.env_vars, VIRTUAL_ENV=str(venv))
     environ["PATH"] = f"{venv / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     try:
-        os.environ["PATH"] = environ["PATH"]  # execvpe looks the command up in our own PATH
-        os.execvpe(command[0], list(command), environ)  # noqa: S606 - that is what exec is for
+        os.environ["PATH"] = environ["PATH"]  # execvpe looks for the command in this PATH
+        os.execvpe(command[0], list(command), environ)  # noqa: S606 - no shell is needed
     except OSError as exc:
         raise InvalidInput(
             f"cannot run {command[0]!r} in variant {variant}: {exc.strerror}",

@@ -1,4 +1,4 @@
-"""`export` and `import`: a variant as files that other tools and clusters read."""
+"""`export` writes a variant into files for other tools and clusters; `import` reads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from ray_envs.cli.arguments import disk, dry_run_option, found, json_option, variant_argument
+from ray_envs.cli.arguments import (
+    disk,
+    dry_run_option,
+    found,
+    json_option,
+    replace_option,
+    variant_argument,
+)
 from ray_envs.cli.printing import put, put_json, say
 from ray_envs.cli.waiting import opened, patiently, watched
 from ray_envs.errors import InvalidInput
@@ -27,14 +34,14 @@ from ray_envs.validation import validated
     default="project",
     help="A project for `import` and uv (the default), requirements with hashes, or pylock.toml.",
 )
-@click.option("--generation", type=click.IntRange(min=1), help="By default the current one.")
+@click.option("--generation", type=click.IntRange(min=1), help="Default: the current one.")
 @click.option("--to", "folder", type=click.Path(path_type=Path), help="The folder to write into.")
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    help="One file with the project and all its wheels, for a cluster without a package index.",
+    help="Write one file with the project and all wheels, for clusters without a package index.",
 )
-@click.option("--force", is_flag=True, help="Overwrite files there that differ.")
+@click.option("--force", is_flag=True, help="Overwrite files that differ.")
 @json_option
 def export(
     variant: str,
@@ -45,11 +52,11 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a generation of VARIANT for other tools or `import`.
+    """Write a generation of VARIANT for other tools or `ray-envs import`.
 
-    A project is written into a folder, by default one of the variant's name here; the other formats
-    are printed, unless there is a --to. A bundle takes the wheels from this machine, where the
-    variant must have been prepared.
+    A project is written into a folder, by default into ./NAME with the variant's name. The other
+    formats are printed, unless --to is given. A bundle needs the variant's wheels in the uv cache
+    of this machine: prepare the variant here first.
 
     \b
     Example: ray-envs export old --to exported && ray-envs import copy exported
@@ -61,11 +68,9 @@ def export(
     made = exports.generation(registry, record, generation)
     if bundle is not None:
         if folder is not None or form != "project":
-            raise InvalidInput(
-                "a bundle is a format of its own", hint="leave --to and --format out"
-            )
+            raise InvalidInput("--bundle does not go with --to or --format", hint="leave them out")
         if os.path.lexists(bundle) and not force:
-            raise InvalidInput(f"{bundle} is there already", hint="name another file, or --force")
+            raise InvalidInput(f"{bundle} exists", hint="give another file, or --force")
         files = exports.put_bundle(registry, store, record, made, bundle)
         folder = bundle.parent
     elif form == "project":
@@ -92,18 +97,16 @@ def export(
     elif bundle is not None:
         put(str(bundle))
     elif folder is None:
-        for text in files.values():
-            put(text.rstrip("\n"))
+        put("\n".join(text.rstrip("\n") for text in files.values()))
     else:
-        for name in files:
-            put(str(folder / name))
+        put("\n".join(str(folder / name) for name in files))
 
 
 def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
-    """Write all of `files` into `folder`, or nothing where one stands there that differs.
+    """Write `files` into `folder`. If one exists there and differs, write none of them.
 
     Raises:
-        InvalidInput: one differs and is not to be overwritten, or the folder cannot be written.
+        InvalidInput: a file differs and `force` is not set, or the folder cannot be written.
     """
     from ray_envs.disk.files import write_atomically
 
@@ -112,7 +115,7 @@ def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
             file = folder / name
             if not force and os.path.lexists(file) and file.read_bytes() != text.encode():
                 raise InvalidInput(
-                    f"{file} is there already and differs",
+                    f"{file} exists and differs",
                     hint="give another folder with --to, or --force to overwrite it",
                 )
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,9 +132,11 @@ def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
 @variant_argument
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--bundle", type=click.Path(path_type=Path), help="A file with the wheels, in place of DIR."
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="A file of `export --bundle`, instead of DIR.",
 )
-@click.option("--replace", is_flag=True, help="Make a new generation where the variant exists.")
+@replace_option
 @dry_run_option
 @json_option
 def import_project(
@@ -142,19 +147,18 @@ def import_project(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Define VARIANT from an export in DIR, or in a bundle; prints its key.
+    """Define VARIANT by an export in DIR or in a bundle, and print the key of its environment.
 
-    DIR has a pyproject.toml, a uv.lock and, where there are any, options.json. From what
-    `ray-envs export` wrote, it is the same lock, byte for byte, and the same environment. A bundle
-    brings its wheels along: no package index is asked, if the index settings (UV_DEFAULT_INDEX, …)
-    are those of the export. Read it where the manager runs.
+    DIR has a pyproject.toml, a uv.lock and maybe an options.json. The lock stays the same, byte for
+    byte. A bundle contains the wheels: no package index is needed if the index settings
+    (UV_DEFAULT_INDEX, …) are those of the export. Import it on the node of the manager.
 
     \b
     Example: ray-envs import copy exported
     """
     name = str(EnvId.parse(variant))
     if (folder is None) is (bundle is None):
-        raise click.UsageError("give either DIR or --bundle FILE")
+        raise click.UsageError("Give either DIR or --bundle FILE.")
     definition = _exported(folder or Path()) if bundle is None else _unbundled(bundle)
     options = definition.model_dump(
         mode="json", exclude={"pyproject", "uv_lock"}, exclude_defaults=True
@@ -179,16 +183,16 @@ def import_project(
     else:
         put(answer["key"])
         if dry_run and bundle is not None:
-            say("a dry run: its wheels are in uv's cache here, and nothing else was changed")
+            say("dry run: its wheels are in this machine's uv cache; nothing else was changed")
         elif dry_run:
-            say("a dry run: nothing was changed")
+            say("dry run: nothing was changed")
 
 
 def _unbundled(bundle: Path) -> Definition:
-    """The definition in a bundle, whose wheels are in this machine's uv cache now.
+    """Put the wheels of a bundle into this machine's uv cache. Returns its definition.
 
     Raises:
-        InvalidInput: it cannot be read, is damaged, or is for another kind of machine.
+        InvalidInput: it cannot be read, is damaged, or is for another platform.
         StorageFailed: there is no room for its wheels.
     """
     import tempfile
@@ -204,7 +208,7 @@ def _unbundled(bundle: Path) -> Definition:
 
 
 def _exported(folder: Path) -> Definition:
-    """The definition that `ray-envs export` wrote into `folder`.
+    """Return the definition that `ray-envs export` wrote into `folder`.
 
     Raises:
         InvalidInput: a file is missing or damaged.
@@ -217,20 +221,17 @@ def _exported(folder: Path) -> Definition:
         raise InvalidInput(
             "there is no uv.lock",
             where=str(folder),
-            hint="`ray-envs export` writes one; to lock a project, `ray-envs create --project`",
+            hint="`ray-envs export` writes one; for other projects use `ray-envs create --project`",
         )
-    options: dict[str, Any] = {}
+    options: Any = {}
     file = folder / "options.json"
     if kind_of(file) != "missing":
         try:
             options = json.loads(read_bytes(file))
         except (ValueError, RecursionError):
-            raise InvalidInput(
-                "it is not JSON", where=str(file), hint="export the variant again, or remove it"
-            ) from None
+            options = None
         if not isinstance(options, dict):
-            raise InvalidInput(
-                "it is no JSON object", where=str(file), hint="export the variant again"
-            )
+            hint = "export the variant again, or remove the file"
+            raise InvalidInput("it is not a JSON object", where=str(file), hint=hint)
     read = validated(Definition, options, where=str(file))
     return read.model_copy(update={"pyproject": texts.pyproject, "uv_lock": texts.uv_lock})

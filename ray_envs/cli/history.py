@@ -1,4 +1,4 @@
-"""What happened: operations and events."""
+"""The commands of the history: operations and events. They read its file, without a manager."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from ray_envs.manager.operations import Operations
 
 _INTERRUPTED = 130
-#: How often `events --follow` looks for what is new.
+#: The time between two looks of `events --follow`.
 _LOOK_S = 0.25
-#: Events that are read at once.
+#: How many events are read together.
 _PAGE = 1000
-#: What an operation can be, for people who filter by it.
 OPERATIONS = (
     "create", "import", "add", "update", "remove", "relock", "rollback", "sync", "pin", "unpin",
     "delete", "gc",
@@ -37,12 +36,12 @@ OPERATIONS = (
 
 @click.command()
 @optional_variant
-@click.option("--operation", type=click.Choice(OPERATIONS), help="Only these.")
+@click.option("--operation", type=click.Choice(OPERATIONS), help="Only of this kind.")
 @click.option("--status", type=click.Choice([s.value for s in OperationStatus]), help="Only these.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True)
-@click.option("--offset", type=click.IntRange(min=0), default=0, help="Leave out the newest N.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip the newest N.")
 @click.option("--delete", "is_delete", is_flag=True, help="Delete those that match and have ended.")
-@click.option("--before", metavar="MOMENT", help="With --delete: only what began before it.")
+@click.option("--before", metavar="TIME", help="With --delete: only those that began before TIME.")
 @json_option
 def operations(
     variant: str | None,
@@ -54,14 +53,14 @@ def operations(
     before: str | None,
     as_json: bool,
 ) -> None:
-    """What was done to all variants or to VARIANT, newest first.
+    """List the changes of all variants or of VARIANT, newest first.
 
     \b
     Example: ray-envs operations old --status failed
              ray-envs operations --delete --before 2026-01-31
     """
     if before is not None and not is_delete:
-        raise click.UsageError("--before goes with --delete.")
+        raise click.UsageError("--before needs --delete.")
     log = _operations()
     filters: dict[str, Any] = {
         "variant_id": None if variant is None else str(EnvId.parse(variant)),
@@ -94,18 +93,18 @@ def operations(
 
 
 def _operations() -> Operations:
-    """The log of this root. It reads the disk; what it settles, it settles there."""
+    """Return the log of this root."""
     from ray_envs.manager.operations import Operations
 
     return Operations(Settings.from_environment(), disk()[0])
 
 
 def _check_known(log: Operations, variant: str) -> None:
-    """Refuse a variant that neither is defined nor was ever told of: it was misspelt."""
+    """Raise `NotFound` if `variant` is not defined and not in the history: it is misspelt."""
     name = str(EnvId.parse(variant))
     events, _ = log.history.events(variant_id=name, limit=1)
     if not events and not log.history.operations(variant_id=name, limit=1)[1]:
-        with suppress(StorageFailed):  # it is defined, and damaged
+        with suppress(StorageFailed):  # it is defined, but damaged
             found(disk()[0], variant)
 
 
@@ -123,9 +122,9 @@ def _moment(text: str) -> datetime:
         moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
         raise InvalidInput(
-            f"{text!r} is no moment",
+            f"{text!r} is not a time",
             where="--before",
-            hint="write it like 2026-01-31 or 2026-01-31T12:00:00Z (UTC where no zone is given)",
+            hint="write it like 2026-01-31 or 2026-01-31T12:00:00Z (UTC if no zone is given)",
         ) from None
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
@@ -136,25 +135,25 @@ def _clock(moment: datetime) -> str:
 
 @click.command()
 @optional_variant
-@click.option("--since", metavar="N", type=click.IntRange(min=0), help="Only what came after N.")
+@click.option("--since", metavar="N", type=click.IntRange(min=0), help="Only those after number N.")
 @click.option(
     "--kind",
     "kinds",
     type=click.Choice([kind.value for kind in EventKind]),
     metavar="KIND",
     multiple=True,
-    help="Only these; repeatable.",
+    help="Only of this kind. Repeatable.",
 )
-@click.option("--follow", "-f", is_flag=True, help="Go on with what happens, until Ctrl-C.")
+@click.option("--follow", "-f", is_flag=True, help="Print new events as they come, until Ctrl-C.")
 @json_option
 def events(
     variant: str | None, since: int | None, kinds: tuple[str, ...], follow: bool, as_json: bool
 ) -> int:
-    """What happened to all variants or to VARIANT, in order.
+    """List the events of all variants or of VARIANT, oldest first.
 
-    Each event has its number N. With --follow: what happens from now on (with --since, also what
-    happened after N), with --json one object a line; Ctrl-C ends it without a word and, as
-    `tail -f`, with exit code 130.
+    The first column is the number of the event. --follow prints only new events, or with --since N
+    those after number N; with --json it prints one object on each line. Ctrl-C ends it with exit
+    code 130.
 
     \b
     Example: ray-envs events old --kind EnvironmentDamaged --follow
@@ -186,7 +185,7 @@ def events(
 def _follow(
     log: Operations, since: int | None, kinds: Iterable[str], name: str | None, *, as_json: bool
 ) -> int:
-    """Print events as they come; returns when nobody reads them any more."""
+    """Print events as they come. Returns when their reader has ended."""
     following = log.history.last_number() if since is None else since
     while True:
         for page, number in _pages(log, following, kinds, name):
@@ -200,7 +199,7 @@ def _follow(
 def _pages(
     log: Operations, since: int, kinds: Iterable[str], name: str | None
 ) -> Iterator[tuple[list[EnvEvent], int]]:
-    """Events after number `since`, and the number to go on from, until there are no more."""
+    """Yield pages of the events after number `since`, each with the `since` of the next page."""
     wanted = [EventKind(kind) for kind in kinds]
     while True:
         page, since = log.history.events(since=since, kinds=wanted, variant_id=name, limit=_PAGE)
@@ -219,7 +218,7 @@ def _line(event: EnvEvent) -> str:
 
 
 def _short(value: Any) -> str:
-    """A particular of an event in a few words."""
+    """Return a value of `EnvEvent.data` in a few words."""
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping) and "message" in value:  # an error

@@ -1,6 +1,9 @@
-"""The commands that change which packages a variant has."""
+"""The commands that change the packages of a variant: add, update, remove, rollback, sync."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,14 +22,18 @@ from ray_envs.cli.printing import Answer, complain, put, put_change, put_rows, s
 from ray_envs.cli.waiting import in_background, opened, patiently, watched
 from ray_envs.errors import RayEnvsError
 
-#: How many variants `sync` works on at once; their builds are bounded elsewhere.
+if TYPE_CHECKING:
+    from ray_envs.client.provider import RayEnvironmentProvider
+
+#: How many variants `sync` works on at the same time. Each node limits its builds itself.
 _AT_ONCE = 8
+_packages = click.argument("packages", nargs=-1)
 _requirements_file = click.option("--requirements", "-r", "file", help="A requirements file.")
 
 
 @click.command()
 @variant_argument
-@click.argument("packages", nargs=-1)
+@_packages
 @_requirements_file
 @dry_run_option
 @json_option
@@ -35,41 +42,36 @@ def add(
 ) -> None:
     """Add PACKAGES to VARIANT, as a new generation.
 
-    Other pins stay where they can. Running tasks keep the generation that they began with.
+    The versions of other packages stay if possible. Running tasks keep their generation.
 
     \b
     Example: ray-envs add old 'pandas>=2' pyarrow
     """
     lines = requirements(packages, file)
-    name = address(variant)
-    with opened() as provider:
-        answer = watched(provider, name, lambda: provider.add(name, lines, dry_run=dry_run))
-    put_change(answer, as_json=as_json)
+    _change(variant, lambda envs, name: envs.add(name, lines, dry_run=dry_run), as_json=as_json)
 
 
 @click.command()
 @variant_argument
-@click.argument("packages", nargs=-1)
+@_packages
 @dry_run_option
 @json_option
 def update(variant: str, packages: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Upgrade PACKAGES of VARIANT, or all, as a new generation.
 
-    They move within what is declared; a requirement takes the place of the declared one.
+    They stay within the declared requirements. A requirement, such as 'numpy>=2', replaces the
+    declared one.
 
     \b
     Example: ray-envs update old numpy --dry-run
     """
     lines = requirements(packages, None) if packages else []
-    name = address(variant)
-    with opened() as provider:
-        answer = watched(provider, name, lambda: provider.update(name, lines, dry_run=dry_run))
-    put_change(answer, as_json=as_json)
+    _change(variant, lambda envs, name: envs.update(name, lines, dry_run=dry_run), as_json=as_json)
 
 
 @click.command()
 @variant_argument
-@click.argument("packages", nargs=-1)
+@_packages
 @_requirements_file
 @dry_run_option
 @json_option
@@ -78,21 +80,18 @@ def remove(
 ) -> None:
     """Remove PACKAGES from VARIANT, as a new generation.
 
-    Only what is declared can be removed; what only that needed goes with it.
+    Only declared packages can be removed. Packages that only they needed are removed too.
 
     \b
     Example: ray-envs remove old pyarrow
     """
     lines = requirements(packages, file)
-    name = address(variant)
-    with opened() as provider:
-        answer = watched(provider, name, lambda: provider.remove(name, lines, dry_run=dry_run))
-    put_change(answer, as_json=as_json)
+    _change(variant, lambda envs, name: envs.remove(name, lines, dry_run=dry_run), as_json=as_json)
 
 
 @click.command()
 @variant_argument
-@click.option("--to", type=click.IntRange(min=1), help="A generation; by default the previous one.")
+@click.option("--to", type=click.IntRange(min=1), help="A generation. Default: the previous one.")
 @dry_run_option
 @json_option
 def rollback(variant: str, to: int | None, dry_run: bool, as_json: bool) -> None:
@@ -101,22 +100,28 @@ def rollback(variant: str, to: int | None, dry_run: bool, as_json: bool) -> None
     \b
     Example: ray-envs rollback old --to 1
     """
+    _change(variant, lambda envs, name: envs.rollback(name, to, dry_run=dry_run), as_json=as_json)
+
+
+def _change(
+    variant: str, change: Callable[[RayEnvironmentProvider, str], Answer], *, as_json: bool
+) -> None:
     name = address(variant)
     with opened() as provider:
-        answer = watched(provider, name, lambda: provider.rollback(name, to, dry_run=dry_run))
+        answer = watched(provider, name, lambda: change(provider, name))
     put_change(answer, as_json=as_json)
 
 
 @click.command()
 @click.argument("variants", metavar="VARIANT...", nargs=-1, type=Variant())
-@click.option("--all", "is_all", is_flag=True, help="Every variant that is defined.")
+@click.option("--all", "is_all", is_flag=True, help="Every variant.")
 @dry_run_option
 @json_option
 def sync(variants: tuple[str, ...], is_all: bool, dry_run: bool, as_json: bool) -> int:
-    """Make every node match the locks of VARIANTs.
+    """Make the environments of VARIANTs match their locks, on every node.
 
-    Checks each file, mends what is damaged and builds what is missing; with --dry-run it only
-    checks. Goes on after a failure, and has its exit code at the end.
+    Checks each file, repairs damaged environments and builds missing ones. With --dry-run it only
+    checks. If a variant fails, the others are still done, and the exit code is that of the failure.
 
     \b
     Example: ray-envs sync --all
@@ -150,12 +155,10 @@ def sync(variants: tuple[str, ...], is_all: bool, dry_run: bool, as_json: bool) 
 
 
 def _in_words(answer: Answer) -> str:
-    """What a sync found, in a line."""
-    found_, left = 0, 0
-    for check in answer["checks"]:
-        found_ += check["damaged_files"]
-        left += len(check["left"])
+    """Return what a sync found, in a line."""
+    damaged = sum(check["damaged_files"] for check in answer["checks"])
+    left = sum(len(check["left"]) for check in answer["checks"])
     state = f"{answer['status']}, generation {answer['generation']}"
-    if not found_:
+    if not damaged:
         return f"{state}, matches its lock"
-    return f"{state}, {found_} files differed from the lock, {left} left as they are"
+    return f"{state}, {damaged} files differed from the lock, {left} of them were not repaired"

@@ -1,4 +1,4 @@
-"""Prints what commands answer: data on stdout, text for people on stderr."""
+"""Prints: data goes to stdout, text for people to stderr."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Answer = dict[str, Any]
-#: How much of a key people need to tell it from others.
+#: How many characters of a key, and of a node's id, tables show.
 KEY_SHOWN = 10
-#: How much of a node's id people need to tell it from others.
 NODE_SHOWN = 12
 
 
 def put(text: str) -> bool:
-    """Data for stdout; False where nobody reads it any more, which is no error."""
+    """Print data to stdout. Returns False if its reader has ended, which is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -30,28 +29,28 @@ def put_json(data: Any) -> None:
 
 
 def put_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON list with a row a line: thousands are written and searched quickly."""
+    """Print one JSON list with a row on each line: fast, and can be searched with grep."""
     put("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]" if rows else "[]")
 
 
 def say(text: str) -> None:
-    """A line for people."""
+    """Print a line for people to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
-    """What is wrong, for people: the first line under our name, the others below it."""
+    """Print what is wrong to stderr, under the name of the command."""
     first, *rest = text.splitlines() or [""]
     say("\n".join([f"ray-envs: {first}", *(f"  {line}" for line in rest)]))
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]], *, right: str = "") -> str:
-    """A plain table: a line a row, whatever the width of the terminal, so that it can be searched.
+    """Return a table with a line for each row, however narrow the terminal is.
 
     Args:
         header: the names of the columns.
         rows: their cells; None is shown as "-".
-        right: the names of columns of numbers, separated by spaces.
+        right: the names of the columns that are aligned to the right, separated by spaces.
     """
     cells = [[name.upper() for name in header]]
     cells += [["-" if c is None else " ".join(str(c).split()) or "-" for c in row] for row in rows]
@@ -67,7 +66,7 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]], *, right: s
 
 
 def put_fields(fields: Mapping[str, Any]) -> None:
-    """One field a line: its name and its value."""
+    """Print a line for each field: its name and its value."""
     for name, value in fields.items():
         text = str(value)
         if isinstance(value, Mapping):
@@ -78,7 +77,7 @@ def put_fields(fields: Mapping[str, Any]) -> None:
 
 
 def put_diff(diff: Mapping[str, Any]) -> None:
-    """A line for each package that differs: `+` added, `-` removed, `~` changed."""
+    """Print a line for each package that differs: `+` added, `-` removed, `~` changed."""
     lines = [(name, f"+ {name} {version}") for name, version in diff["added"].items()]
     lines += [(name, f"- {name} {version}") for name, version in diff["removed"].items()]
     lines += [(name, f"~ {name} {old} -> {new}") for name, (old, new) in diff["changed"].items()]
@@ -87,16 +86,16 @@ def put_diff(diff: Mapping[str, Any]) -> None:
 
 
 def put_change(answer: Mapping[str, Any], *, as_json: bool) -> None:
-    """What a change of a variant did, or with `dry_run` would do."""
+    """Print what a change of a variant did or, with `dry_run`, would do."""
     if as_json:
         put_json(answer)
         return
     put_diff(answer["diff"])
     put(f"generation {answer['generation']}, environment {answer['key']}")
     if not answer["is_changed"]:
-        say("nothing is to be changed" if answer["dry_run"] else "nothing was changed")
+        say("nothing would be changed" if answer["dry_run"] else "nothing was changed")
     elif answer["dry_run"]:
-        say("a dry run: nothing was changed")
+        say("dry run: nothing was changed")
 
 
 def mib(size_bytes: float) -> str:

@@ -1,4 +1,7 @@
-"""The commands that only read."""
+"""The commands that only read this machine's disk: list, status, deps, generations, diff.
+
+They use neither a manager nor Ray: they answer at once, whatever else is broken.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,19 @@ _NOT_BUILT = "NOT_BUILT"
 @click.command(name="list")
 @json_option
 def list_variants(as_json: bool) -> None:
-    """The variants under the root, and which of them are ready on this machine.
+    """List all variants, and whether each is ready on this machine.
 
     \b
     Example: ray-envs list --json
     """
-    gc.disable()  # all that is read lives to the end: to look for garbage in it doubles the time
+    gc.disable()  # nothing read here becomes garbage, and looking for it doubles the time
     registry, store = disk()
     damaged: list[StorageFailed] = []
     there: dict[str, dict[str, Any]] = {}
     rows = []
     for record in registry.all(damaged=damaged):
         key = record.current.key
-        if key not in there:  # thousands of variants may share one
+        if key not in there:  # thousands of variants can share one
             there[key] = _there(key, store)
         count = len(record.current.packages)
         rows.append({**_described(record, registry, store), **there[key], "package_count": count})
@@ -71,7 +74,7 @@ def list_variants(as_json: bool) -> None:
 @variant_argument
 @json_option
 def status(variant: str, as_json: bool) -> None:
-    """What this machine's disk says of VARIANT.
+    """Show VARIANT: its state on this machine, its environment and packages.
 
     \b
     Example: ray-envs status old
@@ -100,7 +103,7 @@ def _described(record: VariantRecord, registry: Registry, store: Store) -> dict[
 
 
 def _there(key: str, store: Store) -> dict[str, Any]:
-    """What this machine's store has of an environment."""
+    """Return the state of an environment on this machine."""
     ready = store.record(key)
     return {
         "status": Status.ACTIVE.value if ready else _NOT_BUILT,
@@ -113,7 +116,7 @@ def _there(key: str, store: Store) -> dict[str, Any]:
 @variant_argument
 @json_option
 def deps(variant: str, as_json: bool) -> None:
-    """What VARIANT declares, and what is locked for it.
+    """Show the packages that VARIANT declares and the versions that are locked.
 
     \b
     Example: ray-envs deps old
@@ -136,7 +139,7 @@ def deps(variant: str, as_json: bool) -> None:
     rows: list[tuple[str, str | None, str]] = [
         (name, version, "; ".join(asked.get(name, ()))) for name, version in locked.items()
     ]
-    # A marker may keep a declared package away from this platform.
+    # A marker can exclude a declared package on this platform.
     rows += [(name, None, "; ".join(asked[name])) for name in sorted(asked.keys() - locked.keys())]
     put(columns(("package", "locked", "declared"), rows))
 
@@ -145,9 +148,9 @@ def deps(variant: str, as_json: bool) -> None:
 @variant_argument
 @json_option
 def generations(variant: str, as_json: bool) -> None:
-    """Every generation of VARIANT, oldest first.
+    """List the generations of VARIANT, oldest first.
 
-    `*` marks the current one; the change counts packages added, removed and changed.
+    `*` marks the current one. +1 -0 ~2 means: 1 package added, 0 removed, 2 changed.
 
     \b
     Example: ray-envs generations old
@@ -190,9 +193,9 @@ def _generation_cells(row: dict[str, Any]) -> tuple[object, ...]:
 @click.argument("to", required=False, type=click.IntRange(min=1))
 @json_option
 def diff(variant: str, from_: int, to: int | None, as_json: bool) -> None:
-    """The packages that differ between two generations of VARIANT.
+    """Show the packages that differ between generations FROM and TO of VARIANT.
 
-    Those are FROM and TO, which is the current one where it is not given.
+    TO is the current generation by default.
 
     \b
     Example: ray-envs diff old 1 3

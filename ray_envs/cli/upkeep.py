@@ -1,4 +1,4 @@
-"""What is the matter: gc, explain and doctor."""
+"""The commands that look after environments: gc, explain, doctor."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ from ray_envs.cli.printing import (
     say,
 )
 from ray_envs.cli.waiting import opened, patiently
+from ray_envs.errors import from_dict
 
 _UNHEALTHY = 1
 
 
 @click.command()
 @dry_run_option
-@click.option("--idle-hours", type=Hours(), help="By default RAY_ENVS_IDLE_HOURS.")
+@click.option("--idle-hours", type=Hours(), help="Hours without use. Default: RAY_ENVS_IDLE_HOURS.")
 @click.option(
     "--include-current",
     is_flag=True,
-    help="Also those of variants that are not pinned; they are built again on demand.",
+    help="Also those of variants that are not pinned. They are built again on demand.",
 )
 @json_option
 def gc(dry_run: bool, idle_hours: float | None, include_current: bool, as_json: bool) -> None:
-    """Collect environments that nobody needs any more.
+    """Delete unused environments. Shows why each remaining one is kept.
 
-    Nobody wants, holds or was promised them, and they were idle for long enough. Says for every
-    environment whether it goes or stays, and why. uv's cache is pruned behind them.
+    An environment is unused if no variant wants it, no process runs in it, no job was promised it,
+    and it was idle for long enough. Also deletes what uv's cache no longer needs.
 
     \b
     Example: ray-envs gc --dry-run --idle-hours 24
@@ -59,16 +60,16 @@ def gc(dry_run: bool, idle_hours: float | None, include_current: bool, as_json: 
     if as_json:
         put_json(answer)
         return
-    gone = "would go" if dry_run else "collected"
-    rows = [_verdict(row, gone) for row in answer["deleted"]]
-    rows += [_verdict(row, "stays") for row in answer["kept"]]
+    deleted = "would be deleted" if dry_run else "deleted"
+    rows = [_verdict(row, deleted) for row in answer["deleted"]]
+    rows += [_verdict(row, "kept") for row in answer["kept"]]
     if rows:
         header = ("environment", "size", "idle", "verdict", "node", "reason")
         put(columns(header, rows, right="size idle"))
     else:
         say("there are no environments")
     freed = mib(answer["freed_bytes"])
-    say(f"a dry run: {freed} would be freed" if dry_run else f"{freed} are free again")
+    say(f"dry run: {freed} would be freed" if dry_run else f"{freed} freed")
 
 
 def _verdict(row: Answer, verdict: str) -> tuple[object, ...]:
@@ -83,9 +84,10 @@ def _verdict(row: Answer, verdict: str) -> tuple[object, ...]:
 @variant_argument
 @json_option
 def explain(variant: str, as_json: bool) -> None:
-    """Why VARIANT is as it is.
+    """Show why VARIANT is in its state.
 
-    Each node and its reason, who uses the environment, and what a collection would do with it.
+    Shows the state on each node with its reason, who uses the environment, and whether `gc` would
+    delete it.
 
     \b
     Example: ray-envs explain old
@@ -111,8 +113,8 @@ def explain(variant: str, as_json: bool) -> None:
     for user in answer["users"]:
         put(f"{'in use':16} {user}")
     for row in answer["collection"]:
-        fate = "would collect it" if row["collect"] else "keeps it"
-        put(f"{'collection':16} node {row['node_id'][:NODE_SHOWN]} {fate}: {row['because']}")
+        fate = "would delete it" if row["collect"] else "keeps it"
+        put(f"{'gc':16} node {row['node_id'][:NODE_SHOWN]} {fate}: {row['because']}")
     rows = [
         (node_id[:NODE_SHOWN], state["phase"], state["because"] or _why(state))
         for node_id, state in answer["nodes"].items()
@@ -127,37 +129,35 @@ def _why(state: Mapping[str, Any]) -> str:
 
 @click.command()
 @optional_variant
-@click.option("--repair", is_flag=True, help="Mend what is damaged, and build what was lost.")
+@click.option("--repair", is_flag=True, help="Repair damaged environments and build missing ones.")
 @json_option
 def doctor(variant: str | None, repair: bool, as_json: bool) -> int:
-    """Examine nodes and environments, file by file.
-
-    All environments, or that of VARIANT; with --repair what is damaged is mended.
+    """Check every node, and each file of all environments or of that of VARIANT.
 
     \b
     Example: ray-envs doctor --repair
-    Exit code: 0 all is well (after --repair: again), 1 it is not.
+    Exit code: 0 if all is well (with --repair: after it), 1 if not.
     """
     name = None if variant is None else address(variant)
     with opened() as provider:
         answer = patiently(lambda: provider.doctor(repair=repair, variant_id=name))
-    is_healthy = bool(answer["is_healthy"])
+    code = 0 if answer["is_healthy"] else _UNHEALTHY
     if as_json:
         put_json(answer)
-        return 0 if is_healthy else _UNHEALTHY
+        return code
     put(columns(("node", "probe", "", "found", "hint"), _probes(answer["nodes"])))
     if answer["environments"]:
         header = ("environment", "variant", "node", "", "found")
         put("\n" + columns(header, map(_examined, answer["environments"])))
     for error in answer["definitions"]:
-        complain(_told(error))
+        complain(str(from_dict(error)))
     if answer["history"] != "ok":
         complain(f"history: {answer['history']}")
-    if is_healthy:
+    if answer["is_healthy"]:
         say("all is well")
     else:
-        complain("something is wrong" + ("" if repair else "; --repair mends environments"))
-    return 0 if is_healthy else _UNHEALTHY
+        complain("something is wrong" + ("" if repair else "; --repair repairs environments"))
+    return code
 
 
 def _probes(nodes: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
@@ -173,13 +173,13 @@ def _examined(row: Mapping[str, Any]) -> tuple[object, ...]:
     if row["error"]:
         mark, text = "FAIL", row["error"]["message"]
     elif not row["is_ready"]:
-        mark, text = "FAIL", "not there; `ray-envs sync` or --repair builds it"
+        mark, text = "FAIL", "missing; `ray-envs sync` or --repair builds it"
     elif not row["damaged_files"]:
         mark, text = "ok", "matches its lock"
     else:
         mark = "FAIL" if row["left"] else "ok"
-        text = f"{row['damaged_files']} files differ, {len(row['left'])} left as they are"
-        text += ", given up, to be built again" if row["is_discarded"] else ""
+        text = f"{row['damaged_files']} files differ, {len(row['left'])} not repaired"
+        text += ", removed to be built again" if row["is_discarded"] else ""
         text += "".join(f"; {_damage(each)}" for each in (row["left"] or row["damage"])[:3])
         if row["sharers"]:
             text += f"; shared with {', '.join(key[:KEY_SHOWN] for key in row['sharers'])}"
@@ -190,9 +190,3 @@ def _damage(damage: Any) -> str:
     if isinstance(damage, Mapping):
         return " ".join(str(value) for value in damage.values() if value)
     return str(damage)
-
-
-def _told(error: dict[str, str]) -> str:
-    from ray_envs.errors import from_dict
-
-    return str(from_dict(error))

@@ -1,4 +1,4 @@
-"""Opens a provider for a command, and waits for what it does."""
+"""Opens a provider for a command and waits for its verbs. Ctrl-C ends the wait at once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from ray_envs.client.provider import RayEnvironmentProvider
 
 T = TypeVar("T")
-#: How often a command looks how its change goes.
+#: The time between two looks at a verb that runs.
 _LOOK_S = 0.1
 
 
 @contextlib.contextmanager
 def opened() -> Iterator[RayEnvironmentProvider]:
-    """A provider of this machine's root: through its manager where one lives, else without Ray.
+    """Open a provider for this machine's root. It calls the root's manager if that lives.
 
-    Ctrl-C undoes what is done in this process. A manager's actor goes on: that is said.
+    Without one the work is done in this process, and Ctrl-C undoes it. A manager goes on after
+    Ctrl-C: the user is told so.
     """
     from ray_envs.client.provider import RayEnvironmentProvider
     from ray_envs.manager.registry import Registry
@@ -39,13 +40,13 @@ def opened() -> Iterator[RayEnvironmentProvider]:
         except KeyboardInterrupt:
             if has_manager:
                 raise KeyboardInterrupt(
-                    "interrupted; the manager of this root may go on: see `ray-envs operations`"
+                    "interrupted; the manager may go on: see `ray-envs operations`"
                 ) from None
             raise
 
 
 def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
-    """Call `function` in a thread that an interrupted command does not wait for."""
+    """Call `function` in a thread. The end of the command does not wait for it."""
     future: Future[T] = Future()
 
     def call() -> None:
@@ -59,7 +60,7 @@ def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
 
 
 def patiently(function: Callable[[], T]) -> T:
-    """What `function` gives; Ctrl-C ends the wait at once, whatever it does."""
+    """Return what `function` returns."""
     future = in_background(function)
     while not future.done():
         futures_wait([future], timeout=_LOOK_S)
@@ -67,11 +68,11 @@ def patiently(function: Callable[[], T]) -> T:
 
 
 def watched(provider: RayEnvironmentProvider, name: str, change: Callable[[], Answer]) -> Answer:
-    """What `change`, of the variant `name`, answers; meanwhile its new phases are said."""
+    """Return the answer of `change`. Meanwhile print each new phase of the variant `name`."""
     phases = Phases()
     future = in_background(change)
     while not future.done():
-        with contextlib.suppress(RayEnvsError):  # what is wrong, the change itself tells
+        with contextlib.suppress(RayEnvsError):  # `change` raises it too
             phases.tell(name, provider.status(name))
         futures_wait([future], timeout=_LOOK_S)
     answer = future.result()
@@ -81,18 +82,25 @@ def watched(provider: RayEnvironmentProvider, name: str, change: Callable[[], An
 
 
 class Phases:
-    """Says in a line, once, what is being done about environments."""
+    """Prints each phase of each environment once."""
 
     def __init__(self) -> None:
         self._said: set[tuple[str, str, str]] = set()
 
     def tell(self, name: str, status: Mapping[str, Any], *, is_done: bool = False) -> None:
-        """Say what `status` has that is new; of one that is not being changed, only when done."""
+        """Print what is new in `status`.
+
+        If the variant does not change now, print its phases only when its change `is_done`.
+        """
         change = status.get("change")
-        if change:  # it runs as it is, and the next generation is being prepared
+        if change:  # the current generation works, and the next one is being prepared
             self._say(name, change["key"], change["nodes"])
         elif is_done or status["status"] == Status.CREATING.value:
             self._say(name, status.get("key", ""), status["nodes"])
+
+    def tell_all(self, statuses: Mapping[str, Answer]) -> None:
+        for name, status in statuses.items():
+            self.tell(name, status)
 
     def _say(self, name: str, key: str, nodes: Mapping[str, Any]) -> None:
         for state in nodes.values():
