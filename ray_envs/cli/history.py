@@ -14,6 +14,7 @@ import click
 
 from ray_envs.cli.arguments import disk, found, json_option, optional_variant
 from ray_envs.cli.printing import KEY_SHOWN, NODE_SHOWN, columns, put, put_json, say
+from ray_envs.cli.waiting import INTERRUPTED
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.events import EventKind, OperationStatus
 from ray_envs.models import EnvId
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from ray_envs.events import EnvEvent, Operation
     from ray_envs.manager.operations import Operations
 
-_INTERRUPTED = 130
 #: The time between two looks of `events --follow`.
 _LOOK_S = 0.25
 #: How many events are read together.
@@ -164,7 +164,7 @@ def events(
         try:
             return _follow(log, since, kinds, name, as_json=as_json)
         except KeyboardInterrupt:
-            return _INTERRUPTED
+            return INTERRUPTED
     asyncio.run(log.settle_all())
     following = since or 0
     told: list[EnvEvent] = []

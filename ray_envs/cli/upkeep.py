@@ -61,10 +61,10 @@ def gc(dry_run: bool, idle_hours: float | None, include_current: bool, as_json: 
         put_json(answer)
         return
     deleted = "would be deleted" if dry_run else "deleted"
-    rows = [_verdict(row, deleted) for row in answer["deleted"]]
-    rows += [_verdict(row, "kept") for row in answer["kept"]]
+    rows = [_cells(row, deleted) for row in answer["deleted"]]
+    rows += [_cells(row, "kept") for row in answer["kept"]]
     if rows:
-        header = ("environment", "size", "idle", "verdict", "node", "reason")
+        header = ("environment", "size", "idle", "result", "node", "reason")
         put(columns(header, rows, right="size idle"))
     else:
         say("there are no environments")
@@ -72,10 +72,10 @@ def gc(dry_run: bool, idle_hours: float | None, include_current: bool, as_json: 
     say(f"dry run: {freed} would be freed" if dry_run else f"{freed} freed")
 
 
-def _verdict(row: Answer, verdict: str) -> tuple[object, ...]:
+def _cells(row: Answer, result: str) -> tuple[object, ...]:
     hours, minutes = divmod(int(row["idle_s"]) // 60, 60)
     return (
-        row["key"], mib(row["bytes"]), f"{hours}:{minutes:02} h", verdict,
+        row["key"], mib(row["bytes"]), f"{hours}:{minutes:02} h", result,
         row["node_id"][:NODE_SHOWN], row["because"],
     )  # fmt: skip
 

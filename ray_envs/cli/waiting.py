@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ray_envs.client.provider import RayEnvironmentProvider
 
 T = TypeVar("T")
+#: The exit code after Ctrl-C.
+INTERRUPTED = 130
 #: The time between two looks at a verb that runs.
 _LOOK_S = 0.1
 
