@@ -19,23 +19,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray_envs.batch_models import BatchSpec, CaseSpec, ItemResult
     from ray_envs.client.environments import EnvironmentProvider
     from ray_envs.client.in_memory import InMemoryEnvironmentProvider
     from ray_envs.client.provider import RayEnvironmentProvider
     from ray_envs.client.runner import BatchState, Progress, RayBatchRunner
     from ray_envs.errors import RayEnvsError
-    from ray_envs.models import BatchSpec, CaseSpec, EnvSpec, ItemResult
+    from ray_envs.models import EnvSpec
     from ray_envs.settings import Settings
 
 #: Where each public name lives; imported at first use, so that a read does not pay for a batch.
 _HOMES = {
-    "BatchSpec": "models",
+    "BatchSpec": "batch_models",
     "BatchState": "client.runner",
-    "CaseSpec": "models",
+    "CaseSpec": "batch_models",
     "EnvSpec": "models",
     "EnvironmentProvider": "client.environments",
     "InMemoryEnvironmentProvider": "client.in_memory",
-    "ItemResult": "models",
+    "ItemResult": "batch_models",
     "Progress": "client.runner",
     "RayBatchRunner": "client.runner",
     "RayEnvironmentProvider": "client.provider",

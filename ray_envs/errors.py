@@ -1,9 +1,7 @@
-"""Every error that ray_envs raises on purpose, with its exit code and how it travels.
+"""Every error that ray_envs raises on purpose, with its exit code.
 
-An error is fields, not text to parse: what happened (`message`), what to do (`hint`), what uv or
-the system said (`detail`), and to what it happened (`variant_id`, `key`, `node_id`, `where`). It
-survives pickling and, as plain data, the boundary of an actor (`to_dict`, `from_dict`): a caller
-in an environment without ray_envs must be able to read it.
+The facts of an error are in its fields: no caller has to parse a text. Errors can be pickled. They
+leave an actor as plain data (`to_dict`, `from_dict`): the caller may have no ray_envs.
 """
 
 from __future__ import annotations
@@ -14,21 +12,21 @@ _FIELDS = ("hint", "detail", "variant_id", "key", "node_id", "where")
 
 
 class RayEnvsError(Exception):
-    """Something that ray_envs refuses or could not do.
+    """Something that ray_envs refused or could not do.
 
     Args:
-        message: what happened, to what, in one line.
-        hint: the command, setting or change that mends it.
-        detail: the last words of uv or of the operating system, credentials redacted.
-        variant_id: the variant that is concerned, if one is.
-        key: the environment key that is concerned, if one is.
-        node_id: the Ray node it happened on, if it did on one.
-        where: the file, table or option that holds the wrong input.
+        message: what failed and why, in one line.
+        hint: the command, setting or change that helps.
+        detail: the last output of uv or of the operating system, credentials redacted.
+        variant_id: the variant that is affected.
+        key: the key of the environment that is affected.
+        node_id: the Ray node on which it happened.
+        where: the file, table or option with the wrong input.
     """
 
-    #: The exit code of `ray-envs` for this error; no two classes share one.
+    #: The exit code of `ray-envs`, a different one for each class.
     exit_code: ClassVar[int] = 70
-    #: Whether the same call may succeed later without any change.
+    #: Whether the same call may succeed later.
     retryable: ClassVar[bool] = False
 
     def __init__(
@@ -63,12 +61,12 @@ class RayEnvsError(Exception):
         return (from_dict, (self.to_dict(),))
 
     def about(self, **fields: str) -> RayEnvsError:
-        """The same error with those of `fields` set that it did not know yet."""
+        """Return this error with `fields` added; a field that is set already stays."""
         data = self.to_dict()
         return from_dict({**data, **{k: v for k, v in fields.items() if not data.get(k)}})
 
     def to_dict(self) -> dict[str, str]:
-        """The error as plain data: its class name as `type`, then its fields."""
+        """Return the name of the class as `type`, and the fields that are set."""
         return {
             "type": type(self).__name__,
             "message": self.message,
@@ -77,67 +75,67 @@ class RayEnvsError(Exception):
 
 
 class RayEnvsWarning(UserWarning):
-    """What is not as it should be, and keeps nothing from going on."""
+    """Something is wrong, but the work goes on."""
 
 
 class InvalidInput(RayEnvsError):
-    """A file, option or value that cannot be accepted."""
+    """A file, option or value is wrong."""
 
     exit_code = 3
 
 
 class InvalidId(RayEnvsError):
-    """A workflow, node, version, variant or case id that is not allowed."""
+    """The id of a workflow, node, version, variant or case is not allowed."""
 
     exit_code = 4
 
 
 class InvalidPackages(RayEnvsError):
-    """A requirement that cannot be accepted: an option, a local path, a malformed string."""
+    """A requirement is malformed, an option or a local path."""
 
     exit_code = 5
 
 
 class NotFound(RayEnvsError):
-    """No variant of that name is defined."""
+    """The variant is not defined."""
 
     exit_code = 6
 
 
 class AlreadyExists(RayEnvsError):
-    """The variant exists with a different spec, and replacing it was not asked for."""
+    """The variant is defined with a different spec, and `replace` is not set."""
 
     exit_code = 7
 
 
 class ResolutionFailed(RayEnvsError):
-    """uv found no set of packages that satisfies the spec; `detail` holds its explanation."""
+    """uv found no set of packages that satisfies the spec; `detail` has its reasons."""
 
     exit_code = 8
 
 
 class LockTimeout(RayEnvsError):
-    """Another process kept a lock for longer than we wait."""
+    """Another process kept a lock for longer than this one waits."""
 
     exit_code = 9
     retryable = True
 
 
 class UvFailed(RayEnvsError):
-    """uv could not do its work: network, index, a wheel that does not build."""
+    """uv failed: the network, the package index or the build of a wheel."""
 
     exit_code = 10
     retryable = True
 
 
 class StorageFailed(RayEnvsError):
-    """The root could not be read or written: permissions, a full disk, a damaged record."""
+    """The root cannot be read or written: permissions, a full disk, a damaged file."""
 
     exit_code = 11
 
 
 class EnvironmentInUse(RayEnvsError):
-    """A running process holds the environment."""
+    """The environment is in use."""
 
     exit_code = 12
     retryable = True
@@ -151,27 +149,27 @@ class NoEligibleNode(RayEnvsError):
 
 
 class ManagerUnavailable(RayEnvsError):
-    """The EnvManager actor could not be found, started or reached."""
+    """The EnvManager actor cannot be found, started or reached."""
 
     exit_code = 14
     retryable = True
 
 
 class WrongEnvironment(RayEnvsError):
-    """A process is in another environment than it needs: the payload, or the agent, did not run."""
+    """A worker or an agent refused to run because it is in the wrong environment."""
 
     exit_code = 15
 
 
 class EnvironmentNotReady(RayEnvsError):
-    """The environment was not prepared within the time that the caller gave."""
+    """The environment was not ready within the given time."""
 
     exit_code = 16
     retryable = True
 
 
 def all_errors() -> list[type[RayEnvsError]]:
-    """`RayEnvsError` and every class derived from it."""
+    """Return `RayEnvsError` and every class derived from it."""
     found: list[type[RayEnvsError]] = [RayEnvsError]
     for cls in found:
         found.extend(cls.__subclasses__())
@@ -179,7 +177,7 @@ def all_errors() -> list[type[RayEnvsError]]:
 
 
 def from_dict(data: dict[str, str]) -> RayEnvsError:
-    """The error that `to_dict` described; an unknown type becomes a plain `RayEnvsError`."""
+    """Return the error that `to_dict` described; an unknown type becomes a `RayEnvsError`."""
     classes = {cls.__name__: cls for cls in all_errors()}
     fields = {name: data[name] for name in _FIELDS if data.get(name)}
     return classes.get(data.get("type", ""), RayEnvsError)(data.get("message", ""), **fields)

@@ -1,7 +1,6 @@
-"""What happened: the kinds of events, and the row that an operation leaves. Data only.
+"""Data of the history: events, and the operations that caused them.
 
-`history` keeps them; the actors above say when one happens. Kind names are those that users of
-earlier systems know; the particulars of a kind are in `data`, under the names of its own field.
+Data only: manager and agents record them, `manager.history` keeps them.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from ray_envs.models import Model
 
 
 class EventKind(str, Enum):
-    """What an event says."""
+    """The kinds of events. Users filter by these names."""
 
     CREATION_STARTED = "EnvironmentCreationStarted"
     CREATED = "EnvironmentCreated"
-    #: `data["rollback_performed"]`: whether what was before is there again.
+    #: `data["rollback_performed"]`: whether the previous definition was restored.
     CREATION_FAILED = "EnvironmentCreationFailed"
     DELETED = "EnvironmentDeleted"
     DELETION_FAILED = "EnvironmentDeletionFailed"
@@ -49,9 +48,9 @@ class EventKind(str, Enum):
 
 
 class EnvEvent(Model):
-    """One thing that happened; `number` orders all events of a root."""
+    """One event."""
 
-    #: 0 until the history has given it its number.
+    #: Orders all events of a root; 0 before the history has assigned it.
     number: int = Field(default=0, ge=0)
     at: datetime
     kind: EventKind
@@ -59,28 +58,28 @@ class EnvEvent(Model):
     key: str | None = None
     node_id: str | None = None
     operation_id: str | None = None
-    #: The particulars: packages, durations (`…_s`), exit code, error. JSON-able.
+    #: Details of the kind, as JSON: packages, durations (`…_s`), exit code, error.
     data: dict[str, Any] = Field(default_factory=dict)
 
 
 class OperationStatus(str, Enum):
-    """How far an operation is, or how it ended."""
+    """The state of an operation."""
 
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    #: Its process died; `metadata["outcome"]` says whether the change was done or undone.
+    #: Its process died; `metadata["outcome"]`: done or undone.
     INTERRUPTED = "interrupted"
 
 
 class Operation(Model):
-    """One verb that somebody asked for: the row of the audit."""
+    """One change that somebody asked for."""
 
     operation_id: str
     #: create, sync, add, update, remove, import, delete, rollback, gc, …
     operation: str
     status: OperationStatus = OperationStatus.RUNNING
-    #: None where an operation is about no single variant (gc).
+    #: None for an operation on many variants (gc).
     variant_id: str | None = None
     workflow_id: str | None = None
     node_id: str | None = None
@@ -92,6 +91,6 @@ class Operation(Model):
     stdout: str = ""
     stderr: str = ""
     exit_code: int | None = None
-    #: As `RayEnvsError.to_dict` gives it.
+    #: What `RayEnvsError.to_dict` returns.
     error: dict[str, str] | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)

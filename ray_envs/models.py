@@ -1,65 +1,59 @@
-"""The nouns: what people write, what disks keep and what actors exchange.
+"""Data of environments: ids, specs, definitions, generations, records and states.
 
-Everything here is data with its own validation; nothing here decides, reads files or knows Ray.
-`EnvSpec` is what a person writes and may name files; `Definition` is the same with the texts of
-those files in it, so that it means the same on every machine.
+People write it, disks keep it and actors exchange it. Each model validates itself; nothing here
+decides anything, reads files or uses Ray.
 """
 
 from __future__ import annotations
 
-import difflib
-import keyword
 import re
-from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ray_envs.errors import InvalidId, InvalidInput
+from ray_envs.errors import InvalidId
 
-#: The only characters of an id. `_` may occur in one: folders encode it (see `EnvId.folder`).
+#: The form of an id. It may contain `_`, which the names of folders encode (`EnvId.folder`).
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-#: Long enough for people; three of them, encoded, stay below the 255 bytes of a file name.
 MAX_ID_LENGTH = 64
+#: A file name has at most 255 bytes.
 _MAX_FOLDER_LENGTH = 240
 
-#: The dependency group that holds the cluster's Ray: `uv add ray` fails on dynamic dependencies.
+#: The dependency group for the cluster's Ray: `uv add ray` fails on dynamic dependencies.
 RAY_GROUP = "ray-envs"
 
-#: Variables that decide what a worker imports; an environment sets them itself.
+#: Variables that decide what a worker imports. ray_envs sets them, a spec cannot.
 RESERVED_VARIABLES = ("PATH", "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH")
 
-#: Ray's own label of each node.
+#: The label that Ray gives each node.
 NODE_ID_LABEL = "ray.io/node-id"
-#: What Ray takes for the key of a label, and what a label may be asked to be.
+#: The keys and selectors of labels that Ray accepts.
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY = re.compile(rf"([A-Za-z0-9.-]{{1,253}}/)?{_LABEL}")
 _SELECTOR = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
 
-#: The workflow of variants that are addressed by one `variant_id`.
+#: The workflow of a variant whose id names none.
 DEFAULT_WORKFLOW = "default"
 
-#: The name of an environment; it names a folder too, and so is no path.
+#: The name of an environment and of its folder; never a path.
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
-#: More generations than any variant has.
+#: The highest number of a generation; more than any variant reaches.
 _MAX_NUMBER = 10**6
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Model(BaseModel):
-    """Frozen data that refuses keys it does not know."""
+    """Frozen data that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def checked_id(value: str, *, kind: str) -> str:
-    """`value`, if it may name a `kind` (a variant, a case, …).
+    """Return `value` if it is a valid id of a `kind` ("variant", "case", …).
 
     Raises:
-        InvalidId: empty, too long, a path, a leading dash or dot, a space or another character.
+        InvalidId: it is empty, too long, starts with a dash or dot, or has other characters.
     """
     shown = value if len(value) <= 40 else value[:37] + "…"
     if not value:
@@ -77,40 +71,8 @@ def checked_id(value: str, *, kind: str) -> str:
     return value
 
 
-def split_entrypoint(text: str, *, where: str) -> tuple[str, str]:
-    """The module and the function that an entrypoint, `module:function`, names.
-
-    Raises:
-        InvalidInput: it has another form.
-    """
-    module, colon, function = text.partition(":")
-    if colon and is_name(function) and all(is_name(part) for part in module.split(".")):
-        return module, function
-    raise InvalidInput(
-        f"entrypoint: {text!r} is not of the form module:function",
-        where=where,
-        hint=_entrypoint_hint(text),
-    )
-
-
-def _entrypoint_hint(text: str) -> str:
-    """The entrypoint that was probably meant: a file's path or a dot for the colon are likely."""
-    module, colon, function = text.partition(":")
-    module = module.removesuffix(".py").removeprefix("./").replace("/", ".")
-    if not colon:
-        module, _, function = module.rpartition(".")
-    if is_name(function) and all(is_name(part) for part in module.split(".")):
-        return f"write {module}:{function}"
-    return 'as in "accuracy:evaluate" for the function evaluate in accuracy.py'
-
-
-def is_name(text: str) -> bool:
-    """Whether `text` may name a module, a function or another thing of Python."""
-    return text.isidentifier() and not keyword.iskeyword(text)
-
-
 class EnvId(Model):
-    """The address of a variant: workflow, node (a workflow's node, not a machine), version."""
+    """The id of a variant: workflow, node (of the workflow, not a machine) and version."""
 
     workflow_id: str = DEFAULT_WORKFLOW
     node_id: str
@@ -131,28 +93,27 @@ class EnvId(Model):
 
     @classmethod
     def parse(cls, text: str) -> EnvId:
-        """The id written as `node`, `workflow/node` or `workflow/node/version`.
+        """Return the id written as `node`, `workflow/node` or `workflow/node/version`.
 
         Raises:
-            InvalidId: another number of parts, or a part that is not allowed.
+            InvalidId: it has more parts, or a part is not allowed.
         """
         parts = text.split("/")
         if len(parts) == 1:
-            return cls(node_id=parts[0])
-        if len(parts) in (2, 3):
+            return cls(node_id=text)
+        if len(parts) <= 3:
             return cls(**dict(zip(("workflow_id", "node_id", "version_id"), parts, strict=False)))
-        raise InvalidId(
-            f"{text[:80]!r} names no variant",
-            hint="write node, workflow/node or workflow/node/version",
-        )
+        hint = "write node, workflow/node or workflow/node/version"
+        raise InvalidId(f"{text[:80]!r} is not the id of a variant", hint=hint)
 
     @property
     def folder(self) -> str:
-        """The folder name of this id; injective: `_` joins the parts, `%5F` stands inside one."""
-        parts = [self.workflow_id, self.node_id]
-        if self.version_id is not None:
-            parts.append(self.version_id)
-        return "_".join(part.replace("_", "%5F") for part in parts)
+        """The name of the variant's folder: parts joined by `_`, with `%5F` for `_` in a part.
+
+        Two different ids never have the same folder.
+        """
+        parts = (self.workflow_id, self.node_id, self.version_id)
+        return "_".join(part.replace("_", "%5F") for part in parts if part is not None)
 
     def __str__(self) -> str:
         if self.version_id is not None:
@@ -163,30 +124,30 @@ class EnvId(Model):
 
 
 class _EnvOptions(Model):
-    """What a spec and a definition share: everything that is not a file."""
+    """The options that a spec and a definition share."""
 
     #: Requirement strings (PEP 508), installed in addition to a project's own.
     packages: tuple[str, ...] = ()
     #: A version ("3.11", "3.11.7") or specifier (">=3.11") that must admit the cluster's Python.
     python: str | None = None
-    #: Extras and dependency groups of the project that are installed too.
+    #: Extras and dependency groups of the project to install.
     extras: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
-    #: Variables of the worker process. Ray logs them in plain text: no secrets.
+    #: Environment variables of the workers. Ray logs them in plain text: no secrets.
     env_vars: dict[str, str] = Field(default_factory=dict)
-    #: uv ignores distributions uploaded later (RFC 3339 or a date).
+    #: uv ignores files that were uploaded later (a date or an RFC 3339 time).
     exclude_newer: str | None = None
-    #: Accept that adding the cluster's Ray moves pins of the project's own uv.lock.
+    #: Accept that the cluster's Ray changes pins of the project's own uv.lock.
     allow_moved_pins: bool = False
     #: Install wheels only: nothing is built from source.
     only_binary: bool = False
-    #: A package without a version takes the one that the cluster's own environment has.
+    #: A package without a version gets that of the cluster's own environment.
     inherit_versions: bool = False
-    #: Labels that a node must have, as in Ray's option of that name.
+    #: Labels that a node must have, as in Ray's option `label_selector`.
     label_selector: dict[str, str] = Field(default_factory=dict)
-    #: The GPUs of a task that says nothing else: only nodes with so many get the environment.
+    #: The GPUs of each task, by default. Only nodes with so many get the environment.
     num_gpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    #: On how many of the nodes that fit it is prepared.
+    #: On how many of the eligible nodes it is prepared.
     nodes: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
 
     @field_validator("label_selector")
@@ -194,10 +155,11 @@ class _EnvOptions(Model):
     def _label_selector(cls, value: dict[str, str]) -> dict[str, str]:
         for name, wanted in value.items():
             if name == NODE_ID_LABEL:
-                raise ValueError(f"{name} is how ray_envs names the ready nodes")
+                raise ValueError(f"{name} is set by ray_envs and cannot be given")
             if not _LABEL_KEY.fullmatch(name) or not _SELECTOR.fullmatch(wanted):
                 raise ValueError(
-                    f"{name!r}: {wanted!r} is no selector: write value, !value, in(a,b) or !in(a,b)"
+                    f"{name!r}: {wanted!r} is not a selector: "
+                    "write value, !value, in(a,b) or !in(a,b)"
                 )
         return value
 
@@ -213,16 +175,16 @@ class _EnvOptions(Model):
 
 
 class EnvSpec(_EnvOptions):
-    """What a person asks for: packages, a requirements file or a project folder, plus options.
+    """What a user asks for: packages, a requirements file or a project folder, and options.
 
     Example:
         >>> EnvSpec(packages=["scikit-learn==1.7.*"], python="3.11").packages
         ('scikit-learn==1.7.*',)
     """
 
-    #: A folder with a pyproject.toml (and a uv.lock, honoured when there).
+    #: A folder with a pyproject.toml. If it has a uv.lock too, its versions are kept.
     project: str | None = None
-    #: A requirements file: names, versions and markers, no options.
+    #: A requirements file with names, versions and markers, without options.
     requirements: str | None = None
 
     @model_validator(mode="after")
@@ -230,21 +192,20 @@ class EnvSpec(_EnvOptions):
         if self.project is not None and self.requirements is not None:
             raise ValueError("give either project or requirements, not both")
         if self.project is None and (self.extras or self.groups):
-            raise ValueError("extras and groups are those of a project: give project too")
+            raise ValueError("extras and groups belong to a project: give project too")
         return self
 
 
 class Definition(_EnvOptions):
-    """A spec with the texts of its files: complete in itself, the same on every machine."""
+    """A spec that contains the texts of its files: it means the same on every machine."""
 
     pyproject: str | None = None
     uv_lock: str | None = None
 
 
 class Target(Model):
-    """What every environment of a cluster must match: its interpreter and its Ray."""
+    """The exact versions of a cluster's Python and Ray, which each of its environments has."""
 
-    #: Exact version, as in "3.11.7".
     python: str
     ray: str
 
@@ -254,11 +215,11 @@ class Target(Model):
 
 
 class Platform(Model):
-    """Where an environment is installed, as far as that decides which wheels it gets."""
+    """What decides which wheels a machine can install."""
 
     #: The variables of PEP 508 markers.
     markers: dict[str, str]
-    #: Wheel tags, the most preferred first.
+    #: Wheel tags, best first.
     tags: tuple[str, ...]
     #: Operating system, processor and C library, as in "linux-x86_64-glibc2.36".
     name: str
@@ -269,23 +230,22 @@ class Installed(Model):
 
     name: str
     version: str
-    #: What pins the content: a wheel's or source archive's sha256, or a commit.
+    #: What identifies its content: the sha256 of a wheel or source archive, or a commit.
     pin: str
-    #: Whether uv has to build it from source here.
+    #: Whether uv must build it from source on this platform.
     is_built: bool = False
 
 
 class Generation(Model):
-    """One (lock, key) of a variant; numbered from 1, never changed once written."""
+    """One lock of a variant and the key of its environment. Never changed once written."""
 
     number: int = Field(ge=1)
-    #: What it was made from.
     definition: Definition
     #: The operation that made it: create, add, update, …
     made_by: str = "create"
     key: Key
     lock_sha256: str
-    #: Equal for specs that resolve to the same lock without asking the index again.
+    #: A definition with an equal fingerprint reuses this lock, without a resolution.
     fingerprint: str
     target: Target
     platform: str
@@ -294,7 +254,7 @@ class Generation(Model):
 
 
 class VariantRecord(Model):
-    """What the registry keeps of one variant: its current generation, and which others it has."""
+    """One variant: its current generation and the numbers of the others."""
 
     env_id: EnvId
     current: Generation
@@ -309,7 +269,7 @@ class VariantRecord(Model):
     def _check(self) -> VariantRecord:
         numbers = self.numbers
         if len(set(numbers)) != len(numbers) or not all(0 < n <= _MAX_NUMBER for n in numbers):
-            raise ValueError("numbers are not those of generations")
+            raise ValueError("its numbers are not those of generations")
         if self.current.number not in numbers:
             raise ValueError(f"generation {self.current.number} is not among its numbers")
         return self
@@ -320,7 +280,7 @@ class VariantRecord(Model):
 
 
 class EnvRecord(Model):
-    """The file that says an environment is ready on a node; written last."""
+    """The file that makes an environment ready on a node. It is written last."""
 
     key: Key
     python: str
@@ -329,17 +289,16 @@ class EnvRecord(Model):
     packages: dict[str, str]
     lock_sha256: str
     uv: str
-    #: How it came to be: from uv's cache alone, with wheels of another node, or with files from
-    #: the package index.
+    #: Where its wheels came from: uv's cache only, another node, or the package index.
     how: Literal["linked", "fetched", "built"]
-    #: Whether every module came with byte-code.
+    #: Whether every module has byte-code.
     is_compiled: bool
     created_at: datetime
     duration_s: float
 
 
 class BuildRequest(Model):
-    """Everything a node needs to build one environment."""
+    """What a node needs to build one environment."""
 
     key: Key
     pyproject: str
@@ -355,7 +314,7 @@ class BuildRequest(Model):
 
 
 class Phase(str, Enum):
-    """What one node is doing about one environment."""
+    """What one node is doing for one environment."""
 
     WAITING = "waiting"
     LINKING = "linking"
@@ -366,7 +325,7 @@ class Phase(str, Enum):
     VERIFYING = "verifying"
     READY = "ready"
     FAILED = "failed"
-    #: Not an environment: its wheels are in uv's cache, for other nodes.
+    #: Only its wheels are here, in uv's cache, for other nodes.
     CACHED = "cached"
 
     @property
@@ -375,21 +334,21 @@ class Phase(str, Enum):
 
 
 class NodeEnvState(Model):
-    """One environment on one node, as its agent last told."""
+    """One environment on one node, as its agent last reported."""
 
     key: str
     phase: Phase
     #: The last line of progress, for people.
     progress: str = ""
     error: dict[str, str] | None = None
-    #: The attempt of the wish that this state answers.
+    #: The attempt of the request that this state answers.
     attempt: int = 0
     duration_s: float = 0.0
     how: str = ""
 
 
 class Status(str, Enum):
-    """What a variant is, over all wanted nodes."""
+    """The state of a variant over all nodes that shall have it."""
 
     NOT_EXISTS = "NOT_EXISTS"
     CREATING = "CREATING"
@@ -397,141 +356,3 @@ class Status(str, Enum):
     UPDATING = "UPDATING"
     ERROR = "ERROR"
     DELETING = "DELETING"
-
-
-class ErrorInfo(Model):
-    """Why an item has no value."""
-
-    type: str
-    message: str
-    traceback: str = ""
-
-
-class ItemResult(Model):
-    """How one item (variant × case) ended, and where it ran."""
-
-    variant_id: str
-    case_id: str
-    ok: bool
-    value: Any = None
-    error: ErrorInfo | None = None
-    key: str | None = None
-    lock_sha256: str | None = None
-    python: str | None = None
-    ray: str | None = None
-    node_id: str | None = None
-    attempts: int = 0
-    started_at: datetime | None = None
-    duration_s: float = 0.0
-    #: Hash of entrypoint, arguments and code: what `--resume` compares besides the key.
-    call_sha256: str | None = None
-    #: Names of modules in the driver's folders that the environment has too; the environment's won.
-    shadowed: tuple[str, ...] = ()
-
-
-class RunDefaults(Model):
-    """Resources and limits of an item, where its variant says nothing else."""
-
-    num_cpus: float = Field(default=1, ge=0, allow_inf_nan=False)
-    num_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
-    #: Bytes of memory that Ray reserves for an item.
-    memory: int | None = Field(default=None, gt=0)
-    #: How often an item is started again after its worker or node was lost.
-    retries: int = Field(default=3, ge=0)
-    timeout_s: float = Field(default=3600, gt=0, allow_inf_nan=False)
-
-
-class VariantSpec(EnvSpec):
-    """A variant of a batch: an environment, plus what differs from the defaults."""
-
-    id: str
-    num_cpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    memory: int | None = Field(default=None, gt=0)
-    retries: int | None = Field(default=None, ge=0)
-    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-
-    def env_spec(self) -> EnvSpec:
-        return EnvSpec(**{name: getattr(self, name) for name in EnvSpec.model_fields})
-
-
-class CaseSpec(Model):
-    """One set of arguments that every variant is called with."""
-
-    id: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-
-
-class BatchSpec(Model):
-    """A batch file: variants × cases of one entrypoint."""
-
-    name: str
-    #: `module:function`, imported inside the environment, never in the driver.
-    entrypoint: str
-    #: A folder put on sys.path there, relative to the batch file.
-    code: str | None = None
-    #: The key of a returned mapping that the table shows; the first number, where not given.
-    metric: str | None = None
-    defaults: RunDefaults = RunDefaults()
-    variants: tuple[VariantSpec, ...]
-    cases: tuple[CaseSpec, ...]
-
-
-def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> ModelT:
-    """`data` as a `model`, or one clear error for one thing that is wrong with it.
-
-    An unknown key comes first: where a required key is misspelt, it says more than "is missing".
-
-    Args:
-        model: the model to build.
-        data: plain data, as read from a file or given by a caller.
-        where: the file or call that the data comes from, for the message.
-
-    Raises:
-        InvalidInput: an unknown key (the nearest known one is named), a wrong type, a bad value.
-        InvalidId: an id that is not allowed.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as exc:
-        errors = exc.errors()
-        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-        path = _dotted(first["loc"])
-        if first["type"] == "extra_forbidden":
-            name = str(first["loc"][-1])
-            known = _keys_at(model, first["loc"][:-1])
-            raise InvalidInput(
-                f"unknown key {path!r}", where=where, hint=nearest_hint(name, known)
-            ) from None
-        if first["type"] == "missing":
-            raise InvalidInput(f"{path} is missing", where=where) from None
-        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-        raise InvalidInput(f"{path}: {message}" if path else message, where=where) from None
-
-
-def _dotted(loc: Iterable[int | str]) -> str:
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
-
-
-def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
-    """The keys that the model at `loc` inside `model` knows."""
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        if (field := model.model_fields.get(part)) is None:  # a key of a table, as of `files`
-            continue
-        annotation = field.annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        classes = (c for c in candidates if isinstance(c, type) and not hasattr(c, "__origin__"))
-        model = next((c for c in classes if issubclass(c, BaseModel)), model)
-    return list(model.model_fields)
-
-
-def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word nearest to `name`, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(known)

@@ -1,4 +1,4 @@
-"""The knobs: their names, defaults and meaning. Read from `RAY_ENVS_*` in one place, here."""
+"""The settings of ray_envs and their defaults. Only this module reads `RAY_ENVS_*`."""
 
 from __future__ import annotations
 
@@ -12,64 +12,63 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from ray_envs.errors import InvalidInput
-from ray_envs.models import Model, nearest_hint, validated
+from ray_envs.models import Model
+from ray_envs.validation import nearest_hint, validated
 
 _PREFIX = "RAY_ENVS_"
 
 
 class Settings(Model):
-    """How one process of ray_envs behaves. Durations are seconds.
+    """The settings of one process, each also a variable: `root` is `RAY_ENVS_ROOT`.
 
     Example:
         >>> Settings.from_environment({"RAY_ENVS_UV_RETRIES": "5"}).uv_retries
         5
     """
 
-    #: The root folder: the same absolute path on every node. `RAY_ENVS_ROOT`.
+    #: The root folder: the same absolute path on every node.
     root: Path = Field(default_factory=lambda: Path.home() / ".ray_envs")
-    #: How long uv may take to resolve. A guess: large resolutions from a cold cache take minutes.
+    #: How long uv may resolve. A guess: a large resolution without a cache takes minutes.
     uv_lock_timeout_s: float = Field(default=600, gt=0)
-    #: How long uv may take to download and install one environment.
+    #: How long uv may download and install one environment.
     uv_sync_timeout_s: float = Field(default=3600, gt=0)
-    #: How often a failed download is tried again, with growing pauses.
+    #: How often a failed download is repeated, with growing pauses.
     uv_retries: int = Field(default=2, ge=0)
-    #: How many uv processes a node runs at once.
+    #: How many uv processes a node runs at the same time.
     max_parallel_builds: int = Field(default=2, ge=1)
-    #: Added to the niceness of uv and of the byte-code compiler: running tasks come first.
+    #: Added to the niceness of uv and of the byte-code compiler, so that tasks come first.
     build_niceness: int = Field(default=5, ge=0, le=19)
-    #: How long a change waits for another process that changes the same thing.
+    #: How long a change waits for another process that changes the same variant.
     lock_timeout_s: float = Field(default=900, gt=0)
-    #: How long `options()` and `prepare()` wait for environments, where the caller says nothing.
+    #: How long `options()` and `prepare()` wait for environments by default.
     prepare_timeout_s: float = Field(default=3600, gt=0)
-    #: How long a worker waits at the gate of its node for its environment; Ray gives up after 600.
+    #: How long a task waits on its node for its environment. Ray itself gives up after 600 s.
     gate_timeout_s: float = Field(default=480, ge=0, le=540)
-    #: How often the manager looks again although nothing was reported.
+    #: The time between two looks of the manager when nothing is reported.
     tick_s: float = Field(default=5, gt=0)
-    #: Bytes that must be free on the root's file system before anything is built.
+    #: Bytes that must be free on the root's file system before a build.
     min_free_bytes: int = Field(default=64 * 1024 * 1024, ge=0)
-    #: The only package indexes that anything may come from; empty for any. Separated by commas.
+    #: The only package indexes that may be used, separated by commas; empty for any.
     allowed_indexes: tuple[str, ...] = ()
-    #: Where a package may come from besides indexes: "git" (a commit), "url" (a file).
+    #: What packages may come from besides indexes: "git" (a commit), "url" (a file).
     allowed_sources: tuple[Literal["git", "url"], ...] = ()
-    #: Install wheels only, whatever a spec says: nothing is built from source.
+    #: Install wheels only, for every spec: nothing is built from source.
     only_binary: bool = False
-    #: The cut-off of specs that give none (a date or an RFC 3339 moment); theirs may be earlier.
-    #: Of an index that tells no upload times, uv then takes nothing.
+    #: uv ignores files uploaded later (a date or an RFC 3339 time); a spec may give an earlier one.
+    #: From an index without upload times uv then takes nothing.
     exclude_newer: str | None = None
-    #: Let uv ask OSV whether what it downloads is known malware. Without OSV no download succeeds.
+    #: uv asks OSV about malware in each download. If OSV does not answer, the download fails.
     malware_check: bool = False
-    #: An environment that nobody wants is collected after so many hours without use.
+    #: An unwanted environment is deleted after so many hours without use.
     idle_hours: float = Field(default=72, ge=0)
-    #: A node's budget for its environments, in bytes: beyond it, what nobody wants is collected
-    #: earlier. None for no limit.
+    #: A node deletes unwanted environments earlier if all together take more bytes or inodes.
     max_bytes: int | None = Field(default=None, gt=0)
-    #: The same in inodes.
     max_inodes: int | None = Field(default=None, gt=0)
-    #: How many generations of a variant are wanted: the current one and those to roll back to.
+    #: How many generations of a variant are kept: the current one and those to roll back to.
     keep_generations: int = Field(default=3, ge=1)
-    #: How often unwanted environments are looked for; 0 for only on request.
+    #: The time between two collections of unwanted environments; 0 for only on request.
     gc_interval_s: float = Field(default=3600, ge=0)
-    #: Bring ray_envs and uv to nodes that have Ray only, or another version of ray_envs.
+    #: Bring ray_envs and uv to nodes that lack them or have another version of ray_envs.
     bootstrap: bool = False
     #: How many days events and operations are kept.
     history_days: float = Field(default=90, gt=0)
@@ -80,12 +79,10 @@ class Settings(Model):
         value = value.expanduser()
         if not value.is_absolute():
             raise ValueError(f"{value} is not an absolute path; every node must find it")
-        # Ray starts a worker as `bash -c "exec <python> …"`, unquoted.
+        # Ray starts a worker as `bash -c "exec <python> …"`, without quotes.
         bad = sorted({c for c in str(value) if not (c.isalnum() or c in "/._-+@=,~%")})
         if bad:
-            raise ValueError(
-                f"{value} contains {''.join(bad)!r}, which a shell would read differently"
-            )
+            raise ValueError(f"{value} contains {''.join(bad)!r}, which is special in a shell")
         return value
 
     @field_validator("allowed_indexes", "allowed_sources", mode="before")
@@ -96,7 +93,7 @@ class Settings(Model):
         if info.field_name == "allowed_sources":
             for name in ("path", "editable", "directory", "workspace"):
                 if name in value:
-                    raise ValueError(f"{name} can never be allowed: other nodes lack what is local")
+                    raise ValueError(f"{name} cannot be allowed: other nodes lack local files")
         return value
 
     @field_validator("exclude_newer", "max_bytes", "max_inodes", mode="before")
@@ -108,7 +105,7 @@ class Settings(Model):
     @classmethod
     def _indexes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for number, url in enumerate(value):
-            # Without the text: a URL that is refused for its credentials must not be repeated.
+            # The message does not show the URL: it may contain credentials.
             if not re.fullmatch(r"https?://[^\s,/?#@]+(/[^\s,?#]*)?", url):
                 raise ValueError(
                     f"number {number + 1} is not the plain URL of an index: "
@@ -127,10 +124,10 @@ class Settings(Model):
     def from_environment(
         cls, environ: Mapping[str, str] | None = None, **overrides: Any
     ) -> Settings:
-        """The settings that `environ` (by default `os.environ`) describes, `overrides` on top.
+        """Return the settings of `environ` (by default `os.environ`), with `overrides` on top.
 
         Raises:
-            InvalidInput: an unknown `RAY_ENVS_*` variable or a value of the wrong kind.
+            InvalidInput: a `RAY_ENVS_*` variable is unknown or its value is wrong.
         """
         environ = os.environ if environ is None else environ
         known = {_PREFIX + name.upper(): name for name in cls.model_fields}
@@ -148,7 +145,7 @@ class Settings(Model):
         return validated(cls, data, where="settings (RAY_ENVS_*)")
 
     def to_environment(self) -> dict[str, str]:
-        """The variables that `from_environment` reads back to the same settings."""
+        """Return variables from which `from_environment` makes the same settings."""
         return {
             _PREFIX + name.upper(): _as_text(getattr(self, name))
             for name in type(self).model_fields
@@ -156,13 +153,13 @@ class Settings(Model):
 
 
 def cut_off(text: str) -> datetime:
-    """The moment from which on uploads do not exist, for what uv calls `exclude-newer`.
+    """Return the time of an `exclude-newer`; uploads from then on are ignored.
 
-    A date means its end, as it does for uv; in UTC, which is what nodes are set to.
+    A date means the end of that day in UTC, as in uv.
 
     Raises:
-        ValueError: neither a date nor an RFC 3339 moment. uv takes durations too, but those are
-            another moment each day: they cannot be compared.
+        ValueError: it is neither a date nor an RFC 3339 time. The durations that uv accepts too
+            are refused: they mean another time each day.
     """
     match = re.fullmatch(
         r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d:\d\d)(\.\d+)?([Zz]|[+-]\d\d:\d\d))?", text
@@ -172,14 +169,14 @@ def cut_off(text: str) -> datetime:
         try:
             if time is None:
                 return datetime.fromisoformat(f"{date}T00:00:00+00:00") + timedelta(days=1)
-            # Python 3.10 reads three or six digits, and no Z.
+            # Python 3.10 reads only three or six digits, and no Z.
             fraction = (fraction or ".")[:7].ljust(7, "0")
             zone = "+00:00" if zone in "Zz" else zone
             moment = datetime.fromisoformat(f"{date}T{time}{fraction}{zone}")
             return moment.astimezone(timezone.utc)
         except (ValueError, OverflowError):
             pass
-    raise ValueError(f"{text!r} is no date: write it like 2026-01-31 or 2026-01-31T12:00:00Z")
+    raise ValueError(f"{text!r} is not a date: write it like 2026-01-31 or 2026-01-31T12:00:00Z")
 
 
 def _as_text(value: Any) -> str:

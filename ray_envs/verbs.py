@@ -15,8 +15,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from ray_envs import errors as e
-from ray_envs.models import EnvId, Model, validated
+from ray_envs.models import EnvId, Model
 from ray_envs.settings import Settings
+from ray_envs.validation import validated
 
 RequestT = TypeVar("RequestT", bound="Request")
 

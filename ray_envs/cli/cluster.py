@@ -1,7 +1,6 @@
-"""The commands of a cluster: its manager (`up`, `down`), and what a job is submitted with.
+"""The commands for a Ray cluster: `up` and `down` for its manager, `runtime-env` for its jobs.
 
-None of them starts a Ray: where no cluster is, they say how to start one. `cluster.yaml` calls `up`
-on a new cluster's head.
+None of them starts Ray. If there is no cluster, they say how to start one.
 """
 
 from __future__ import annotations
@@ -10,35 +9,25 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
-from ray_envs.cli.console import (
-    Answer,
-    Phases,
-    columns,
-    json_option,
-    put,
-    put_fields,
-    put_json,
-    say,
-    variant_argument,
-)
+from ray_envs.cli.arguments import json_option, variant_argument
+from ray_envs.cli.printing import NODE_SHOWN, Answer, columns, put, put_fields, put_json, say
+from ray_envs.cli.waiting import Phases
 from ray_envs.errors import InvalidInput, ManagerUnavailable, NoEligibleNode
 from ray_envs.models import EnvId
 
 if TYPE_CHECKING:
     from ray_envs.client.connection import ActorConnection
 
-#: How long one long-poll for news of the nodes lasts: short enough that Ctrl-C is noticed.
+#: How long one long-poll lasts. Ctrl-C has no effect in the meantime.
 _POLL_S = 2.0
-#: How much of a node's id people need to tell it from others.
-_NODE_SHOWN = 12
 
 _address_option = click.option(
-    "--address", help="The Ray cluster; by default RAY_ADDRESS, or the one on this machine."
+    "--address", help="The Ray cluster. Default: RAY_ADDRESS, or the cluster on this machine."
 )
 
 
@@ -48,7 +37,7 @@ _address_option = click.option(
 @click.command()
 @_address_option
 @click.option(
-    "--wait", "count", metavar="N", type=click.IntRange(min=1), help="Return once N nodes are ok."
+    "--wait", "count", metavar="N", type=click.IntRange(min=1), help="Wait until N nodes are ok."
 )
 @click.option(
     "--timeout",
@@ -57,14 +46,14 @@ _address_option = click.option(
     type=click.FloatRange(min=0),
     default=600,
     show_default=True,
-    help="How many seconds --wait waits.",
+    help="Seconds that --wait waits.",
 )
 @json_option
 def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) -> None:
-    """Start the manager of a running Ray cluster, or find it, and show the nodes.
+    """Start the manager of a running Ray cluster if it is not running, and show the nodes.
 
-    A node that is not ok can run no environments; its row says why. With the plugin of ray_envs, a
-    task may also land where its environment is not ready yet.
+    A node that is not ok cannot run environments; its row says why. With the plugin of ray_envs on
+    every node, tasks may also start on nodes where their environment is not ready yet.
 
     \b
     Example: ray-envs up --wait 4
@@ -74,7 +63,7 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     from ray_envs.cluster import actors
 
     if timeout_s != timeout_s:
-        raise InvalidInput("nan is no number of seconds", where="--timeout", hint="give seconds")
+        raise InvalidInput("nan is not a number of seconds", where="--timeout")
     with _connected(address):
         was_there = actors.find_manager() is not None
         with RayEnvironmentProvider.connect():
@@ -84,10 +73,10 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     if as_json:
         put_json(told)
         return
-    say("the manager was there" if was_there else "the manager is started")
+    say("the manager was running already" if was_there else "the manager is started")
     put_fields({name: told[name] for name in ("root", "platform", "python", "ray")})
     rows = [
-        (row["node_id"][:_NODE_SHOWN], row["address"], "head" if row["is_head"] else None,
+        (row["node_id"][:NODE_SHOWN], row["address"], "head" if row["is_head"] else None,
          row["problem"] or ("ok" if row["has_gate"] else "ok, without the plugin"))
         for row in told["nodes"]
     ]  # fmt: skip
@@ -95,7 +84,7 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
 
 
 def _report(described: Answer) -> Answer:
-    """What a manager describes, with the problem of each node in words; the head comes first."""
+    """Return the manager's description, with the problem of each node in words, the head first."""
     from ray_envs.manager.fleet import site_name
     from ray_envs.models import Target
 
@@ -114,28 +103,28 @@ def _report(described: Answer) -> Answer:
 
 
 def _problem(node: Answer, site: str) -> str | None:
-    """Why a node can run no environments; None where it can."""
+    """Return why a node cannot run environments; None if it can."""
     if node["error"]:
         return ": ".join(filter(None, (node["error"]["message"], node["error"].get("hint"))))
     if node["is_eligible"]:
         return None
     if node["site"]:
-        return f"it is {node['site']}; environments are built for {site}"
+        return f"it is {node['site']}, but environments are built for {site}"
     return "its agent has not answered yet"
 
 
 def _awaited(door: ActorConnection, count: int, timeout_s: float) -> Answer:
-    """The report of the nodes, once `count` of them can run environments.
+    """Wait until `count` nodes can run environments. Returns the report of all nodes.
 
     Raises:
-        NoEligibleNode: fewer can after `timeout_s` seconds.
+        NoEligibleNode: fewer nodes can after `timeout_s` seconds.
     """
     deadline = time.monotonic() + timeout_s
     seen, before = -1, -1
     while True:
         left_s = max(deadline - time.monotonic(), 0)
         news = door.call("watch", variant_ids=[], seen=seen, timeout_s=min(_POLL_S, left_s))
-        seen = news["version"]  # older than what follows: nothing new is missed
+        seen = news["version"]  # read before `describe`: no news is missed
         told = _report(door.call("describe"))
         able = sum(row["problem"] is None for row in told["nodes"])
         if able >= count:
@@ -160,10 +149,10 @@ def _awaited(door: ActorConnection, count: int, timeout_s: float) -> Answer:
 @_address_option
 @json_option
 def down(address: str | None, as_json: bool) -> None:
-    """End the manager of a cluster and its agents.
+    """Stop the manager of a cluster and its agents.
 
-    Running tasks go on. Environments and definitions stay on the disks; `up`, or any program that
-    connects, starts the manager again.
+    Running tasks go on. Environments and definitions stay on the disks. `ray-envs up`, or any
+    program that connects, starts the manager again.
 
     \b
     Example: ray-envs down
@@ -178,9 +167,9 @@ def down(address: str | None, as_json: bool) -> None:
         put_json({"ended": ended})
     elif ended:
         put("\n".join(ended))
-        say("the manager and its agents ended; environments and definitions stay")
+        say("the manager and its agents are stopped; environments and definitions stay")
     else:
-        say("no manager lives here: there is nothing to end")
+        say("no manager is running: there is nothing to stop")
 
 
 # -- jobs ----------------------------------------------------------------------------------------
@@ -193,13 +182,13 @@ def down(address: str | None, as_json: bool) -> None:
     "--prepare/--no-prepare",
     "may_prepare",
     default=True,
-    help="Whether to make it ready on every node first (the default).",
+    help="Make it ready on every node first (the default), or not.",
 )
 def runtime_env(variant: str, address: str | None, may_prepare: bool) -> None:
     """Print the runtime_env of VARIANT as one line of JSON, for `ray job submit`.
 
-    A job's driver and its tasks may land on any node: there is an answer only where every
-    node that can have the environment does.
+    The driver of a job and its tasks may start on any node. So the command fails if an eligible
+    node does not have the environment.
 
     \b
     Example: ray-envs runtime-env old
@@ -207,48 +196,34 @@ def runtime_env(variant: str, address: str | None, may_prepare: bool) -> None:
     """
     from ray_envs.client.provider import RayEnvironmentProvider
 
-    variant = str(EnvId.parse(variant))  # before anything is started for it
+    variant = str(EnvId.parse(variant))  # refused before anything is started
     with _connected(address), RayEnvironmentProvider.connect() as provider:
         if may_prepare:
-            provider.prepare(variant, on_status=_said())
+            provider.prepare(variant, on_status=Phases().tell_all)
         else:
             provider.environment(variant, prepare=False)
         answer = provider.runtime_env(variant)
     put(json.dumps(answer))
 
 
-def _said() -> Callable[[dict[str, Answer]], None]:
-    """Says each new phase of the variants whose statuses it is given."""
-    phases = Phases()
-
-    def tell(statuses: dict[str, Answer]) -> None:
-        for name, status in statuses.items():
-            phases.tell(name, status)
-
-    return tell
-
-
-# -- shared --------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[None]:
-    """This process is connected to a cluster that is there.
+    """Connect this process to a running cluster.
 
     Raises:
-        ManagerUnavailable: nothing names a cluster, or it does not answer.
+        ManagerUnavailable: there is no cluster, or it does not answer.
     """
     from ray_envs.cluster import connecting
 
     if connecting.embeds(address):
         raise ManagerUnavailable(
-            "no Ray cluster runs on this machine, and none is named",
+            "no Ray cluster is running on this machine, and no address is given",
             hint="start one with `ray start --head` or `ray up cluster.yaml`, "
-            "or name it with --address or RAY_ADDRESS",
+            "or give its address with --address or RAY_ADDRESS",
         )
     import ray
 
-    # Ray prints what workers and its autoscaler say to our stdout; data alone belongs there.
+    # Ray prints the output of workers to stdout, which is for data only.
     with contextlib.redirect_stdout(sys.stderr):
         connecting.connect(address)
         try:

@@ -1,7 +1,6 @@
-"""What people see of a batch: progress while environments are prepared and items run, then tables.
+"""Shows a batch: its progress while it runs, then the table of its results and its failures.
 
-Progress goes to stderr: a live display on a terminal, plain lines elsewhere. Only shows; `cli_run`
-decides what is shown and where data goes.
+Progress goes to stderr: a live display on a terminal, plain lines elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ray_envs.models import BatchSpec, ItemResult
+from ray_envs.batch_models import BatchSpec, ItemResult
 
 if TYPE_CHECKING:
     from ray_envs.client.runner import Progress
@@ -29,14 +28,14 @@ if TYPE_CHECKING:
 _KEY_SHOWN = 10
 _NODE_SHOWN = 8
 _TEXT_SHOWN = 20
-#: The width of tables where stdout is not a terminal: nothing is cut there.
+#: The width of tables if stdout is not a terminal, so that nothing is cut off.
 _FILE_WIDTH = 200
-#: How many lines of an error are shown in place; the results file has all.
+#: How many lines of an error are shown; the results file has all of them.
 _ERROR_LINES = 12
 
 
 def rendered(table: Table) -> str:
-    """`table` as text for stdout: as wide as a terminal is; elsewhere nothing is cut."""
+    """Return `table` as text for stdout."""
     is_terminal = sys.stdout.isatty()
     console = Console(
         file=io.StringIO(),
@@ -49,7 +48,7 @@ def rendered(table: Table) -> str:
 
 
 class _PatientConsole(Console):
-    """A console whose reader may go away: the batch goes on without it."""
+    """A console without which the batch goes on if its reader ends."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -57,12 +56,7 @@ class _PatientConsole(Console):
 
 
 class RunDisplay:
-    """Shows a batch while it runs; a context manager.
-
-    Args:
-        batch: what runs.
-        stream: where to; by default stderr.
-    """
+    """Shows a batch on stderr while it runs; a context manager."""
 
     def __init__(self, batch: BatchSpec) -> None:
         self._batch = batch
@@ -71,7 +65,7 @@ class RunDisplay:
         self._phases: dict[str, str] = {}
         self._progress: Progress | None = None
         self._said: dict[str, str] = {}
-        #: The variants and nodes of which it was told that they will not come together.
+        #: The variants and nodes whose failure is shown.
         self._missing: set[tuple[str, str]] = set()
         self._began = time.monotonic()
 
@@ -94,18 +88,18 @@ class RunDisplay:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """One line for people."""
+        """Print one line."""
         self._console.print(Text(text), soft_wrap=True)
 
     def variant(self, variant_id: str, phase: str, detail: str = "") -> None:
-        """What a variant's environment is doing now."""
+        """Show the phase of a variant's environment."""
         self._phases[variant_id] = f"{phase}  {detail}".rstrip()
         if self._live is None and self._said.get(variant_id) != phase:
             self._said[variant_id] = phase
             self.say(f"[{self._elapsed()}] {variant_id}: {phase} {detail}".rstrip())
 
     def statuses(self, statuses: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the statuses that `prepare` reports."""
+        """Show the statuses that `prepare` reports."""
         for name, status in statuses.items():
             variant_id = name.removeprefix(f"{self._batch.name}/")
             states = list(status["nodes"].values())
@@ -119,7 +113,7 @@ class RunDisplay:
             self.variant(variant_id, phase, str(state.get("progress", "")))
 
     def _tell_failures(self, variant_id: str, states: Iterable[Mapping[str, Any]]) -> None:
-        """Name, once, each node that a variant does not run on: the others hide it."""
+        """Print each node where a variant failed, once. The phase shows only the other nodes."""
         for state in states:
             if state["phase"] == "failed":
                 where, error = state.get("address", ""), state.get("error") or {}
@@ -128,7 +122,7 @@ class RunDisplay:
                     self.say(f"note: {variant_id} is not on {where}: {error.get('message', '')}")
 
     def item(self, result: ItemResult, progress: Progress, *, is_earlier: bool = False) -> None:
-        """One item has ended, or is known from an earlier run."""
+        """Show an item that has ended now, or in an earlier run."""
         self._progress = progress
         if self._live is None:
             how = "ok" if result.ok else f"FAILED {result.error.type if result.error else ''}"
@@ -161,7 +155,7 @@ class RunDisplay:
 
 
 def metric_of(result: ItemResult, name: str | None) -> float | None:
-    """The number that a result is compared by: the named one, else the first in its value."""
+    """Return the number in the value of a result: that under `name`, or else the first one."""
     value = result.value
     if isinstance(value, Mapping):
         candidates = [value.get(name)] if name else list(value.values())
@@ -172,7 +166,7 @@ def metric_of(result: ItemResult, name: str | None) -> float | None:
 
 
 def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
-    """Variant × case: metric and seconds, the environment's key, the node; the best is marked."""
+    """Return a table of variants × cases with metric, seconds, key and node; `*` marks the best."""
     by_item = {(r.variant_id, r.case_id): r for r in results}
     best = {case.id: _best(batch, by_item, case.id) for case in batch.cases}
     table = Table(
@@ -199,7 +193,7 @@ def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
 def _best(
     batch: BatchSpec, by_item: Mapping[tuple[str, str], ItemResult], case_id: str
 ) -> float | None:
-    """The highest number of a case; None where nothing differs."""
+    """Return the highest number of a case; None if all are equal."""
     row = [by_item.get((variant.id, case_id)) for variant in batch.variants]
     numbers = [metric_of(r, batch.metric) for r in row if r is not None and r.ok]
     known = {number for number in numbers if number is not None}
@@ -221,7 +215,7 @@ def _cell(result: ItemResult | None, metric: str | None, best: float | None) -> 
 
 
 def _text(result: ItemResult, metric: str | None) -> str:
-    """What a cell shows where there is no number: a text, or that the metric is missing."""
+    """Return what a cell shows if there is no number: a text, or that the metric is missing."""
     value = result.value.get(metric) if isinstance(result.value, Mapping) else result.value
     if isinstance(value, str):
         return value[:_TEXT_SHOWN]
@@ -233,7 +227,7 @@ def _joined(values: Iterable[str | None], length: int) -> str:
 
 
 def failures(results: Sequence[ItemResult]) -> list[str]:
-    """One paragraph for each different failure: which items, and the first lines of why."""
+    """Return a paragraph for each different failure: its items and the first lines of the error."""
     groups: dict[tuple[str, str, str], list[ItemResult]] = {}
     for result in results:
         if result.error is not None:

@@ -1,8 +1,4 @@
-"""`ray-envs`: the command line. Data on stdout, people's text on stderr, exit codes from `errors`.
-
-Only the way in and out: what the commands do is in `cli_run`, `cli_cluster`, `cli_variants`,
-`cli_reads` and `cli_history`. Each reads its input completely before it changes anything.
-"""
+"""The entry point of `ray-envs`: all commands, completion, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -15,15 +11,24 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from ray_envs.cli import cluster, history, reads, run, variants
-from ray_envs.cli.console import complain, put
+from ray_envs.cli import (
+    cluster,
+    definitions,
+    execute,
+    exports,
+    history,
+    packages,
+    reads,
+    run,
+    upkeep,
+)
+from ray_envs.cli.printing import complain, put
+from ray_envs.cli.waiting import INTERRUPTED
 from ray_envs.errors import RayEnvsError
 
-_INTERRUPTED = 130
-
-#: click gives its completion where this variable says for which shell.
+#: The variable that makes click print completions.
 _COMPLETE = "_RAY_ENVS_COMPLETE"
-#: How people switch completion on, for good.
+#: How users install completion.
 _INSTALL = {
     "bash": "ray-envs completion bash > ~/.ray-envs-completion.bash\n"
     "# echo '. ~/.ray-envs-completion.bash' >> ~/.bashrc",
@@ -34,18 +39,18 @@ _INSTALL = {
 
 
 class _Notes(logging.Handler):
-    """What the package logs, as a line for people."""
+    """Prints what the package logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         complain(f"note: {record.getMessage()}")
 
 
 class _Interrupted(Exception):
-    """Ctrl-C, past click, which would print an empty line for it and forget what was said."""
+    """Replaces KeyboardInterrupt, whose message click drops."""
 
 
 class _Commands(click.Group):
-    """Our commands; the help lists them as they were added: in the order of a variant's life."""
+    """Lists the commands in the order in which they were added."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self.commands)
@@ -58,7 +63,7 @@ class _Commands(click.Group):
 
 
 def main() -> None:
-    """The entry point: every error of ours in plain words, with its exit code."""
+    """Run the command line. Prints each `RayEnvsError` and exits with its code."""
     signal.signal(signal.SIGINT, _interrupted_once)
     logging.getLogger("ray_envs").addHandler(_Notes())
     warnings.showwarning = lambda message, *_args, **_kwargs: complain(f"warning: {message}")
@@ -68,7 +73,7 @@ def main() -> None:
         if sys.stderr.isatty():
             print(file=sys.stderr)  # the terminal shows ^C where the cursor is
         complain(str(exc) or "interrupted")
-        code = _INTERRUPTED
+        code = INTERRUPTED
     except click.ClickException as exc:
         exc.show()
         code = exc.exit_code
@@ -79,7 +84,7 @@ def main() -> None:
 
 
 def _interrupted_once(_signal: int, _frame: object) -> None:
-    """The first Ctrl-C ends the command; a second must not end the end: processes would stay."""
+    """End the command. A second Ctrl-C is ignored: it would leave child processes behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -90,13 +95,13 @@ def _interrupted_once(_signal: int, _frame: object) -> None:
 )
 @click.version_option(package_name="ray-envs")
 def cli() -> None:
-    """Locked uv environments for Ray tasks, prepared ahead on every node.
+    """Locked uv environments for Ray tasks, built on every node before the tasks start.
 
     \b
     Example: ray-envs run envs/sklearn-upgrade/batch.toml
 
-    VARIANT is node, workflow/node or workflow/node/version. Settings are RAY_ENVS_* variables;
-    RAY_ENVS_ROOT is where environments live.
+    VARIANT is node, workflow/node or workflow/node/version. Settings are RAY_ENVS_* variables.
+    RAY_ENVS_ROOT is the folder of the environments.
     """
 
 
@@ -111,7 +116,7 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None, shell
     put(kind(cli, {}, "ray-envs", _COMPLETE).source())
-    put(f"# To install it, for good:\n# {_INSTALL[shell]}")  # zsh wants its own first line first
+    put(f"# To install it:\n# {_INSTALL[shell]}")  # last: the first line must be that of zsh
 
 
 for command in (
@@ -119,27 +124,27 @@ for command in (
     cluster.up,
     cluster.down,
     cluster.runtime_env,
-    variants.create,
+    definitions.create,
     reads.list_variants,
     reads.status,
-    variants.sync,
-    variants.add,
-    variants.update,
-    variants.remove,
+    packages.sync,
+    packages.add,
+    packages.update,
+    packages.remove,
     reads.deps,
     reads.generations,
     reads.diff,
-    variants.rollback,
-    reads.export,
-    variants.import_project,
-    variants.execute,
-    variants.pin,
-    variants.delete,
-    history.gc,
+    packages.rollback,
+    exports.export,
+    exports.import_project,
+    execute.execute,
+    definitions.pin,
+    definitions.delete,
+    upkeep.gc,
     history.operations,
     history.events,
-    history.explain,
-    history.doctor,
+    upkeep.explain,
+    upkeep.doctor,
     completion,
 ):
     cli.add_command(command)

@@ -1,7 +1,4 @@
-"""`ray-envs run`: every variant of a batch file with every case, a table, and a results file.
-
-Reads its input completely before it changes anything; `console` has what all commands share.
-"""
+"""`ray-envs run` runs a batch file, shows a table and writes a results file."""
 
 from __future__ import annotations
 
@@ -16,7 +13,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from ray_envs.cli.console import complain, in_background, json_option, put, put_json, say
+from ray_envs.batch_models import ItemResult, split_entrypoint
+from ray_envs.cli.arguments import json_option
+from ray_envs.cli.printing import complain, put, put_json, say
+from ray_envs.cli.waiting import in_background
 from ray_envs.errors import (
     InvalidId,
     InvalidInput,
@@ -26,17 +26,16 @@ from ray_envs.errors import (
     StorageFailed,
     UvFailed,
 )
-from ray_envs.models import ItemResult, split_entrypoint
 from ray_envs.settings import Settings
 
 if TYPE_CHECKING:
+    from ray_envs.batch_models import BatchSpec
     from ray_envs.cli.display import RunDisplay
     from ray_envs.client.provider import RayEnvironmentProvider
-    from ray_envs.models import BatchSpec
 
 _SOME_FAILED = 1
 
-#: What keeps one variant from being created while the others run.
+#: Errors of one variant, despite which the others run.
 _OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, InvalidId)
 
 
@@ -45,16 +44,16 @@ _OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, In
 @click.option(
     "--results",
     type=click.Path(path_type=Path),
-    help="The JSONL file; by default <name>.results.jsonl in this folder.",
+    help="The JSONL file to write. Default: <name>.results.jsonl in the current folder.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Skip what the results file has already for the same environment and arguments.",
+    help="Skip items that have a result for the same environment, arguments and code.",
 )
 @click.option(
     "--address",
-    help="A Ray cluster; by default RAY_ADDRESS, one on this machine, or a local Ray.",
+    help="The Ray cluster. Default: RAY_ADDRESS, the cluster on this machine, or a local Ray.",
 )
 @json_option
 def run(file: Path, results: Path | None, resume: bool, address: str | None, as_json: bool) -> int:
@@ -62,7 +61,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
 
     \b
     Example: ray-envs run envs/sklearn-upgrade/batch.toml --resume
-    Exit code: 0 all items succeeded, 1 some failed, others: nothing could run.
+    Exit code: 0 if all items succeeded, 1 if some failed, another if none could start.
     """
     from ray_envs.client.entrypoints import check_entrypoint
     from ray_envs.client.inputs import read_batch, read_definition
@@ -75,7 +74,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     module = split_entrypoint(batch.entrypoint, where=str(file))[0].split(".")[0]
     if code is None and ((base / f"{module}.py").exists() or (base / module).is_dir()):
         raise InvalidInput(
-            f"the module {module!r} lies beside the batch file, but workers do not see it",
+            f"the module {module!r} is in the folder of the batch file, where workers do not look",
             where=str(file),
             hint='add: code = "."',
         )
@@ -84,7 +83,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     path = results or Path(f"{batch.name}.results.jsonl")
     from ray_envs.cluster.connecting import embeds
 
-    if embeds(address):  # the root is this machine's: say now that it cannot be used
+    if embeds(address):  # this machine's root is used: fail now if it cannot be written
         from ray_envs.node.store import Store
 
         Store(settings).set_up()
@@ -140,7 +139,7 @@ def _run_batch(
 
     kept = {id(result) for result in done}
     ended: list[ItemResult] = []
-    # Ray prints what workers print to our stdout; data alone belongs there.
+    # Ray prints the output of workers to stdout, which is for data only.
     with contextlib.redirect_stdout(sys.stderr), RunDisplay(batch) as display:
         for variant in batch.variants:
             display.variant(variant.id, "waiting for Ray")
@@ -163,7 +162,7 @@ def _run_batch(
         except KeyboardInterrupt:
             total = len(batch.variants) * len(batch.cases)
             raise KeyboardInterrupt(
-                f"interrupted: {len(ended)} of {total} items ended; go on with --resume"
+                f"interrupted: {len(ended)} of {total} items ended; --resume runs the others"
             ) from None
     return ended
 
@@ -171,9 +170,9 @@ def _run_batch(
 def _create_all(
     batch: BatchSpec, base: Path, provider: RayEnvironmentProvider, display: RunDisplay
 ) -> tuple[dict[str, str], dict[str, RayEnvsError]]:
-    """Define every variant of the batch at once.
+    """Define all variants of the batch at the same time.
 
-    Returns the key of each variant, and the reason for each that cannot be created.
+    Returns the keys of those that were created, and the errors of the others.
     """
 
     def create(variant: Any) -> str | RayEnvsError:
@@ -195,7 +194,7 @@ def _create_all(
 
 
 def _append(log: IO[bytes], result: ItemResult) -> None:
-    """One line more in the results file; ASCII, so that no text of a payload can break it."""
+    """Add a line to the results file. It is ASCII: no text of a payload can break it."""
     line = json.dumps(result.model_dump(mode="json")).encode()
     try:
         log.write(line + b"\n")
@@ -203,15 +202,15 @@ def _append(log: IO[bytes], result: ItemResult) -> None:
     except OSError as exc:
         raise StorageFailed(
             f"cannot write results to {log.name}: {exc.strerror}",
-            hint="free space there, then go on with --resume",
+            hint="free space there, then run again with --resume",
         ) from exc
 
 
 @contextlib.contextmanager
 def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[bytes], list[ItemResult]]]:
-    """The results file, open for appending, and what it holds already (with `resume`).
+    """Open the results file for appending. Gives it and, with `resume`, its earlier results.
 
-    Without `resume`, earlier results are kept once more as `<path>.previous`.
+    Without `resume`, earlier results are moved to `<path>.previous`.
     """
     from ray_envs.client.inputs import read_results
     from ray_envs.disk.files import kind_of, storage_errors
@@ -235,7 +234,7 @@ def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[bytes], list
             ) from None
         with storage_errors("keep the earlier results"):
             held = path.read_bytes()
-            if resume:  # a run that was killed may have left half a line, or a whole one
+            if resume:  # a killed run can leave a last line without its end
                 whole = held.rfind(b"\n") + 1
                 if _is_result(held[whole:]):
                     log.write(b"\n")

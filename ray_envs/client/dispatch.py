@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from ray_envs.batch_models import ItemResult
 from ray_envs.client import scheduling
 from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.items import Item, broken, not_run, result_of
@@ -23,7 +24,6 @@ from ray_envs.errors import (
     RayEnvsError,
     WrongEnvironment,
 )
-from ray_envs.models import ItemResult
 from ray_envs.plugin import gate
 
 #: How long one wait for results lasts. Time-outs, cancels and lost nodes are noticed after it.

@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ray_envs.batch_models import BatchSpec, is_name, split_entrypoint
 from ray_envs.disk.files import entries_of, is_file, kind_of, read_bytes
 from ray_envs.errors import InvalidInput
-from ray_envs.models import BatchSpec, is_name, split_entrypoint
 
 #: Statements that open a scope: names bound in their bodies are not the module's.
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

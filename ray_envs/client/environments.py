@@ -12,7 +12,8 @@ from typing import Any
 from ray_envs.client.statuses import RUNS, raise_status_error
 from ray_envs.client.variants import Variants
 from ray_envs.errors import EnvironmentNotReady, InvalidId, NotFound, RayEnvsError
-from ray_envs.models import EnvId, validated
+from ray_envs.models import EnvId
+from ray_envs.validation import validated
 
 _CONFIG_IDS = ("workflow_id", "node_id", "version_id")
 

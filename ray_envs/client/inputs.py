@@ -12,22 +12,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ray_envs.batch_models import BatchSpec, CaseSpec, ItemResult, split_entrypoint
 from ray_envs.decisions.requirements import requirement_lines
 from ray_envs.decisions.toml import parsed_toml
 from ray_envs.disk.files import check_folder, kind_of, read_bytes
 from ray_envs.errors import InvalidId, InvalidInput
-from ray_envs.models import (
-    BatchSpec,
-    CaseSpec,
-    Definition,
-    EnvId,
-    EnvSpec,
-    ItemResult,
-    checked_id,
-    nearest_hint,
-    split_entrypoint,
-    validated,
-)
+from ray_envs.models import Definition, EnvId, EnvSpec, checked_id
+from ray_envs.validation import nearest_hint, validated
 
 _TOML_HINT = "correct that line; strings need quotes"
 

@@ -11,11 +11,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+from ray_envs.batch_models import ItemResult
 from ray_envs.client.connection import RESTART_S, call_limit
 from ray_envs.client.dispatch import Dispatcher
 from ray_envs.client.items import Item, not_run
 from ray_envs.errors import ManagerUnavailable, RayEnvsError
-from ray_envs.models import ItemResult
 
 #: How long one start may wait for a manager that does not answer: other items' results come in.
 _CALL_LIMIT_S = 15.0

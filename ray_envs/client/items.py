@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
+from ray_envs.batch_models import CaseSpec, ErrorInfo, ItemResult, RunDefaults
 from ray_envs.errors import RayEnvsError
-from ray_envs.models import CaseSpec, ErrorInfo, ItemResult, RunDefaults
 
 
 @dataclass(slots=True, eq=False)

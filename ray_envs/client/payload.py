@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Any
 
 from ray_envs import worker
+from ray_envs.batch_models import CaseSpec
 from ray_envs.client.code_folder import pack_code
 from ray_envs.cluster.actors import by_value
-from ray_envs.models import CaseSpec
 from ray_envs.worker.item import run_item
 
 

@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ray_envs.batch_models import BatchSpec, CaseSpec, ItemResult, RunDefaults
 from ray_envs.client.code_folder import source_sha256
 from ray_envs.client.dispatch import Dispatcher, check_key
 from ray_envs.client.environments import EnvironmentProvider
@@ -28,7 +29,7 @@ from ray_envs.client.payload import Payload, plain_function
 from ray_envs.client.statuses import Statuses
 from ray_envs.cluster.connecting import is_client
 from ray_envs.errors import InvalidInput, RayEnvsError
-from ray_envs.models import BatchSpec, CaseSpec, ItemResult, RunDefaults, validated
+from ray_envs.validation import validated
 
 _ENTRYPOINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

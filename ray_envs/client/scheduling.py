@@ -9,9 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from ray_envs.batch_models import RunDefaults
 from ray_envs.client.items import Item
 from ray_envs.errors import EnvironmentNotReady, NoEligibleNode
-from ray_envs.models import RunDefaults
 
 #: Up to so many items of an environment wait for its running worker, and for at most this time,
 #: before a second worker starts. Guesses: a worker takes one to three seconds to start and import.

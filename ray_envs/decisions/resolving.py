@@ -26,7 +26,8 @@ from ray_envs.decisions.requirements import (
 )
 from ray_envs.decisions.toml import parsed_toml, strings, table
 from ray_envs.errors import InvalidInput
-from ray_envs.models import RAY_GROUP, Definition, Target, nearest_hint
+from ray_envs.models import RAY_GROUP, Definition, Target
+from ray_envs.validation import nearest_hint
 
 _PYPROJECT = "pyproject.toml"
 

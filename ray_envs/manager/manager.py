@@ -21,9 +21,10 @@ from ray_envs.manager.chores import Chores
 from ray_envs.manager.handing_out import HandingOut
 from ray_envs.manager.serving import Sharing, moment, serves, word
 from ray_envs.manager.wiring import wired
-from ray_envs.models import Definition, EnvId, Generation, VariantRecord, nearest_hint
+from ray_envs.models import Definition, EnvId, Generation, VariantRecord
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
+from ray_envs.validation import nearest_hint
 
 #: The formats that uv makes from a lock, and the file that holds each.
 _CONVERTED = {"requirements": "requirements.txt", "pylock": "pylock.toml"}

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from ray_envs.errors import InvalidInput
-from ray_envs.models import nearest_hint
+from ray_envs.validation import nearest_hint
 from ray_envs.verbs import VERBS, Request, request_of
 
 T = TypeVar("T")

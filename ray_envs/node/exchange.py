@@ -14,10 +14,11 @@ from typing import Any, Protocol
 from ray_envs.cluster.calls import Call
 from ray_envs.decisions.packs import Manifest, Wheel, why_not
 from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError, StorageFailed
-from ray_envs.models import Installed, validated
+from ray_envs.models import Installed
 from ray_envs.node import receiving, sending
 from ray_envs.node.receiving import Receiving
 from ray_envs.node.uv_cache import UvCache
+from ray_envs.validation import validated
 
 #: How many pieces a sender keeps in Ray's object store for further receivers.
 _KEPT_CHUNKS = 16

@@ -10,7 +10,18 @@ from functools import cache
 from packaging.markers import default_environment
 from packaging.tags import sys_tags
 
+from ray_envs.decisions.credentials import redacted
 from ray_envs.models import Platform, Target
+
+#: The variables of this process that uv reads, and that decide what a resolution finds.
+_INDEX_SETTINGS = (
+    "UV_BUILD_CONSTRAINT", "UV_CONFIG_FILE", "UV_CONSTRAINT", "UV_DEFAULT_INDEX", "UV_EXCLUDE",
+    "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_FORK_STRATEGY", "UV_INDEX", "UV_INDEX_STRATEGY",
+    "UV_INDEX_URL", "UV_NO_BINARY", "UV_NO_BINARY_PACKAGE", "UV_NO_BUILD",
+    "UV_NO_BUILD_PACKAGE", "UV_NO_CONFIG", "UV_NO_INDEX", "UV_NO_SOURCES",
+    "UV_NO_SOURCES_PACKAGE", "UV_NO_SYSTEM_CONFIG", "UV_OVERRIDE", "UV_PRERELEASE",
+    "UV_RESOLUTION", "UV_TORCH_BACKEND",
+)  # fmt: skip
 
 
 def base_python() -> str:
@@ -43,3 +54,12 @@ def uv_version() -> str:
     from importlib.metadata import version
 
     return version("uv")
+
+
+def index_settings() -> dict[str, str]:
+    """The UV_* variables of this process that decide a resolution, for `resolving.fingerprint`.
+
+    Without credentials: an index is the same one after its password has changed.
+    """
+    found = {name: os.environ.get(name, "") for name in _INDEX_SETTINGS}
+    return {name: redacted(value) for name, value in found.items() if value}

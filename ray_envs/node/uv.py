@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Literal
 
 import uv
 
-from ray_envs.decisions.credentials import redacted
 from ray_envs.disk.processes import Ended, Progress, last_words
 from ray_envs.errors import InvalidPackages, ResolutionFailed, UvFailed
 from ray_envs.models import RAY_GROUP, BuildRequest
@@ -43,24 +41,6 @@ _ONLY_BINARY_HINT = (
     "(only_binary of the spec, RAY_ENVS_ONLY_BINARY)"
 )
 _FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
-#: What uv takes from the process that calls us and that decides what a resolution finds.
-_INDEX_SETTINGS = (
-    "UV_BUILD_CONSTRAINT", "UV_CONFIG_FILE", "UV_CONSTRAINT", "UV_DEFAULT_INDEX", "UV_EXCLUDE",
-    "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_FORK_STRATEGY", "UV_INDEX", "UV_INDEX_STRATEGY",
-    "UV_INDEX_URL", "UV_NO_BINARY", "UV_NO_BINARY_PACKAGE", "UV_NO_BUILD",
-    "UV_NO_BUILD_PACKAGE", "UV_NO_CONFIG", "UV_NO_INDEX", "UV_NO_SOURCES",
-    "UV_NO_SOURCES_PACKAGE", "UV_NO_SYSTEM_CONFIG", "UV_OVERRIDE", "UV_PRERELEASE",
-    "UV_RESOLUTION", "UV_TORCH_BACKEND",
-)  # fmt: skip
-
-
-def index_settings() -> dict[str, str]:
-    """The UV_* variables of this process that decide a resolution, for `resolving.fingerprint`.
-
-    Without credentials: an index is the same one after its password has changed.
-    """
-    found = {name: os.environ.get(name, "") for name in _INDEX_SETTINGS}
-    return {name: redacted(value) for name, value in found.items() if value}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
 import pytest
 
+from ray_envs.batch_models import BatchSpec, ItemResult
 from ray_envs.cli import main, run
 from ray_envs.cli.display import rendered, results_table
 from ray_envs.client.code_folder import source_sha256
@@ -25,15 +26,7 @@ from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.manager import registry as registry_module
 from ray_envs.manager.manager import EnvManager
 from ray_envs.manager.registry import Registry
-from ray_envs.models import (
-    BatchSpec,
-    Definition,
-    EnvId,
-    Generation,
-    ItemResult,
-    Target,
-    VariantRecord,
-)
+from ray_envs.models import Definition, EnvId, Generation, Target, VariantRecord
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
 

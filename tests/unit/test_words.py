@@ -14,21 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ray_envs.batch_models import BatchSpec, RunDefaults, VariantSpec, split_entrypoint
 from ray_envs.errors import InvalidId, InvalidInput, RayEnvsError, all_errors, from_dict
-from ray_envs.models import (
-    MAX_ID_LENGTH,
-    BatchSpec,
-    EnvId,
-    EnvSpec,
-    Phase,
-    RunDefaults,
-    Target,
-    VariantSpec,
-    nearest_hint,
-    split_entrypoint,
-    validated,
-)
+from ray_envs.models import MAX_ID_LENGTH, EnvId, EnvSpec, Phase, Target
 from ray_envs.settings import Settings, cut_off
+from ray_envs.validation import nearest_hint, validated
 
 # -- errors
 
@@ -141,7 +131,7 @@ def test_an_id_is_written_as_short_as_it_can_be() -> None:
         ("a\n", "not allowed"),
         ("ä", "not allowed"),
         ("a\x00", "not allowed"),
-        ("a/b/c/d", "names no variant"),
+        ("a/b/c/d", "is not the id of a variant"),
         ("a" * (MAX_ID_LENGTH + 1), "65 characters"),
         ("/".join(["a" + "_" * 60] * 3), "too long"),
     ],
@@ -207,7 +197,7 @@ def test_an_entrypoint_is_a_module_and_a_function(entrypoint: str) -> None:
     [
         ("./digits.py:evaluate", "write digits:evaluate"),
         ("a.b.run", "write a.b:run"),
-        ("class:run", 'as in "accuracy:evaluate" for the function evaluate in accuracy.py'),
+        ("class:run", 'write "accuracy:evaluate" for the function evaluate in accuracy.py'),
     ],
 )
 def test_another_form_of_entrypoint_is_refused_with_the_one_that_was_meant(
@@ -306,13 +296,13 @@ def test_what_is_given_wins_over_the_environment_and_none_is_not_given() -> None
         ("RAY_ENVS_ALLOWED_INDEXES", "https://me:pw@h/s", "without credentials"),
         ("RAY_ENVS_ALLOWED_INDEXES", "file:///srv", "number 1"),
         ("RAY_ENVS_ALLOWED_SOURCES", "git,hg", "'git' or 'url'"),
-        ("RAY_ENVS_ALLOWED_SOURCES", "path", "path can never be allowed: other nodes lack"),
-        ("RAY_ENVS_ALLOWED_SOURCES", "url, editable", "editable can never be allowed"),
+        ("RAY_ENVS_ALLOWED_SOURCES", "path", "path cannot be allowed: other nodes lack"),
+        ("RAY_ENVS_ALLOWED_SOURCES", "url, editable", "editable cannot be allowed"),
         ("RAY_ENVS_ONLY_BINARY", "perhaps", "only_binary"),
         ("RAY_ENVS_EXCLUDE_NEWER", "3 days", "write it like 2026-01-31"),
-        ("RAY_ENVS_EXCLUDE_NEWER", "2026-02-30", "'2026-02-30' is no date"),
-        ("RAY_ENVS_EXCLUDE_NEWER", "2026-01-01T00:00:00", "is no date"),
-        ("RAY_ENVS_EXCLUDE_NEWER", "9999-12-31", "is no date"),
+        ("RAY_ENVS_EXCLUDE_NEWER", "2026-02-30", "'2026-02-30' is not a date"),
+        ("RAY_ENVS_EXCLUDE_NEWER", "2026-01-01T00:00:00", "is not a date"),
+        ("RAY_ENVS_EXCLUDE_NEWER", "9999-12-31", "is not a date"),
         ("RAY_ENVS_KEEP_GENERATIONS", "0", "keep_generations"),
         ("RAY_ENVS_MAX_BYTES", "0", "max_bytes"),
         ("RAY_ENVS_IDLE_HOURS", "nan", "idle_hours"),

@@ -188,7 +188,7 @@ def test_without_a_cluster_every_command_says_how_to_start_one_and_starts_none(
         shell(*words).check_refusal(14, "no Ray cluster", "ray start --head", "--address")
     nothing = shell("down")
     assert (nothing.code, nothing.out) == (0, "")
-    assert "nothing to end" in nothing.err
+    assert "nothing to stop" in nothing.err
     silent = f"127.0.0.1:{free_port()}"
     shell("down", "--address", silent).check_refusal(14, silent, "--address")
     assert not shell.started_ray()
@@ -213,7 +213,7 @@ def test_up_starts_the_manager_once_and_shows_every_node(cluster: Cluster) -> No
 
     again = cluster.shell("up")
     assert again.code == 0, again.err
-    assert "was there" in again.err
+    assert "running already" in again.err
     assert node["node_id"][:12] in again.out
     assert cluster.manager() == manager
 

@@ -208,7 +208,7 @@ def test_a_variant_goes_all_the_way_round_and_comes_back_as_the_same_environment
     assert shell.variants() == ["copy", "v"]
     ok(shell("delete", "v"))
     collected = lines(shell("gc", "--idle-hours", "0"))[1:]
-    verdicts = {r.split()[0]: "collected" in r for r in collected}
+    verdicts = {r.split()[0]: "deleted" in r for r in collected}
     assert verdicts == {key: key != row["key"] for key in kept}
     assert [p.name for p in Store(warm).folder.iterdir() if p.is_dir()] == [row["key"]]
 
@@ -532,7 +532,7 @@ def test_doctor_finds_damage_and_mends_it_and_explain_says_why_it_is_there(
     ok(warm_shell("create", "v", "six==1.17.0"))
     assert "all is well" in ok(warm_shell("doctor")).err
     explained = lines(warm_shell("explain", "v"))
-    assert any(re.match(r"collection +node local keeps it: current gen", x) for x in explained)
+    assert any(re.match(r"gc +node local keeps it: current gen", x) for x in explained)
     assert explained[-1].split()[:2] == ["local", "ready"]
 
     key = warm_shell("status", "v", "--json").data()["key"]

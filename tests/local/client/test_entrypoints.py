@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ray_envs.batch_models import BatchSpec, CaseSpec, VariantSpec
 from ray_envs.client.entrypoints import check_entrypoint
 from ray_envs.errors import InvalidInput
-from ray_envs.models import BatchSpec, CaseSpec, VariantSpec
 
 
 def written(path: Path, text: str | bytes = "") -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ray_envs.batch_models import CaseSpec, ItemResult, VariantSpec
 from ray_envs.client.inputs import read_batch, read_definition, read_results
 from ray_envs.errors import InvalidId, InvalidInput, InvalidPackages, RayEnvsError
-from ray_envs.models import CaseSpec, EnvSpec, ItemResult, VariantSpec
+from ray_envs.models import EnvSpec
 
 GOOD = """
 name = "upgrade"
@@ -196,18 +197,18 @@ def test_a_batch_file_becomes_a_batch(tmp_path: Path) -> None:
             '"digits:evaluate"',
             '"digits"',
             "'digits' is not of the form",
-            'as in "accuracy:evaluate"',
+            'write "accuracy:evaluate"',
         ),
         ('"digits:evaluate"', '"digits.evaluate"', "entrypoint: ", "write digits:evaluate"),
         ('"digits:evaluate"', '"./digits.py:evaluate"', "entrypoint: ", "write digits:evaluate"),
         ('"digits:evaluate"', '"a/digits.py:run"', "entrypoint: ", "write a.digits:run"),
-        ('"digits:evaluate"', '"digits:a.b"', "'digits:a.b' is not", "as in"),
-        ('"digits:evaluate"', '"digits:evaluate()"', "entrypoint: ", "as in"),
-        ('"digits:evaluate"', '"digits:"', "entrypoint: ", "as in"),
-        ('"digits:evaluate"', '":evaluate"', "entrypoint: ", "as in"),
-        ('"digits:evaluate"', '"a..b:evaluate"', "entrypoint: ", "as in"),
-        ('"digits:evaluate"', '"class:evaluate"', "entrypoint: ", "as in"),
-        ('"digits:evaluate"', '""', "entrypoint: ", "as in"),
+        ('"digits:evaluate"', '"digits:a.b"', "'digits:a.b' is not", "accuracy:evaluate"),
+        ('"digits:evaluate"', '"digits:evaluate()"', "entrypoint: ", "accuracy:evaluate"),
+        ('"digits:evaluate"', '"digits:"', "entrypoint: ", "accuracy:evaluate"),
+        ('"digits:evaluate"', '":evaluate"', "entrypoint: ", "accuracy:evaluate"),
+        ('"digits:evaluate"', '"a..b:evaluate"', "entrypoint: ", "accuracy:evaluate"),
+        ('"digits:evaluate"', '"class:evaluate"', "entrypoint: ", "accuracy:evaluate"),
+        ('"digits:evaluate"', '""', "entrypoint: ", "accuracy:evaluate"),
         (
             '{ dataset = "digits" }',
             "{ when = 2025-01-31 }",

@@ -1,0 +1,131 @@
+"""The arguments of commands: variants, packages and options, and variants on this machine's disk.
+
+`ray` and what uses it are imported late: a command that only reads the disk answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from ray_envs.errors import InvalidPackages, NotFound, RayEnvsError
+from ray_envs.models import EnvId, EnvSpec
+from ray_envs.settings import Settings
+
+if TYPE_CHECKING:
+    from ray_envs.manager.registry import Registry
+    from ray_envs.models import VariantRecord
+    from ray_envs.node.store import Store
+
+
+class Variant(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
+    """The id of a variant. The shell completes it."""
+
+    name = "variant"
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        with contextlib.suppress(RayEnvsError):
+            from ray_envs.manager.registry import Registry
+
+            names = defined(Registry(Settings.from_environment()))
+            return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return []
+
+
+class Hours(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
+    """A number of hours, 0 or more."""
+
+    name = "hours"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            hours = float(value)
+        except ValueError:
+            hours = -1.0
+        if not 0 <= hours < float("inf"):
+            self.fail(f"{value!r} is not a number of hours, such as 72 or 0.5", param, ctx)
+        return hours
+
+
+variant_argument = click.argument("variant", type=Variant())
+optional_variant = click.argument("variant", required=False, type=Variant())
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+replace_option = click.option(
+    "--replace", is_flag=True, help="If the variant exists, make a new generation of it."
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+
+
+def requirements(packages: Iterable[str], file: str | None) -> list[str]:
+    """Return the requirements in `packages` and in the requirements file `file`.
+
+    Raises:
+        InvalidInput: the file cannot be read.
+        InvalidPackages: a requirement is not accepted, or there is none.
+    """
+    from ray_envs.client.inputs import read_definition
+    from ray_envs.decisions.requirements import requirement_lines
+
+    lines = requirement_lines(packages, where="PACKAGE")
+    if file is not None:
+        lines += read_definition(EnvSpec(requirements=file), Path.cwd()).packages
+    if not lines:
+        raise InvalidPackages("no packages are given", hint="give at least one, or a file with -r")
+    return list(lines)
+
+
+def disk() -> tuple[Registry, Store]:
+    """Return the definitions and the environments under this machine's root."""
+    from ray_envs.manager.registry import Registry
+    from ray_envs.node.store import Store
+
+    settings = Settings.from_environment()
+    return Registry(settings), Store(settings)
+
+
+def defined(registry: Registry) -> list[str]:
+    """Return the ids of all variants. They come from the names of folders: no file is opened."""
+    names = []
+    for folder in registry.stamps():
+        # The reverse of `EnvId.folder`: an id cannot contain `%`.
+        parts = [part.replace("%5F", "_") for part in folder.split("_")]
+        with contextlib.suppress(RayEnvsError):  # a folder of something else
+            names.append(str(EnvId.parse("/".join(parts))))
+    return sorted(names)
+
+
+def found(registry: Registry, variant: str) -> VariantRecord:
+    """Return the record of a variant.
+
+    Raises:
+        InvalidId: the id is not allowed.
+        NotFound: the variant is not defined. The hint has the most similar id.
+        StorageFailed: its definition cannot be read.
+    """
+    env_id = EnvId.parse(variant)
+    record = registry.get(env_id)
+    if record is None:
+        names = defined(registry)
+        close = [name for name in names if name.split("/")[1:2] == [env_id.node_id]]
+        close = close or difflib.get_close_matches(str(env_id), names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "`ray-envs list` shows all variants"
+        raise NotFound(f"variant {variant!r} is not defined", variant_id=variant, hint=hint)
+    return record
+
+
+def address(variant: str) -> str:
+    """Return the full id of a variant; raises what `found` raises."""
+    return str(found(disk()[0], variant).env_id)

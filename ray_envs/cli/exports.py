@@ -1,0 +1,237 @@
+"""`export` writes a variant into files for other tools and clusters; `import` reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ray_envs.cli.arguments import (
+    disk,
+    dry_run_option,
+    found,
+    json_option,
+    replace_option,
+    variant_argument,
+)
+from ray_envs.cli.printing import put, put_json, say
+from ray_envs.cli.waiting import opened, patiently, watched
+from ray_envs.errors import InvalidInput
+from ray_envs.models import Definition, EnvId, EnvSpec
+from ray_envs.settings import Settings
+from ray_envs.validation import validated
+
+
+@click.command()
+@variant_argument
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["project", "requirements", "pylock"]),
+    default="project",
+    help="A project for `import` and uv (the default), requirements with hashes, or pylock.toml.",
+)
+@click.option("--generation", type=click.IntRange(min=1), help="Default: the current one.")
+@click.option("--to", "folder", type=click.Path(path_type=Path), help="The folder to write into.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Write one file with the project and all wheels, for clusters without a package index.",
+)
+@click.option("--force", is_flag=True, help="Overwrite files that differ.")
+@json_option
+def export(
+    variant: str,
+    form: str,
+    generation: int | None,
+    folder: Path | None,
+    bundle: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write a generation of VARIANT for other tools or `ray-envs import`.
+
+    A project is written into a folder, by default into ./NAME with the variant's name. The other
+    formats are printed, unless --to is given. A bundle needs the variant's wheels in the uv cache
+    of this machine: prepare the variant here first.
+
+    \b
+    Example: ray-envs export old --to exported && ray-envs import copy exported
+    """
+    from ray_envs.manager import exports
+
+    registry, store = disk()
+    record = found(registry, variant)
+    made = exports.generation(registry, record, generation)
+    if bundle is not None:
+        if folder is not None or form != "project":
+            raise InvalidInput("--bundle does not go with --to or --format", hint="leave them out")
+        if os.path.lexists(bundle) and not force:
+            raise InvalidInput(f"{bundle} exists", hint="give another file, or --force")
+        files = exports.put_bundle(registry, store, record, made, bundle)
+        folder = bundle.parent
+    elif form == "project":
+        files = exports.project_files(registry, record, made)
+        folder = folder or Path(record.env_id.node_id)
+    else:
+        name = str(record.env_id)
+        with opened() as provider:
+            files = patiently(lambda: provider.export(name, form, generation=made.number)["files"])
+    if folder is not None and bundle is None:
+        _write(files, folder, force=force)
+    if as_json:
+        put_json(
+            {
+                "variant_id": str(record.env_id),
+                "generation": made.number,
+                "key": made.key,
+                "lock_sha256": made.lock_sha256,
+                "folder": None if folder is None else str(folder),
+                **({} if bundle is None else {"bundle": str(bundle)}),
+                "files": files,
+            }
+        )
+    elif bundle is not None:
+        put(str(bundle))
+    elif folder is None:
+        put("\n".join(text.rstrip("\n") for text in files.values()))
+    else:
+        put("\n".join(str(folder / name) for name in files))
+
+
+def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
+    """Write `files` into `folder`. If one exists there and differs, write none of them.
+
+    Raises:
+        InvalidInput: a file differs and `force` is not set, or the folder cannot be written.
+    """
+    from ray_envs.disk.files import write_atomically
+
+    try:
+        for name, text in files.items():
+            file = folder / name
+            if not force and os.path.lexists(file) and file.read_bytes() != text.encode():
+                raise InvalidInput(
+                    f"{file} exists and differs",
+                    hint="give another folder with --to, or --force to overwrite it",
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_atomically(folder / name, text)
+    except OSError as exc:
+        raise InvalidInput(
+            f"cannot write to {folder}: {exc.strerror or exc}",
+            hint="give another folder with --to",
+        ) from exc
+
+
+@click.command(name="import")
+@variant_argument
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="A file of `export --bundle`, instead of DIR.",
+)
+@replace_option
+@dry_run_option
+@json_option
+def import_project(
+    variant: str,
+    folder: Path | None,
+    bundle: Path | None,
+    replace: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Define VARIANT by an export in DIR or in a bundle, and print the key of its environment.
+
+    DIR has a pyproject.toml, a uv.lock and maybe an options.json. The lock stays the same, byte for
+    byte. A bundle contains the wheels: no package index is needed if the index settings
+    (UV_DEFAULT_INDEX, …) are those of the export. Import it on the node of the manager.
+
+    \b
+    Example: ray-envs import copy exported
+    """
+    name = str(EnvId.parse(variant))
+    if (folder is None) is (bundle is None):
+        raise click.UsageError("Give either DIR or --bundle FILE.")
+    definition = _exported(folder or Path()) if bundle is None else _unbundled(bundle)
+    options = definition.model_dump(
+        mode="json", exclude={"pyproject", "uv_lock"}, exclude_defaults=True
+    )
+    wait_s = Settings.from_environment().prepare_timeout_s
+    with opened() as provider:
+        answer = watched(
+            provider,
+            name,
+            lambda: provider.import_project(
+                name,
+                pyproject=definition.pyproject or "",
+                uv_lock=definition.uv_lock or "",
+                options=options,
+                replace=replace,
+                wait_s=wait_s,
+                dry_run=dry_run,
+            ),
+        )
+    if as_json:
+        put_json(answer)
+    else:
+        put(answer["key"])
+        if dry_run and bundle is not None:
+            say("dry run: its wheels are in this machine's uv cache; nothing else was changed")
+        elif dry_run:
+            say("dry run: nothing was changed")
+
+
+def _unbundled(bundle: Path) -> Definition:
+    """Put the wheels of a bundle into this machine's uv cache. Returns its definition.
+
+    Raises:
+        InvalidInput: it cannot be read, is damaged, or is for another platform.
+        StorageFailed: there is no room for its wheels.
+    """
+    import tempfile
+
+    from ray_envs.manager import exports
+
+    _, store = disk()
+    store.set_up()
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in exports.take_bundle(bundle, store).items():
+            Path(folder, file).write_bytes(content)
+        return _exported(Path(folder))
+
+
+def _exported(folder: Path) -> Definition:
+    """Return the definition that `ray-envs export` wrote into `folder`.
+
+    Raises:
+        InvalidInput: a file is missing or damaged.
+    """
+    from ray_envs.client.inputs import read_definition
+    from ray_envs.disk.files import kind_of, read_bytes
+
+    texts = read_definition(EnvSpec(project=str(folder)), Path.cwd())
+    if texts.uv_lock is None:
+        raise InvalidInput(
+            "there is no uv.lock",
+            where=str(folder),
+            hint="`ray-envs export` writes one; for other projects use `ray-envs create --project`",
+        )
+    options: Any = {}
+    file = folder / "options.json"
+    if kind_of(file) != "missing":
+        try:
+            options = json.loads(read_bytes(file))
+        except (ValueError, RecursionError):
+            options = None
+        if not isinstance(options, dict):
+            hint = "export the variant again, or remove the file"
+            raise InvalidInput("it is not a JSON object", where=str(file), hint=hint)
+    read = validated(Definition, options, where=str(file))
+    return read.model_copy(update={"pyproject": texts.pyproject, "uv_lock": texts.uv_lock})
