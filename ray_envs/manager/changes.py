@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray_envs.decisions import edits
@@ -51,41 +52,19 @@ _EDITS: dict[str, tuple[Edit, EventKind]] = {
 }
 
 
+@dataclass(eq=False)
 class Changes:
-    """The verbs that change variants.
+    """The verbs that change variants."""
 
-    Args:
-        settings: the root and time limits.
-        registry: the definitions on disk.
-        variants: the definitions in memory.
-        statuses: what is told about variants.
-        reconciler: prepares environments.
-        resolver: checks specs, and locks.
-        operations: keeps rows and sends events.
-        users: returns who uses environments now.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        variants: Variants,
-        statuses: Statuses,
-        reconciler: Reconciler,
-        resolver: Resolver,
-        operations: Operations,
-        *,
-        users: Users,
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._variants = variants
-        self._statuses = statuses
-        self._reconciler = reconciler
-        self._resolver = resolver
-        self._operations = operations
-        self._users = users
-        self._switching = Switching(settings, registry, variants, statuses, reconciler, resolver)
+    _settings: Settings
+    _registry: Registry
+    _variants: Variants
+    _statuses: Statuses
+    _reconciler: Reconciler
+    _resolver: Resolver
+    _operations: Operations
+    _users: Users
+    _switching: Switching
 
     async def create(
         self,

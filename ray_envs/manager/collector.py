@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray_envs.cluster.nodes import Nodes
@@ -30,37 +31,20 @@ _HOUR_S = 3600.0
 Planned = tuple[Verdict, EnvUse]
 
 
+@dataclass(eq=False)
 class Collector:
-    """The collection of one cluster's environments.
+    """The collection of one cluster's environments."""
 
-    Args:
-        settings: budgets, and how many generations are kept.
-        cluster: which jobs and detached actors live.
-        registry: the generations that are kept.
-        variants: what is defined, wanted and being prepared.
-        reconciler: the nodes, and the keys that callers wait for.
-        leases: to whom keys are promised.
-        operations: keeps the rows and tells events.
-    """
+    _settings: Settings
+    _cluster: Nodes
+    _registry: Registry
+    _variants: Variants
+    _reconciler: Reconciler
+    _leases: Leases
+    _operations: Operations
 
-    def __init__(
-        self,
-        settings: Settings,
-        cluster: Nodes,
-        registry: Registry,
-        variants: Variants,
-        reconciler: Reconciler,
-        leases: Leases,
-        operations: Operations,
-    ) -> None:
-        self._settings = settings
-        self._cluster = cluster
-        self._registry = registry
-        self._variants = variants
-        self._reconciler = reconciler
-        self._leases = leases
-        self._operations = operations
-        self._next_at = time.monotonic() + settings.gc_interval_s
+    def __post_init__(self) -> None:
+        self._next_at = time.monotonic() + self._settings.gc_interval_s
 
     async def turn(self) -> None:
         """End the leases of dead jobs and, when it is time, collect; a part of the loop."""

@@ -68,46 +68,34 @@ class Node:
         self.know({**self.states, state.key: state})
 
 
+@dataclass(eq=False)
 class Fleet:
-    """Follows the nodes of a cluster.
+    """Follows the nodes of a cluster."""
 
-    Args:
-        cluster: who answers about nodes.
-        settings: for the agents, as `Settings.to_environment` writes them.
-        on_node: told when a node has joined (true) or was lost (false), after the first look.
-        on_final: told when an environment that was being made has become ready, or has failed.
-        on_outdated: told the key of an environment that a node has lost, or has after a failure:
-            what Ray remembers of its runtime_env there is not true any more.
-    """
+    _cluster: Nodes
+    _settings: dict[str, str]
+    #: Called when a node has joined (True) or was lost (False), after the first look.
+    _on_node: Callable[[NodeInfo, bool], None]
+    #: Called when a build has ended: the environment is ready or has failed.
+    _on_final: Callable[[NodeInfo, NodeEnvState], None]
+    #: Called with a key that a node has lost, or has after a failure: what Ray has cached for its
+    #: runtime_env is wrong now.
+    _on_outdated: Callable[[str], None]
 
-    def __init__(
-        self,
-        cluster: Nodes,
-        settings: dict[str, str],
-        *,
-        on_node: Callable[[NodeInfo, bool], None],
-        on_final: Callable[[NodeInfo, NodeEnvState], None],
-        on_outdated: Callable[[str], None],
-    ) -> None:
-        self._cluster = cluster
-        self._settings = settings
-        self._on_node = on_node
-        self._on_final = on_final
-        self._on_outdated = on_outdated
-        self._has_looked = False
-        self.nodes: dict[str, Node] = {}
-        #: Rises with every news; `news` waits for it.
-        self.version = 0
-        self._changed = asyncio.Condition()
-        #: Set when there is something to do: a new wish, or an agent that was lost.
-        self.wake_up = asyncio.Event()
-        self._is_stopping = False
-        #: How often in a row an agent could not be met.
-        self._misses: dict[str, int] = {}
-        #: Why the loop last built an environment, by node and key; for people.
-        self.becauses: dict[tuple[str, str], str] = {}
-        #: Those that are being met now.
-        self._meetings: dict[str, asyncio.Task[None]] = {}
+    _has_looked: bool = field(default=False, init=False)
+    nodes: dict[str, Node] = field(default_factory=dict, init=False)
+    #: Rises with every news; `news` waits for it.
+    version: int = field(default=0, init=False)
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition, init=False)
+    #: Set when there is something to do: a new wish, or an agent that was lost.
+    wake_up: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _is_stopping: bool = field(default=False, init=False)
+    #: How often in a row an agent could not be met.
+    _misses: dict[str, int] = field(default_factory=dict, init=False)
+    #: Why the loop last built an environment, by node and key; for people.
+    becauses: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
+    #: Those that are being met now.
+    _meetings: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
 
     def head(self) -> Node:
         """The head node, where uv resolves.

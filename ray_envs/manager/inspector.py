@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray_envs.decisions import resolving
@@ -38,43 +39,19 @@ _SHORT = 12
 Rows = list[dict[str, Any]]
 
 
+@dataclass(eq=False)
 class Inspector:
-    """The state of one cluster's environments, examined.
+    """The state of one cluster's environments, examined."""
 
-    Args:
-        settings: how long a rebuilt environment may take.
-        registry: the definitions.
-        variants: the definitions in memory.
-        statuses: the states of environments on the nodes.
-        reconciler: the nodes, and rebuilds.
-        operations: keeps rows and tells events.
-        collector: what a collection would do, and which leases have ended.
-        leases: to whom keys are promised.
-        target: the cluster's interpreter and Ray.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        variants: Variants,
-        statuses: Statuses,
-        reconciler: Reconciler,
-        operations: Operations,
-        collector: Collector,
-        leases: Leases,
-        *,
-        target: Target,
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._variants = variants
-        self._statuses = statuses
-        self._reconciler = reconciler
-        self._operations = operations
-        self._collector = collector
-        self._leases = leases
-        self._target = target
+    _settings: Settings
+    _registry: Registry
+    _variants: Variants
+    _statuses: Statuses
+    _reconciler: Reconciler
+    _operations: Operations
+    _collector: Collector
+    _leases: Leases
+    _target: Target
 
     async def users(self, keys: list[str], but_job: str | None = None) -> list[str]:
         """Who uses any of `keys` now, in words: processes that hold them, and jobs with a lease.

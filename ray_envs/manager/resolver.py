@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from typing import Any
@@ -43,33 +43,18 @@ class Resolved:
     same_lock: VariantRecord | None = None
 
 
+@dataclass(eq=False)
 class Resolver:
-    """Makes generations for one cluster.
+    """Makes generations for one cluster."""
 
-    Args:
-        settings: the cluster's policy.
-        registry: where known locks are.
-        fleet: its head node runs uv.
-        known: finds a variant whose current lock came from the same fingerprint.
-    """
+    _settings: Settings
+    _registry: Registry
+    _fleet: Fleet
+    _platform: Platform
+    _target: Target
+    _known: Callable[[str], VariantRecord | None]
 
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        fleet: Fleet,
-        *,
-        platform: Platform,
-        target: Target,
-        known: Callable[[str], VariantRecord | None],
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._fleet = fleet
-        self._platform = platform
-        self._target = target
-        self._known = known
-        self._resolving: dict[str, asyncio.Task[tuple[str, str]]] = {}
+    _resolving: dict[str, asyncio.Task[tuple[str, str]]] = field(default_factory=dict, init=False)
 
     def checked(self, spec: Mapping[str, Any], *, where: str) -> Definition:
         """`spec` as a definition that may be locked here.

@@ -11,6 +11,7 @@ import errno
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -35,25 +36,17 @@ Progress = Callable[[Phase, str], None]
 How = Literal["linked", "fetched", "built"]
 
 
+@dataclass(eq=False)
 class Maker:
-    """The builds of one node.
+    """The builds of one node."""
 
-    Args:
-        settings: retries and policy.
-        store: where environments lie.
-        builder: its uv.
-        exchange: what other nodes have.
-    """
+    _settings: Settings
+    _store: Store
+    _builder: Builder
+    _exchange: Exchange
 
-    def __init__(
-        self, settings: Settings, store: Store, builder: Builder, exchange: Exchange
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._builder = builder
-        self._exchange = exchange
-        #: What some build gets just now; set when it has it.
-        self._getting: dict[Installed, asyncio.Event] = {}
+    #: What some build gets just now; set when it has it.
+    _getting: dict[Installed, asyncio.Event] = field(default_factory=dict, init=False)
 
     async def make(
         self, request: BuildRequest, peers: Iterable[str], progress: Progress
