@@ -38,7 +38,7 @@ class Variant(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
         with contextlib.suppress(RayEnvsError):
             from ray_envs.manager.registry import Registry
 
-            names = defined(Registry(Settings.from_environment()))
+            names = defined_ids(Registry(Settings.from_environment()))
             return [CompletionItem(name) for name in names if name.startswith(incomplete)]
         return []
 
@@ -96,7 +96,7 @@ def disk() -> tuple[Registry, Store]:
     return Registry(settings), Store(settings)
 
 
-def defined(registry: Registry) -> list[str]:
+def defined_ids(registry: Registry) -> list[str]:
     """Return the ids of all variants. They come from the names of folders: no file is opened."""
     names = []
     for folder in registry.stamps():
@@ -107,7 +107,7 @@ def defined(registry: Registry) -> list[str]:
     return sorted(names)
 
 
-def found(registry: Registry, variant: str) -> VariantRecord:
+def record_of(registry: Registry, variant: str) -> VariantRecord:
     """Return the record of a variant.
 
     Raises:
@@ -118,7 +118,7 @@ def found(registry: Registry, variant: str) -> VariantRecord:
     env_id = EnvId.parse(variant)
     record = registry.get(env_id)
     if record is None:
-        names = defined(registry)
+        names = defined_ids(registry)
         close = [name for name in names if name.split("/")[1:2] == [env_id.node_id]]
         close = close or difflib.get_close_matches(str(env_id), names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "`ray-envs list` shows all variants"
@@ -126,6 +126,6 @@ def found(registry: Registry, variant: str) -> VariantRecord:
     return record
 
 
-def address(variant: str) -> str:
-    """Return the full id of a variant; raises what `found` raises."""
-    return str(found(disk()[0], variant).env_id)
+def full_id(variant: str) -> str:
+    """Return the full id of a variant; raises what `record_of` raises."""
+    return str(record_of(disk()[0], variant).env_id)

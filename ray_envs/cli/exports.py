@@ -12,13 +12,13 @@ import click
 from ray_envs.cli.arguments import (
     disk,
     dry_run_option,
-    found,
     json_option,
+    record_of,
     replace_option,
     variant_argument,
 )
 from ray_envs.cli.printing import put, put_json, say
-from ray_envs.cli.waiting import opened, patiently, watched
+from ray_envs.cli.waiting import open_provider, wait_for, watch
 from ray_envs.errors import InvalidInput
 from ray_envs.models import Definition, EnvId, EnvSpec
 from ray_envs.settings import Settings
@@ -52,7 +52,7 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a generation of VARIANT for other tools or `ray-envs import`.
+    """Write a generation of VARIANT for other tools or `import`.
 
     A project is written into a folder, by default into ./NAME with the variant's name. The other
     formats are printed, unless --to is given. A bundle needs the variant's wheels in the uv cache
@@ -64,7 +64,7 @@ def export(
     from ray_envs.manager import exports
 
     registry, store = disk()
-    record = found(registry, variant)
+    record = record_of(registry, variant)
     made = exports.generation(registry, record, generation)
     if bundle is not None:
         if folder is not None or form != "project":
@@ -78,8 +78,8 @@ def export(
         folder = folder or Path(record.env_id.node_id)
     else:
         name = str(record.env_id)
-        with opened() as provider:
-            files = patiently(lambda: provider.export(name, form, generation=made.number)["files"])
+        with open_provider() as provider:
+            files = wait_for(lambda: provider.export(name, form, generation=made.number)["files"])
     if folder is not None and bundle is None:
         _write(files, folder, force=force)
     if as_json:
@@ -147,11 +147,12 @@ def import_project(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Define VARIANT by an export in DIR or in a bundle, and print the key of its environment.
+    """Define VARIANT by an export in DIR or in a bundle.
 
-    DIR has a pyproject.toml, a uv.lock and maybe an options.json. The lock stays the same, byte for
-    byte. A bundle contains the wheels: no package index is needed if the index settings
-    (UV_DEFAULT_INDEX, …) are those of the export. Import it on the node of the manager.
+    Prints the key of its environment. DIR has a pyproject.toml, a uv.lock and maybe an
+    options.json. The lock stays the same, byte for byte. A bundle contains the wheels: no package
+    index is needed if the index settings (UV_DEFAULT_INDEX, …) are those of the export. Import it
+    on the node of the manager.
 
     \b
     Example: ray-envs import copy exported
@@ -164,8 +165,8 @@ def import_project(
         mode="json", exclude={"pyproject", "uv_lock"}, exclude_defaults=True
     )
     wait_s = Settings.from_environment().prepare_timeout_s
-    with opened() as provider:
-        answer = watched(
+    with open_provider() as provider:
+        answer = watch(
             provider,
             name,
             lambda: provider.import_project(

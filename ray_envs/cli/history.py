@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_envs.cli.arguments import disk, found, json_option, optional_variant
+from ray_envs.cli.arguments import disk, json_option, optional_variant, record_of
 from ray_envs.cli.printing import KEY_SHOWN, NODE_SHOWN, columns, put, put_json, say
 from ray_envs.cli.waiting import INTERRUPTED
 from ray_envs.errors import InvalidInput, StorageFailed
@@ -53,7 +53,7 @@ def operations(
     before: str | None,
     as_json: bool,
 ) -> None:
-    """List the changes of all variants or of VARIANT, newest first.
+    """List the operations on variants or on VARIANT, newest first.
 
     \b
     Example: ray-envs operations old --status failed
@@ -105,7 +105,7 @@ def _check_known(log: Operations, variant: str) -> None:
     events, _ = log.history.events(variant_id=name, limit=1)
     if not events and not log.history.operations(variant_id=name, limit=1)[1]:
         with suppress(StorageFailed):  # it is defined, but damaged
-            found(disk()[0], variant)
+            record_of(disk()[0], variant)
 
 
 def _operation_cells(row: Operation) -> tuple[object, ...]:
