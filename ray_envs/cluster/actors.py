@@ -177,7 +177,7 @@ def end_manager() -> list[str]:
         if time.monotonic() >= deadline:
             raise ManagerUnavailable(
                 f"still there after {_END_TIMEOUT_S} s: {', '.join(sorted(left))}",
-                hint="try again; Ray's logs of those actors say more",
+                hint="try again, or read Ray's logs of these actors",
             )
         time.sleep(0.1)
     return sorted(names)

@@ -138,15 +138,15 @@ def python_site() -> str:
 def _unpacked(base: str, sha256: str, data: bytes) -> tuple[str, int]:
     """The folder with a pack, and the open file whose shared lock keeps it.
 
-    The folder is complete from the moment it has its name. What no process holds goes: it is of
-    another version, or half a pack.
+    The folder gets its name when it is complete. Folders that no process holds are deleted: they
+    are of another version, or half a pack.
     """
     import fcntl
 
     os.makedirs(base, exist_ok=True)
     folder, part = os.path.join(base, sha256), os.path.join(base, sha256 + ".part")
     with open(os.path.join(base, ".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until it has its hold, nobody else removes anything
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until this process has its hold, no other one deletes
         for name in os.listdir(base):
             if name not in (".lock", sha256) and not _is_held(os.path.join(base, name)):
                 shutil.rmtree(os.path.join(base, name))

@@ -35,7 +35,7 @@ _GATE_NOTE = """\
 they are submitted, and nodes that join later wait for the next call of options().
 To load it, on every node where ray_envs is installed, before `ray start`:
 export RAY_RUNTIME_ENV_PLUGINS='[{{"class": "ray_envs.plugin.EnvironmentPlugin"}}]'"""
-#: What this process has told already.
+#: The warnings that this process has given already.
 _said: set[str] = set()
 
 
@@ -126,7 +126,7 @@ def _canonical(name: str) -> str:
 
 
 def warn_of_bare(nodes: Mapping[str, Mapping[str, Any]], *, stacklevel: int) -> None:
-    """Warn of each node that gets no environment, with the line that mends it; once a process.
+    """Warn, once in a process, of each node that gets no environment, with the line that helps.
 
     Args:
         nodes: as `EnvManager.describe` tells of them.
@@ -153,7 +153,7 @@ def _named(node_id: str, node: Mapping[str, Any]) -> str:
 def note_missing_gate(nodes: Mapping[str, Mapping[str, Any]]) -> None:
     """Tell, once a process, that nodes have been started without our plugin.
 
-    No warning: who is content with placement has nothing to mend.
+    Not a warning: placement alone works, too.
     """
     without = sorted(
         name[:12]

@@ -13,7 +13,7 @@ from ray_envs.errors import (
 )  # fmt: skip
 
 Call = Callable[..., Awaitable[Any]]
-#: How long an agent may take over a verb that only says or notes something, beyond the time that
+#: Time limits of verbs: of one that only reads or notes something (besides the time that it is
 #: the verb is given to wait; over the first one it is asked, on a busy machine; and before it is
 #: asked whether it is alive, over one that examines, makes or removes something. Guesses.
 _QUICK_S = 15.0

@@ -107,7 +107,7 @@ def is_own() -> bool:
 
 
 def embeds(address: str | None) -> bool:
-    """Whether `connect` would start an embedded Ray: nothing names a cluster."""
+    """Whether `connect` would start an embedded Ray, since no cluster is named."""
     return address == "local" or (address != "auto" and not _address_of(address))
 
 
@@ -128,7 +128,7 @@ def _check_answers(address: str | None) -> None:
     """
     named = _address_of(address)
     if address == "auto" and not named:
-        raise _no_answer("", "nothing says that `ray start` has started one")
+        raise _no_answer("", "`ray start` has not started one here")
     if named.startswith("ray://"):
         raise InvalidInput(
             f"{named} is an address of Ray Client, which ray_envs does not support",

@@ -51,13 +51,13 @@ class Nodes(Protocol):
         """Where other processes find the cluster; empty where there is none to find."""
 
     async def living_jobs(self) -> set[str]:
-        """`session/job` of every job that goes on."""
+        """`session/job` of every running job."""
 
     async def given_to_detached(self) -> list[str]:
         """The runtime_envs, as Ray keeps them, of detached actors that live or may restart."""
 
     def session(self) -> str:
-        """What tells this cluster's life from others on the same machine."""
+        """The name of this Ray session, different for each start of a cluster."""
 
     async def stop(self) -> None:
         """End what lives in this process only."""
@@ -253,7 +253,7 @@ class RayNodes:
         return str(ray._private.worker._global_node.session_name)
 
     async def stop(self) -> None:
-        """Nothing: the agents end with the manager that owns them."""
+        """Do nothing: the agents end with the manager that owns them."""
 
 
 def _state() -> Any:

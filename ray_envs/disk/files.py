@@ -72,7 +72,7 @@ def is_file(path: Path) -> bool:
 
 
 def check_folder(folder: Path, what: str, *, where: str, if_file: str = "name a folder") -> None:
-    """Nothing, if `folder` is one.
+    """Raise an error if `folder` is not a folder.
 
     Args:
         folder: what is named.
@@ -100,7 +100,7 @@ def _near_entry(path: Path) -> str:
 
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in `folder`, in no order; nothing, where it has vanished.
+    """The entries of `folder`, in any order; none if it has vanished.
 
     Raises:
         InvalidInput: it may not be read.
@@ -133,12 +133,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def has_vanished(err: OSError) -> bool:
-    """Whether `err` says that a file or folder is not there any more."""
+    """Whether `err` means that a file or folder does not exist any more."""
     return err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def unreadable(path: Path, err: OSError) -> InvalidInput:
-    """The error for a `path` that is there and, as `err` says, cannot be read."""
+    """The error for a `path` that exists but cannot be read, because of `err`."""
     return InvalidInput(
         "cannot be read",
         where=str(path),

@@ -123,7 +123,7 @@ async def _talk(
 
 
 def last_words(output: str) -> str:
-    """The last lines of a child, without those of uv that say which interpreter it used."""
+    """The last lines of a child, without uv's lines about the interpreter it used."""
     lines = [line for line in output.splitlines() if line and not line.startswith("Using CPython")]
     return "\n".join(lines[-_DETAIL_LINES:])
 

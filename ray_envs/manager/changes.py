@@ -108,7 +108,7 @@ class Changes:
                     base_lock=base_lock,
                 )
         if wait_s > 0 and before is not None and not dry_run:
-            # Also where nothing changed: whoever waits wants it ready.
+            # Also if nothing changed: a caller that waits wants the environment ready.
             current = self._variants.get(name).current
             await self._reconciler.make_ready(current, wait_s, variant_id=name)
         if not dry_run:
@@ -123,7 +123,7 @@ class Changes:
         """
         async with self._operations.on_variant(env_id, "relock", failed=_FAILED) as change:
             before = self._variants.get(str(env_id))
-            if self._switching.fits(before):  # somebody else was first
+            if self._switching.fits(before):  # another process has done it
                 return self._switching.unchanged(before, dry_run=dry_run)
             return await self._switching.made(
                 change,
@@ -158,7 +158,7 @@ class Changes:
                 told = facts(change) if change.was_done else {}
                 return {**self._statuses.status(name), **answer, **told}
             change.begin(generation=generation.number, before=before.current.number)
-            self._reconciler.request(env_id, generation)  # its lock is what it was
+            self._reconciler.request(env_id, generation)  # raises if its lock was edited
             pyproject, uv_lock = self._registry.lock_text(env_id, generation.number)
             await self._switching.prepared(
                 change, env_id, generation, self._settings.prepare_timeout_s
@@ -277,7 +277,7 @@ class Changes:
         )
 
     async def _refuse_used(self, record: VariantRecord, job_id: str | None) -> None:
-        """Refuse to forget a variant whose environments somebody uses, and nobody else defines."""
+        """Raise if the variant is the only one that has an environment in use."""
         keys = {record.current.key}
         for number in record.numbers:
             with suppress(StorageFailed):

@@ -1,8 +1,7 @@
 """The event and operation log of a root, in SQLite: for people to query; no restart needs it.
 
-What is being logged comes first: a write that fails hurts nobody, and `problem` says why it failed.
-Any threads and local processes may use one root at once. Its words are those of `events`; how the
-file is reached is `database`.
+A write that fails raises nothing, since the logged operation matters more: `problem` has the
+reason. Threads and processes of one machine may use it at once. `database` opens the file.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ ModelT = TypeVar("ModelT", bound=Model)
 
 _FORMAT = 1
 
-#: What is kept of each of uv's outputs: the end says what went wrong.
+#: How much of each output of uv is kept: its end, which has the error.
 _KEPT_BYTES = 64 * 1024
 
 #: Rows that one step of `prune` deletes: others may write between two steps.
@@ -104,10 +103,10 @@ _PRUNE = (
 
 
 class History:
-    """What happened on one root, for as long as `keep_s` seconds after `prune`.
+    """The events and operations of one root, for as long as `keep_s` seconds.
 
-    Opened at the first use, by any thread. Methods that write never raise for what the storage
-    does: `problem` has the reason, and the next call tries again. Methods that read create nothing.
+    Opened at the first use, by any thread. Methods that write raise no error of the storage:
+    `problem` has it, and the next call tries again. Methods that read create no file.
 
     Args:
         path: the file; see `Database`.
@@ -146,7 +145,7 @@ class History:
         """The first `limit` matching events after number `since`, and the `since` of the next call.
 
         The latter is the number of the last event that was looked at, whether it matched or not:
-        whoever goes on from there sees every event once.
+        a caller that goes on from there sees every event once.
 
         Raises:
             InvalidInput: `limit` is not positive.
@@ -297,7 +296,7 @@ class History:
         return self._database.write(delete, creates=False) or 0
 
     def close(self) -> None:
-        """Let go of the files; a later call opens them again."""
+        """Close the files; a later call opens them again."""
         self._database.close()
 
 

@@ -320,7 +320,7 @@ class EnvManager:
         names = [asked.variant_id] if asked.variant_id else sorted(self._variants.by_name)
         return await self._parts.inspector.doctor(names, repair=asked.repair)
 
-    async def awake(self) -> None:
+    async def _awake(self) -> None:
         """Start the loop with the first verb, and wait for its first look at the nodes."""
         await self._chores.awake()
 

@@ -1,7 +1,7 @@
 """The definitions on disk: variants and their generations, on the manager's node.
 
 A definition is there when its `metadata.json` is there; it names the current generation, and is
-replaced in one step. Nothing here knows whether an environment is built: that is `store`.
+replaced in one step. Whether an environment is built is known to `node.store`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Registry:
     """The variants that are defined under one root.
 
     Layout: `envs/{workflow}_{node}[_{version}]/` with `metadata.json`, `pyproject.toml` and
-    `uv.lock` of the current generation, and `generations/N/` with those of every generation.
+    `uv.lock` of the current generation, and `generations/N/` with the same of every generation.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,7 +49,7 @@ class Registry:
     def lock(
         self, env_id: EnvId, *, timeout_s: float | None = None
     ) -> AbstractAsyncContextManager[None]:
-        """The lock of whoever changes this definition, in any process; see `files.locked`."""
+        """The lock for changes of this definition, across processes; see `files.locked`."""
         with storage_errors(f"use {self._envs}"):
             self._envs.mkdir(parents=True, exist_ok=True)
         return locked(
@@ -77,8 +77,7 @@ class Registry:
         """Every definition under the root that can be read, by its id.
 
         Args:
-            damaged: receives an error for each definition that cannot be read; one of them must
-                not hide the others.
+            damaged: receives an error for each definition that cannot be read.
         """
         found = []
         for folder in self.stamps():
@@ -166,7 +165,7 @@ class Registry:
         path = self._place(env_id, number) / "generation.json"
         with storage_errors(f"read generation {number} of {env_id}"):
             text = path.read_bytes()
-        reason = f"it says that it is another generation than {number}"
+        reason = f"it holds another generation than {number}"
         try:
             found = Generation.model_validate_json(text)
             if found.number == number:
@@ -211,8 +210,8 @@ class Registry:
     ) -> None:
         """Write `generation` beside the current one, complete; the caller holds the lock.
 
-        A process that dies before `switch` leaves a folder that nobody names, and the next change
-        writes it again.
+        A process that dies before `switch` leaves a folder that no definition names; the next
+        change overwrites it.
 
         Args:
             env_id: the variant.
@@ -252,12 +251,12 @@ class Registry:
             if (place / "uv.lock").read_text(encoding="utf-8") == uv_lock:
                 return True
             (place / "uv.lock").unlink()
-        except OSError:  # no hard links here, or too many: a file of its own does as well
+        except OSError:  # no hard links here, or too many: write a file instead
             pass
         return False
 
     def unstage(self, env_id: EnvId, number: int) -> None:
-        """Remove a generation that never became the current one, as far as that is possible."""
+        """Remove a generation that did not become the current one. Never raises."""
         shutil.rmtree(self._place(env_id, number), ignore_errors=True)
         folder = self.folder(env_id)
         if not (folder / _METADATA).exists():
@@ -310,7 +309,7 @@ class Registry:
             self._copy(record.env_id, pyproject, uv_lock)
 
     def write_copies(self, record: VariantRecord) -> None:
-        """Make the copies beside the definition those of its current generation.
+        """Copy the texts of the current generation beside the definition, for people.
 
         Raises:
             StorageFailed: they cannot be written; the definition holds all the same.
@@ -318,7 +317,7 @@ class Registry:
         self._copy(record.env_id, *self.lock_text(record.env_id, record.current.number))
 
     def clear_halves(self, env_id: EnvId) -> None:
-        """Remove the files that a process which died had not renamed yet; the caller locks."""
+        """Remove half-written files of dead processes. The caller holds the lock."""
         for path in self.folder(env_id).rglob(".*"):
             if _HALF.fullmatch(path.name):
                 with suppress(OSError):
@@ -331,15 +330,15 @@ class Registry:
             write_atomically(folder / "uv.lock", uv_lock, is_durable=False)
 
     def next_number(self, env_id: EnvId) -> int:
-        """The number after those that the variant has used.
+        """The next free number for a generation of the variant.
 
-        A folder of that number is one that a change left which died or failed.
+        A folder of that number was left by a change that died or failed.
         """
         record = self.get(env_id)
         return max(record.numbers) + 1 if record else 1
 
     def delete(self, env_id: EnvId) -> bool:
-        """Forget `env_id`; returns whether it was there. The caller holds its lock."""
+        """Delete a definition; returns whether it existed. The caller holds its lock."""
         folder = self.folder(env_id)
         with storage_errors(f"delete the definition of {env_id}"):
             try:
@@ -353,12 +352,12 @@ class Registry:
 
 
 def _not_waiting(path: str, flags: int) -> int:
-    """Open a file; a pipe that somebody put there is not waited for, and reads as empty."""
+    """Open a file without waiting: a pipe in its place reads as empty."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _reason(exc: ValidationError | InvalidId) -> str:
-    """What is wrong with a file, in one line."""
+    """The reason why a file is damaged, in one line."""
     if isinstance(exc, InvalidId):
         return exc.message
     first = exc.errors()[0]
@@ -367,7 +366,7 @@ def _reason(exc: ValidationError | InvalidId) -> str:
 
 
 def _stamp(folder: str) -> int:
-    """What tells two states of a definition apart: clocks of file systems tick slowly."""
+    """A number that is different for two states of a definition, also within a clock tick."""
     try:
         told = os.stat(os.path.join(folder, _METADATA))
     except OSError:
@@ -376,7 +375,7 @@ def _stamp(folder: str) -> int:
 
 
 def describe_record(record: VariantRecord, registry: Registry, venv: Path) -> dict[str, Any]:
-    """What the registry says of a variant, as plain data; `venv` is where the store has it."""
+    """The facts of a definition as plain data; `venv` is the place of its environment."""
     key = record.current.key
     folder = registry.folder(record.env_id)
     return {

@@ -32,12 +32,12 @@ _KEEPS_PINS = ("create", "import")
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A generation that nobody has written yet, with its texts."""
+    """A generation that is not written yet, with its texts."""
 
     generation: Generation
     pyproject: str
     uv_lock: str
-    #: What uv said; empty where it was not asked.
+    #: uv's output; empty if a known lock was used.
     output: str = ""
     #: The variant whose lock was used again, if one was.
     same_lock: VariantRecord | None = None
@@ -92,10 +92,10 @@ class Resolver:
             number: of the generation.
             made_by: the operation.
             base_lock: the lock whose pins are kept where they can be; by default the user's own.
-            upgrade: names whose pins may move; none of them means all; None keeps all.
+            upgrade: names whose pins may move; an empty one means all; None keeps all pins.
 
         Raises:
-            ResolutionFailed: nothing satisfies it, or the user's own pins would have to move.
+            ResolutionFailed: no versions satisfy it, or pins of the user's lock would have to move.
             UvFailed, StorageFailed: uv could not work.
             InvalidPackages: the policy forbids what uv found.
         """

@@ -31,7 +31,7 @@ def serves(
     @functools.wraps(method)
     async def call(self: Any, **arguments: Any) -> T:
         asked = request_of(request, arguments)
-        await self.awake()
+        await self._awake()
         return await method(self, asked)  # type: ignore[arg-type]
 
     call.__doc__ = request.__doc__

@@ -40,7 +40,7 @@ class Statuses:
         return site_name(generation.platform, generation.target) != self.site
 
     def eligible(self, generation: Generation) -> list[Node]:
-        """The nodes that shall have it, also those that have not answered yet."""
+        """The nodes that shall have a generation, also nodes that have not answered yet."""
         need = Need.of(generation.definition)
         site = site_name(generation.platform, generation.target)
         fitting = [

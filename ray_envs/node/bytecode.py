@@ -121,7 +121,7 @@ async def _compile_folders(
         )
     )
     for each in ended:
-        # 1: a file is not Python of this version; wheels ship such files that nobody imports.
+        # 1: a file is not Python of this version; some wheels contain such files.
         if each.code not in (0, 1):
             raise UvFailed(
                 f"compileall ended with exit code {each.code}",

@@ -1,7 +1,7 @@
 """Makes one environment ready on one node: from uv's cache, from other nodes, from the index.
 
-In this order, each only for what the one before could not give. `agent` says when, and tells how
-far it is; `builder` runs uv; where anything lies is `store`'s business.
+Each source is used only for wheels that the one before does not have. `agent` decides when, `uv`
+runs the commands, `store` has the paths.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _RETRY_PAUSE_S = 1.0
 #: How uv reports ENOSPC; uv has no exit code for it, and may have freed the space again.
 _NO_SPACE = f"os error {errno.ENOSPC}"
 
-#: Told what is being done, and the last line about it.
+#: Called with the phase of a build, and the last line about it.
 Progress = Callable[[Phase, str], None]
 How = Literal["linked", "fetched", "built"]
 
 
 @dataclass(eq=False)
-class Maker:
+class Provisioning:
     """The builds of one node."""
 
     _settings: Settings
@@ -45,7 +45,7 @@ class Maker:
     _builder: Builder
     _exchange: Exchange
 
-    #: What some build gets just now; set when it has it.
+    #: Packages that a build is fetching; the event is set when it has them.
     _getting: dict[Installed, asyncio.Event] = field(default_factory=dict, init=False)
 
     async def make(
@@ -56,7 +56,7 @@ class Maker:
         Args:
             request: what to build.
             peers: nodes that have its wheels, in the order in which to ask them.
-            progress: told each step.
+            progress: called with each step.
 
         Raises:
             UvFailed, InvalidPackages, ResolutionFailed, StorageFailed: see `Builder.sync`.

@@ -34,7 +34,7 @@ from ray_envs.node.uv_cache import UvCache
 
 
 def missing(cache: UvCache, packages: Iterable[Installed]) -> list[Installed]:
-    """Those of `packages` whose very content uv would not find offline.
+    """The packages whose pinned content uv would not find offline.
 
     Raises:
         LockTimeout: the cache is being pruned for longer than it waits.
@@ -62,10 +62,10 @@ def receive(cache: UvCache, manifest: Manifest, chunks: Iterable[bytes]) -> None
 
 
 class Receiving:
-    """A wheel on its way into a uv cache, where all or nothing of it appears.
+    """A wheel that is being received; it appears in the uv cache completely or not at all.
 
     The cache is in use during the block, as it is while uv downloads. Several may receive the same
-    at once; what a killed process leaves, uv does not see, and goes with the next pruning.
+    at once. Uv does not see what a killed process leaves; the next pruning removes it.
 
     Args:
         cache: of this node.
@@ -151,7 +151,7 @@ class Receiving:
             if parent not in self._made:
                 os.makedirs(parent, exist_ok=True)
                 self._made.add(parent)
-            # Environments link to the files of an archive: nobody is to write into them.
+            # Environments link to the files of an archive: they must not be written.
             mode = 0o444 if ARCHIVE.match(file.path) else 0o644
             mode |= 0o111 if file.is_executable else 0
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

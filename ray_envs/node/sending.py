@@ -38,7 +38,7 @@ OTHER_SENDER = "take it from another node, or from the package index"
 
 
 def made_here() -> MadeFor:
-    """What this node can use, and what it makes."""
+    """The uv, Python and platform of this node's wheels."""
     return MadeFor(
         uv=".".join(uv_version().split(".")[:2]),
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -47,7 +47,7 @@ def made_here() -> MadeFor:
 
 
 def offers(cache: UvCache, packages: Iterable[Installed]) -> list[Wheel]:
-    """Those of `packages` that can be sent from here, complete and of the very content.
+    """The packages that this node can send, complete and with the pinned content.
 
     Raises:
         LockTimeout: the cache is being pruned for longer than it waits.
@@ -78,11 +78,11 @@ def offers(cache: UvCache, packages: Iterable[Installed]) -> list[Wheel]:
 
 
 def manifest(cache: UvCache, wheel: Wheel, *, chunk_bytes: int = CHUNK_BYTES) -> Manifest:
-    """What there is to send of one of the `offers`; hashed once in the life of the process.
+    """The manifest of one of the `offers`; files are hashed once in a process.
 
     Raises:
         LockTimeout: the cache is being pruned for longer than it waits.
-        StorageFailed: it is gone, or not as its own RECORD says: not to be sent.
+        StorageFailed: it has gone, or does not match its own RECORD.
     """
     with cache.in_use(), storage_errors(f"read {wheel} in uv's cache"):
         cached = cache.cached(wheel.package)
@@ -97,7 +97,7 @@ def manifest(cache: UvCache, wheel: Wheel, *, chunk_bytes: int = CHUNK_BYTES) ->
                 hashed.cache_clear()
                 raise StorageFailed(
                     f"{wheel} in uv's cache is damaged: {wrong}",
-                    hint="mend it with `ray-envs doctor --repair`",
+                    hint="repair it with `ray-envs doctor --repair`",
                 )
             files += below
         files += [packed(lead, cache.folder) for lead in cached.leads if not lead.is_symlink()]

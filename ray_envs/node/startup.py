@@ -14,7 +14,7 @@ from ray_envs.models import BuildRequest
 from ray_envs.settings import Settings
 from ray_envs.worker.hold import INSTALLED_AS
 
-#: What uv must not take over from the process that calls us: it names other projects and modes.
+#: Variables of this process that name other projects and modes: children must not inherit them.
 NOT_INHERITED = (
     "UV_PROJECT", "UV_PROJECT_ENVIRONMENT", "UV_WORKING_DIR", "UV_WORKING_DIRECTORY",
     "UV_FROZEN", "UV_LOCKED", "UV_NO_SYNC", "UV_ISOLATED", "UV_PYTHON", "UV_DEV", "UV_NO_DEV",

@@ -80,7 +80,7 @@ def packed(path: Path, cache: Path) -> PackedFile:
 
 
 def not_as_recorded(folder: Path, archive: str, files: Iterable[PackedFile]) -> str:
-    """What is wrong with an unpacked wheel by its own RECORD; "" if nothing is.
+    """The reason why an unpacked wheel does not match its RECORD; "" if it does.
 
     Args:
         folder: where it is.
@@ -102,7 +102,7 @@ def not_as_recorded(folder: Path, archive: str, files: Iterable[PackedFile]) -> 
                 coded = digest.removeprefix("sha256=")
                 wanted = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).hex()
                 if have.get(path) != wanted:
-                    return f"{path} is not as its RECORD says"
+                    return f"{path} does not match its RECORD"
     except FileNotFoundError:
         return "it has no RECORD"
     except (ValueError, IndexError, csv.Error, binascii.Error) as exc:

@@ -65,7 +65,7 @@ class UvCache:
         return found
 
     def cached(self, package: Installed) -> Cached | None:
-        """What there is of a package with the very content that its pin names, if it is complete.
+        """The entries of a package with its pinned content, if they are complete.
 
         Of what uv built from source, the source is left out: uv installs offline without it.
 
@@ -89,7 +89,7 @@ class UvCache:
         """A new folder for what shall be moved in during the block; see `move_in`.
 
         The cache is in use meanwhile (`in_use`), as it is while uv downloads. What a killed
-        process leaves of it goes with the next `forget`, `forget_unneeded` or `uv cache prune`.
+        process leaves is removed by the next `forget`, `forget_unneeded` or `uv cache prune`.
 
         Raises:
             LockTimeout, StorageFailed: as `in_use`.
@@ -149,7 +149,7 @@ class UvCache:
         """Keep everybody, uv too, from removing anything of the cache during the block.
 
         Raises:
-            LockTimeout: somebody is removing for longer than we wait.
+            LockTimeout: another process removes entries for longer than this waits.
             StorageFailed: the lock file cannot be made, or the file system has no flock.
         """
         with self._lock(fcntl.LOCK_SH):
@@ -164,7 +164,7 @@ class UvCache:
             archive: one of `archives`.
 
         Raises:
-            LockTimeout: uv works for longer than we wait.
+            LockTimeout: uv works for longer than this waits.
             StorageFailed: it cannot be removed.
         """
         if archive.parent.parent != self.folder or not archive.parent.match("archive-v*"):
@@ -178,8 +178,8 @@ class UvCache:
     def forget_unneeded(self, needed: Mapping[str, Collection[str]]) -> tuple[int, int]:
         """Drop the entries of every package and version that `needed` does not hold.
 
-        `uv cache prune` then removes the unpacked wheels that nothing leads to any more. What
-        cannot be told to be a certain package and version stays.
+        `uv cache prune` then removes unreferenced unpacked wheels. Entries of an unknown package or
+        version stay.
 
         Args:
             needed: the versions of each package that stay.
@@ -189,7 +189,7 @@ class UvCache:
             environment has a link to do not count.
 
         Raises:
-            LockTimeout: uv works for longer than we wait.
+            LockTimeout: uv works for longer than this waits.
             StorageFailed: something cannot be removed.
         """
         wanted = {
@@ -248,7 +248,7 @@ class UvCache:
             )
 
     def _let_go(self, archive: Path) -> None:
-        """Move `archive` away after all that leads to it: nothing ever leads nowhere."""
+        """Move `archive` away after its links and pointers: none may lead nowhere."""
         for pointer in list(pointers_to(self.folder, archive)):
             pointer.unlink(missing_ok=True)
         self._move_away(archive)
@@ -264,13 +264,13 @@ class UvCache:
             self._move_away(path)
 
     def _empty_trash(self) -> None:
-        """Delete what was moved away, by dead processes too; what stays is met again."""
+        """Delete what this and dead processes have moved away. Never raises."""
         for path in self.folder.glob(f"{_TRASH}*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _free_bytes(path: Path) -> int:
-    """The bytes of the files at or below `path` that nothing else has a link to."""
+    """The bytes of the files at or below `path` that have no other link."""
     total = 0
     below = (os.path.join(place, name) for place, _, files in os.walk(path) for name in files)
     for file in (str(path), *(() if path.is_symlink() else below)):

@@ -2,6 +2,10 @@
 
 In: the `ray_envs` field of a task's runtime_env. Out: a worker whose environment is ready, or the
 reason why it cannot be. Knows no actor of ours: it speaks with the node's agent through files.
+
+To change …                            go to
+what Ray calls before a worker starts  environment_plugin
+the files between plugin and agent     gate
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It lives in Ray's runtime-env agent of every node, one for all jobs of that node: a call that
 blocks would stop every environment, and an import that fails would keep the node from starting.
-So it knows Ray's plugin class and `gate`, nothing else of us. Our agent does the work.
+So it imports Ray's plugin class and `gate` only. Our agent does the work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TIMEOUT_S = 480.0
 #: Ray itself gives up after 600 s, three times, with its own reason in place of ours.
 _LONGEST_S = 540.0
 _POLL_S = 0.2
-#: An agent takes what was not renewed for a minute as asked by nobody.
+#: A request that is not renewed for a minute expires.
 _RENEW_S = 3.0
 #: Ray tries a failed setup twice more, a second apart; those must not wait again.
 _GIVEN_UP_S = 30.0
@@ -45,10 +45,10 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
 
     @staticmethod
     def validate(runtime_env_dict: dict[str, Any]) -> None:
-        """Nothing, if the runtime_env is none of our business or is as options() made it.
+        """Accept a runtime_env without our field, or with the field that options() made.
 
         Raises:
-            ValueError: somebody changed it.
+            ValueError: the field was changed.
         """
         try:
             wish_of(runtime_env_dict)
@@ -69,7 +69,7 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
         """Return when the environment is ready on this node.
 
         Raises:
-            RuntimeError: it cannot be had, or not in time; the text says why and what to do.
+            RuntimeError: it failed, or is not ready in time; with the reason and what to do.
         """
         wish = wish_of(runtime_env)
         if wish is not None:
@@ -128,7 +128,7 @@ async def _is_ready(gate: Gate, wish: Wish) -> bool:
 
 
 def _limit_s(runtime_env: Any) -> float:
-    """How long to wait: shorter than Ray would, which then gives no reason."""
+    """How long to wait: less than Ray, whose own time-out has no reason."""
     try:
         limit_s = float(os.environ.get(TIMEOUT_VARIABLE) or _TIMEOUT_S)
     except ValueError:

@@ -30,7 +30,7 @@ PLUGINS_VARIABLE = "RAY_RUNTIME_ENV_PLUGINS"
 
 #: The same as `models.Key`, which needs pydantic.
 _KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
-#: What was not asked for again so long is not asked for any more: who asked has died.
+#: A request that was not renewed for so long has expired: its worker has died.
 _ASKED_S = 60
 #: A refusal is forgotten after so long, as Ray forgets its own: numbers may begin anew.
 _REFUSED_S = 600
@@ -41,9 +41,9 @@ _MOST_BYTES = 2**16
 _MOST_OF_REASON = 10_000
 #: The same of a record, which names every package.
 _MOST_OF_RECORD = 2**24
-#: Its time stamp says when an agent looked last. No key has a dot.
+#: Its time stamp is the last look of an agent. No key has a dot.
 _SERVED = ".served"
-#: Begins each reason that a plugin gives, so that it is found in what Ray makes of it.
+#: The first letters of each reason, to find it in Ray's error text.
 _MARK = "ray_envs: "
 
 
@@ -60,7 +60,7 @@ class Wish:
 class Gate:
     """The files of one node: `wanted/<key>` asks, `wanted/<key>.refused` says no.
 
-    Any number of processes may ask for a key at once: the latest attempt counts, and who still
+    Several processes may ask for a key at once: the latest attempt counts, and a process that still
     waits asks again after another one has withdrawn.
     """
 
@@ -86,7 +86,7 @@ class Gate:
         _put(path, {"attempt": attempt})
 
     def withdraw(self, key: str) -> None:
-        """Ask no more; nothing, where nobody asked."""
+        """Withdraw a request, if there is one."""
         with suppress(OSError):
             self._asking_file(key).unlink()
 
@@ -114,9 +114,9 @@ class Gate:
     # -- the agent's side
 
     def asked(self) -> dict[str, int]:
-        """The latest attempt of every key that somebody waits for now.
+        """The latest attempt of every key that a worker waits for now.
 
-        Removes what dead processes left. A root that cannot be read asks for nothing.
+        Removes the requests of dead processes. A root that cannot be read has none.
         """
         found: dict[str, int] = {}
         with suppress(OSError):
@@ -134,14 +134,14 @@ class Gate:
         with suppress(OSError):  # withdrawn meanwhile
             lasts_s = _REFUSED_S if entry.name.endswith(_REFUSED) else _ASKED_S
             if not _is_recent(entry.stat().st_mtime, lasts_s):
-                os.unlink(entry.path)  # who waits all the same writes it again
+                os.unlink(entry.path)  # a process that still waits writes it again
             elif _KEY.fullmatch(entry.name):
                 attempt = _attempt_in(_read(Path(entry.path)))
                 return attempt if attempt >= 0 else None
         return None
 
     def refuse(self, key: str, attempt: int, reason: str) -> None:
-        """Fail all who wait for this attempt or an earlier one, with `reason`.
+        """Fail all workers that wait for this attempt or an earlier one, with `reason`.
 
         Raises:
             InvalidId: `key` is none.
@@ -153,7 +153,7 @@ class Gate:
         _put(path, {"attempt": later, "reason": reason[:_MOST_OF_REASON], "at": time.time()})
 
     def clear(self, key: str) -> None:
-        """Forget who asked for `key` and that it was refused."""
+        """Forget the requests for `key`, and that it was refused."""
         for path in (self._asking_file(key), self._refusal_file(key)):
             with suppress(OSError):
                 path.unlink()

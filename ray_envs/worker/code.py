@@ -109,7 +109,7 @@ def use_code(folder: str | None) -> None:
     if folder is not None:
         import importlib
 
-        # Behind the environment, before the driver's folders: those may hold another copy.
+        # Behind the environment, but before the driver's folders, which may hold another copy.
         own_places = [n for n, path in enumerate(sys.path) if not is_foreign(path)]
         sys.path.insert(own_places[-1] + 1 if own_places else 0, folder)
         importlib.invalidate_caches()

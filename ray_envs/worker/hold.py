@@ -15,7 +15,7 @@ hold_fd: int | None = None
 
 
 def take_hold() -> None:
-    """Take the shared lock that says that this environment is in use, until the process ends.
+    """Take the shared lock that shows that this environment is in use, until the process ends.
 
     The lock belongs to the open file, so a forked child keeps it and `kill -9` drops it. Exits the
     process where a collector holds the exclusive lock: the files are about to go away, and a
@@ -65,9 +65,9 @@ def _renew(hold: str, pid: int) -> None:
 
 
 def shared_lock(fd: int) -> bool:
-    """Take a shared lock on `fd`; False where somebody keeps the exclusive one.
+    """Take a shared lock on `fd`; False if another process keeps the exclusive one.
 
-    Whoever only looks whether an environment is held has it for an instant: so, a few tries.
+    A process that only looks has the exclusive lock for an instant: so, try several times.
     """
     import fcntl
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 def current_folder() -> str | None:
     try:
         return os.getcwd()
-    except OSError:  # removed by somebody
+    except OSError:  # it was removed
         return None
 
 
