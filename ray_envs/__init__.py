@@ -8,8 +8,8 @@ A folder is a process. It imports only from the folders below it:
     disk        files and child processes       decisions   pure functions
     worker      workers of prepared environments
 
-Here are the words that all share: `verbs` (what the manager can be asked), `models`, `batch_models`,
-`validation`, `events`, `settings`, `errors`; and `testing`, a fake uv for tests.
+Here are the words that all share: `verbs` (what the manager can be asked), `models`,
+`batch_models`, `validation`, `events`, `settings`, `errors`; and `testing`, a fake uv for tests.
 """
 
 from __future__ import annotations

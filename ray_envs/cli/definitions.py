@@ -13,6 +13,7 @@ from ray_envs.cli.arguments import (
     json_option,
     replace_option,
     variant_argument,
+    verb_option,
 )
 from ray_envs.cli.printing import put, put_change, put_json, say
 from ray_envs.cli.waiting import open_provider, wait_for, watch
@@ -20,6 +21,7 @@ from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.models import EnvId, EnvSpec
 from ray_envs.settings import Settings, cut_off
 from ray_envs.validation import validated
+from ray_envs.verbs import DeleteEnv
 
 
 @click.command()
@@ -142,9 +144,7 @@ def pin(variant: str, off: bool, as_json: bool) -> None:
 
 @click.command()
 @variant_argument
-@click.option(
-    "--force", is_flag=True, help="Also while it is in use. Running tasks keep their environment."
-)
+@verb_option(DeleteEnv, "force")
 @dry_run_option
 @json_option
 def delete(variant: str, force: bool, dry_run: bool, as_json: bool) -> None:

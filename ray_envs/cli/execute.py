@@ -12,8 +12,7 @@ from ray_envs.errors import EnvironmentNotReady, InvalidInput
 
 
 @click.command(
-    name="exec",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 @variant_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

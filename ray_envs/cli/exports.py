@@ -16,6 +16,7 @@ from ray_envs.cli.arguments import (
     record_of,
     replace_option,
     variant_argument,
+    verb_option,
 )
 from ray_envs.cli.printing import put, put_json, say
 from ray_envs.cli.waiting import open_provider, wait_for, watch
@@ -23,6 +24,7 @@ from ray_envs.errors import InvalidInput
 from ray_envs.models import Definition, EnvId, EnvSpec
 from ray_envs.settings import Settings
 from ray_envs.validation import validated
+from ray_envs.verbs import ExportEnv
 
 
 @click.command()
@@ -34,7 +36,7 @@ from ray_envs.validation import validated
     default="project",
     help="A project for `import` and uv (the default), requirements with hashes, or pylock.toml.",
 )
-@click.option("--generation", type=click.IntRange(min=1), help="Default: the current one.")
+@verb_option(ExportEnv, "generation", type=click.IntRange(min=1))
 @click.option("--to", "folder", type=click.Path(path_type=Path), help="The folder to write into.")
 @click.option(
     "--bundle",
@@ -123,8 +125,7 @@ def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
             write_atomically(folder / name, text)
     except OSError as exc:
         raise InvalidInput(
-            f"cannot write to {folder}: {exc.strerror or exc}",
-            hint="give another folder with --to",
+            f"cannot write to {folder}: {exc.strerror or exc}", hint="give another folder with --to"
         ) from exc
 
 
@@ -132,9 +133,7 @@ def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
 @variant_argument
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    help="A file of `export --bundle`, instead of DIR.",
+    "--bundle", type=click.Path(path_type=Path), help="A file of `export --bundle`, instead of DIR."
 )
 @replace_option
 @dry_run_option

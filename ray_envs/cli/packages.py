@@ -17,10 +17,12 @@ from ray_envs.cli.arguments import (
     record_of,
     requirements,
     variant_argument,
+    verb_option,
 )
 from ray_envs.cli.printing import Answer, complain, put, put_change, put_rows, say
 from ray_envs.cli.waiting import in_background, open_provider, wait_for, watch
 from ray_envs.errors import RayEnvsError
+from ray_envs.verbs import RollbackEnv
 
 if TYPE_CHECKING:
     from ray_envs.client.provider import RayEnvironmentProvider
@@ -91,7 +93,7 @@ def remove(
 
 @click.command()
 @variant_argument
-@click.option("--to", type=click.IntRange(min=1), help="A generation. Default: the previous one.")
+@verb_option(RollbackEnv, "to", type=click.IntRange(min=1))
 @dry_run_option
 @json_option
 def rollback(variant: str, to: int | None, dry_run: bool, as_json: bool) -> None:

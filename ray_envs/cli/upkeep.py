@@ -14,6 +14,7 @@ from ray_envs.cli.arguments import (
     json_option,
     optional_variant,
     variant_argument,
+    verb_option,
 )
 from ray_envs.cli.printing import (
     KEY_SHOWN,
@@ -29,18 +30,15 @@ from ray_envs.cli.printing import (
 )
 from ray_envs.cli.waiting import open_provider, wait_for
 from ray_envs.errors import from_dict
+from ray_envs.verbs import Cleanup, Doctor
 
 _UNHEALTHY = 1
 
 
 @click.command()
 @dry_run_option
-@click.option("--idle-hours", type=Hours(), help="Hours without use. Default: RAY_ENVS_IDLE_HOURS.")
-@click.option(
-    "--include-current",
-    is_flag=True,
-    help="Also those of variants that are not pinned. They are built again on demand.",
-)
+@verb_option(Cleanup, "idle_hours", type=Hours())
+@verb_option(Cleanup, "include_current")
 @json_option
 def gc(dry_run: bool, idle_hours: float | None, include_current: bool, as_json: bool) -> None:
     """Delete unused environments. Shows why each remaining one is kept.
@@ -126,7 +124,7 @@ def _why(state: Mapping[str, Any]) -> str:
 
 @click.command()
 @optional_variant
-@click.option("--repair", is_flag=True, help="Repair damaged environments and build missing ones.")
+@verb_option(Doctor, "repair")
 @json_option
 def doctor(variant: str | None, repair: bool, as_json: bool) -> int:
     """Check the nodes and all environments, or that of VARIANT.

@@ -16,10 +16,7 @@ from typing import Any
 from ray_envs import worker
 from ray_envs.cluster import actor_shell, bare_node
 from ray_envs.cluster.connecting import NAMESPACE, UV_RUN_HOOK, is_client
-from ray_envs.errors import (
-    ManagerUnavailable,
-    from_dict,
-)  # fmt: skip
+from ray_envs.errors import ManagerUnavailable, from_dict  # fmt: skip
 
 MANAGER = "EnvManager"
 #: How long the helper that starts the manager may take; a cold Ray import alone takes seconds.
@@ -31,12 +28,7 @@ _OF_THE_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_CLIENT_", "RAY_OVERRIDE_", "P
 
 
 def actor_class(cls: type, *, version: str | None = None) -> Any:
-    """`cls` as a Ray actor: see `actor_shell.actor_shell`; `unwrapped` turns its errors back.
-
-    Args:
-        cls: an importable class.
-        version: given, the actor's node may lack ray_envs of it: see `bare_node.node_shell`.
-    """
+    """`cls` as a Ray actor: see `actor_shell.actor_shell`; `unwrapped` turns its errors back."""
     import ray
 
     verbs = [

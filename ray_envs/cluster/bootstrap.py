@@ -126,12 +126,7 @@ def _canonical(name: str) -> str:
 
 
 def warn_of_bare(nodes: Mapping[str, Mapping[str, Any]], *, stacklevel: int) -> None:
-    """Warn, once in a process, of each node that gets no environment, with the line that helps.
-
-    Args:
-        nodes: as `EnvManager.describe` tells of them.
-        stacklevel: of `warnings.warn`, as its caller would give it.
-    """
+    """Warn, once in a process, of each node that gets no environment, with the line that helps."""
     texts = [_named(name, node) for name, node in sorted(nodes.items()) if node["error"]]
     fresh = [text for text in texts if text not in _said]
     _said.update(fresh)

@@ -7,10 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from ray_envs.errors import (
-    ManagerUnavailable,
-    from_dict,
-)  # fmt: skip
+from ray_envs.errors import ManagerUnavailable, from_dict  # fmt: skip
 
 Call = Callable[..., Awaitable[Any]]
 #: Time limits of verbs: of one that only reads or notes something (besides the time that it is
@@ -43,12 +40,6 @@ async def answered(
     is_alive: Callable[[], Awaitable[object]] | None = None,
 ) -> Any:
     """What an actor answers within `within_s` seconds; with `is_alive`, whenever it answers.
-
-    Args:
-        asked: the answer to come.
-        who: the actor, in words.
-        within_s: how long one that answers at all may take.
-        is_alive: asks the actor something short; its answer gives the other one more time.
 
     Raises:
         ManagerUnavailable: it did not answer: its process may be stopped, or have no share of a

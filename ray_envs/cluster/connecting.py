@@ -11,10 +11,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
-from ray_envs.errors import (
-    InvalidInput,
-    ManagerUnavailable,
-)  # fmt: skip
+from ray_envs.errors import InvalidInput, ManagerUnavailable  # fmt: skip
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, with_plugin
 
 #: The namespace of Ray that holds our actors.

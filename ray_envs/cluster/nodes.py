@@ -16,10 +16,7 @@ from ray_envs.cluster import bootstrap
 from ray_envs.cluster.actors import actor_class
 from ray_envs.cluster.calls import Call, in_time, unwrapped
 from ray_envs.cluster.connecting import NAMESPACE
-from ray_envs.errors import (
-    RayEnvsError,
-    WrongEnvironment,
-)  # fmt: skip
+from ray_envs.errors import RayEnvsError, WrongEnvironment  # fmt: skip
 from ray_envs.settings import Settings
 
 #: How long a node that lacks ray_envs is left alone: each look there starts a process.

@@ -7,10 +7,7 @@ from typing import Any
 
 from ray_envs.cluster.calls import Call, unwrapped
 from ray_envs.cluster.connecting import NAMESPACE
-from ray_envs.errors import (
-    ManagerUnavailable,
-    RayEnvsError,
-)  # fmt: skip
+from ray_envs.errors import ManagerUnavailable, RayEnvsError  # fmt: skip
 
 
 class RayPeers:

@@ -53,13 +53,7 @@ def redacted(text: str) -> str:
 
 
 def check_credentials(text: str, error: _Error, *, where: str) -> None:
-    """Raise `error` if a URL in `text` has a user name, password or token; do not repeat it.
-
-    Args:
-        text: a requirement, or a value of a project file.
-        error: the class to raise.
-        where: the file or option that holds it, for messages.
-    """
+    """Raise `error` if a URL in `text` has a user name, password or token; do not repeat it."""
     is_secret = "://" in text and _SECRET_PARAMETER.search(text) is not None
     for scheme, authority in _URL.findall(text):
         user, has_user, host = authority.rpartition("@")

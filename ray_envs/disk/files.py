@@ -74,12 +74,6 @@ def is_file(path: Path) -> bool:
 def check_folder(folder: Path, what: str, *, where: str, if_file: str = "name a folder") -> None:
     """Raise an error if `folder` is not a folder.
 
-    Args:
-        folder: what is named.
-        what: how the message calls it, as in "the project folder".
-        where: the file, table or option that names it.
-        if_file: the hint for a name that leads to a file.
-
     Raises:
         InvalidInput: there is none, or it is no folder.
     """

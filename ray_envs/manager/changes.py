@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_envs.decisions import edits
-from ray_envs.errors import (
-    AlreadyExists,
-    EnvironmentInUse,
-    InvalidInput,
-    StorageFailed,
-)
+from ray_envs.errors import AlreadyExists, EnvironmentInUse, InvalidInput, StorageFailed
 from ray_envs.events import EventKind
 from ray_envs.manager.operations import Operations
 from ray_envs.manager.reconciler import Reconciler

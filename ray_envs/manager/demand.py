@@ -25,11 +25,7 @@ class _Kept(Model):
 
 
 class Wishes:
-    """The wishes of one cluster, by environment key.
-
-    Args:
-        path: the file that keeps them; None to keep them in this process only.
-    """
+    """The wishes of one cluster, by environment key."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path

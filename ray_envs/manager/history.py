@@ -106,11 +106,8 @@ class History:
     """The events and operations of one root, for as long as `keep_s` seconds.
 
     Opened at the first use, by any thread. Methods that write raise no error of the storage:
-    `problem` has it, and the next call tries again. Methods that read create no file.
-
-    Args:
-        path: the file; see `Database`.
-        keep_s: how old an event or an ended operation becomes before `prune` deletes it.
+    `problem` has it, and the next call tries again. Methods that read raise `StorageFailed`, and
+    create no file.
     """
 
     def __init__(self, path: Path, *, keep_s: float) -> None:
@@ -173,11 +170,7 @@ class History:
         return self._database.read(select) or ([], since)
 
     def last_number(self) -> int:
-        """The number of the last event that was ever recorded here; 0 before the first.
-
-        Raises:
-            StorageFailed: the history cannot be read.
-        """
+        """The number of the last event that was ever recorded here; 0 before the first."""
         return self._database.read(_last_number) or 0
 
     # -- operations
@@ -196,11 +189,7 @@ class History:
         self._database.write(lambda connection: connection.execute(_PUT_OPERATION, row))
 
     def operation(self, operation_id: str) -> Operation | None:
-        """The operation of that id, or None where there is none.
-
-        Raises:
-            StorageFailed: the history cannot be read.
-        """
+        """The operation of that id, or None where there is none."""
 
         def select(connection: sqlite3.Connection) -> list[Operation]:
             query = "SELECT * FROM operations WHERE operation_id = ?"
@@ -209,11 +198,7 @@ class History:
         return next(iter(self._database.read(select) or ()), None)
 
     def running(self) -> list[Operation]:
-        """The operations whose end was not stored, the newest first.
-
-        Raises:
-            StorageFailed: the history cannot be read.
-        """
+        """The operations whose end was not stored, the newest first."""
         # A negative limit is none, for SQLite.
         return self._operations(_filters(status=OperationStatus.RUNNING), limit=-1, offset=0)[0]
 

@@ -270,11 +270,7 @@ class Inspector:
 
 def _about(env_id: EnvId, made: Generation, row: Mapping[str, Any]) -> dict[str, str]:
     """The ids of an event about an environment on a node."""
-    return {
-        "variant_id": str(env_id),
-        "key": made.key,
-        "node_id": row["node_id"],
-    }
+    return {"variant_id": str(env_id), "key": made.key, "node_id": row["node_id"]}
 
 
 def _row(node_id: str) -> dict[str, Any]:

@@ -22,11 +22,7 @@ _SHAPE = TypeAdapter(dict[str, Holders])
 
 
 class Leases:
-    """The leases of one root, by environment key.
-
-    Args:
-        path: the file that keeps them.
-    """
+    """The leases of one root, by environment key."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,12 +56,7 @@ class Leases:
         return {holder for holders in self._all().values() for holder in holders}
 
     def end(self, dead: Iterable[str], kept_keys: Iterable[str] = ()) -> list[str]:
-        """End the leases of `dead` (`session/job`); returns the keys without a lease now.
-
-        Args:
-            dead: the jobs that have ended.
-            kept_keys: keys that a detached actor was given: its restart needs them.
-        """
+        """End the leases of `dead` (`session/job`); returns the keys without a lease now."""
         leases, keep, gone = self._all(), set(kept_keys), set(dead)
         freed, is_changed = [], False
         for key, holders in list(leases.items()):

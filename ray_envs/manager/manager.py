@@ -282,8 +282,7 @@ class EnvManager:
     async def sync_env(self, asked: verbs.SyncEnv) -> Answer:
         env_id = EnvId.parse(asked.variant_id)
         return await self._sharing.once(
-            asked,
-            lambda: self._parts.inspector.sync(env_id, self._changes, dry_run=asked.dry_run),
+            asked, lambda: self._parts.inspector.sync(env_id, self._changes, dry_run=asked.dry_run)
         )
 
     @serves

@@ -117,12 +117,7 @@ class Change:
 
 
 class Operations:
-    """The operations and events of one root.
-
-    Args:
-        settings: how long a lock is waited for, and how long history is kept.
-        registry: whose variants are locked.
-    """
+    """The operations and events of one root."""
 
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self._settings = settings

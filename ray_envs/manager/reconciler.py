@@ -105,11 +105,7 @@ class Reconciler:
     # -- the loop ---------------------------------------------------------------------------
 
     async def awake(self, chore: Callable[[], Any]) -> None:
-        """Start the loop with the first verb: an actor's constructor has no running loop.
-
-        Args:
-            chore: called at each turn of the loop.
-        """
+        """Start the loop with the first verb: an actor's constructor has no running loop."""
         if self._loop_task is None:
             self._variants.wishes.load()
             self.reload()

@@ -34,6 +34,8 @@ class Registry:
 
     Layout: `envs/{workflow}_{node}[_{version}]/` with `metadata.json`, `pyproject.toml` and
     `uv.lock` of the current generation, and `generations/N/` with the same of every generation.
+
+    Methods raise `StorageFailed` for what cannot be read or written; the latter changes nothing.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -59,12 +61,7 @@ class Registry:
         )
 
     def get(self, env_id: EnvId) -> VariantRecord | None:
-        """The definition of `env_id`, or None where there is none.
-
-        Raises:
-            StorageFailed: it is there but cannot be read, or the folder belongs to another id
-                (on file systems that do not tell upper case from lower case).
-        """
+        """The definition of `env_id`, or None where there is none."""
         record = self._read(self.folder(env_id) / _METADATA)
         if record is not None and record.env_id != env_id:
             raise StorageFailed(
@@ -74,11 +71,7 @@ class Registry:
         return record
 
     def all(self, *, damaged: list[StorageFailed] | None = None) -> list[VariantRecord]:
-        """Every definition under the root that can be read, by its id.
-
-        Args:
-            damaged: receives an error for each definition that cannot be read.
-        """
+        """Every definition under the root that can be read, by its id."""
         found = []
         for folder in self.stamps():
             try:
@@ -110,11 +103,7 @@ class Registry:
         return _stamp(os.path.join(self._envs, env_id.folder))
 
     def keys_in(self, folder: str) -> set[str]:
-        """The keys of all generations in the folder of that name, as far as they can be read.
-
-        Raises:
-            StorageFailed: one cannot be read.
-        """
+        """The keys of all generations in the folder of that name, as far as they can be read."""
         found = set()
         for path in sorted((self._envs / folder / "generations").glob("*/generation.json")):
             with storage_errors(f"read {path}"):
@@ -136,19 +125,11 @@ class Registry:
         return {name: stamp for name, stamp in folders if stamp}
 
     def read(self, folder: str) -> VariantRecord | None:
-        """The definition in the folder of that name.
-
-        Raises:
-            StorageFailed: it cannot be read.
-        """
+        """The definition in the folder of that name."""
         return self._read(f"{self._envs}/{folder}/{_METADATA}")
 
     def lock_text(self, env_id: EnvId, number: int) -> tuple[str, str]:
-        """The pyproject.toml and uv.lock of one generation.
-
-        Raises:
-            StorageFailed: they cannot be read.
-        """
+        """The pyproject.toml and uv.lock of one generation."""
         folder = self._place(env_id, number)
         with storage_errors(f"read generation {number} of {env_id}"):
             return (
@@ -157,11 +138,7 @@ class Registry:
             )
 
     def generation(self, env_id: EnvId, number: int) -> Generation:
-        """One generation of `env_id`, whether it is the current one or not.
-
-        Raises:
-            StorageFailed: it cannot be read.
-        """
+        """One generation of `env_id`, whether it is the current one or not."""
         path = self._place(env_id, number) / "generation.json"
         with storage_errors(f"read generation {number} of {env_id}"):
             text = path.read_bytes()
@@ -187,11 +164,7 @@ class Registry:
         uv_lock: str,
         same_lock: VariantRecord | None = None,
     ) -> VariantRecord:
-        """Make `generation` the current one of `env_id` at once: `stage`, then `switch`.
-
-        Raises:
-            StorageFailed: it could not be written; what was before is unchanged.
-        """
+        """Make `generation` the current one of `env_id` at once: `stage`, then `switch`."""
         self.stage(env_id, generation, pyproject=pyproject, uv_lock=uv_lock, same_lock=same_lock)
         try:
             return self.switch(env_id, generation, pyproject=pyproject, uv_lock=uv_lock)
@@ -220,9 +193,6 @@ class Registry:
             uv_lock: the text of the lock.
             same_lock: a variant whose current generation has the same lock: its file is linked,
                 so that many variants of one lock cost the disk of one.
-
-        Raises:
-            StorageFailed: it could not be written; what was before is unchanged.
         """
         before = self.get(env_id)  # refuses a folder that holds another id
         place = self._place(env_id, generation.number)
@@ -265,11 +235,7 @@ class Registry:
     def switch(
         self, env_id: EnvId, generation: Generation, *, pyproject: str, uv_lock: str
     ) -> VariantRecord:
-        """Make a complete generation the current one, in one step; the caller holds the lock.
-
-        Raises:
-            StorageFailed: it could not be written; the definition is as it was.
-        """
+        """Make a complete generation the current one, in one step; the caller holds the lock."""
         before = self.get(env_id)
         now = datetime.now(timezone.utc)
         numbers = before.numbers if before else ()
@@ -287,11 +253,7 @@ class Registry:
         return record
 
     def point_to(self, record: VariantRecord) -> None:
-        """Make an earlier state of a definition the current one; its generation is complete.
-
-        Raises:
-            StorageFailed: it could not be written; the definition is as it was.
-        """
+        """Make an earlier state of a definition the current one; its generation is complete."""
         self._write(record, *self.lock_text(record.env_id, record.current.number))
 
     def pin(self, record: VariantRecord, *, is_pinned: bool) -> VariantRecord:
@@ -309,11 +271,7 @@ class Registry:
             self._copy(record.env_id, pyproject, uv_lock)
 
     def write_copies(self, record: VariantRecord) -> None:
-        """Copy the texts of the current generation beside the definition, for people.
-
-        Raises:
-            StorageFailed: they cannot be written; the definition holds all the same.
-        """
+        """Copy the texts of the current generation beside the definition, for people."""
         self._copy(record.env_id, *self.lock_text(record.env_id, record.current.number))
 
     def clear_halves(self, env_id: EnvId) -> None:

@@ -75,13 +75,7 @@ def wired(settings: Settings, cluster: Nodes) -> Parts:
             )
 
     wishes = Wishes(settings.root / "wishes.json" if cluster.address() else None)
-    fleet = Fleet(
-        cluster,
-        settings.to_environment(),
-        on_node,
-        on_final,
-        wishes.outdate,
-    )
+    fleet = Fleet(cluster, settings.to_environment(), on_node, on_final, wishes.outdate)
     variants, views = Variants(settings, registry, wishes), Views()
     store, site = Store(settings), site_name(platform.name, target)
     statuses = Statuses(variants, fleet, views, registry, store, site)

@@ -113,13 +113,6 @@ def write_bundle(
 ) -> None:
     """Write a bundle to `path`, completely or not at all; a file there is replaced.
 
-    Args:
-        path: the file.
-        cache: the uv cache that the wheels are in.
-        manifests: the wheels, each from `sending.manifest`.
-        files: the texts of the project, by file name.
-        ray: the version of Ray that the environment holds.
-
     Raises:
         LockTimeout: the cache is being pruned for longer than it waits.
         StorageFailed: it cannot be written, or a wheel has gone.

@@ -41,24 +41,12 @@ def without_bytecode(site_packages: Path, *, before: float) -> list[str]:
 
 
 async def compile_wheels(
-    cache: Path,
-    site_packages: Path,
-    dist_infos: Iterable[str],
-    *,
-    python: str,
-    settings: Settings,
+    cache: Path, site_packages: Path, dist_infos: Iterable[str], *, python: str, settings: Settings
 ) -> bool:
     """Byte-compile, in uv's cache, the wheels that these dist-info folders were linked from.
 
     The caller holds the node's compile lock. As `unchecked-hash`: by time stamp, byte-code is
     worthless where uv copies instead of linking.
-
-    Args:
-        cache: uv's cache folder.
-        site_packages: of the environment that was linked from it.
-        dist_infos: the result of `without_bytecode`.
-        python: the interpreter that the byte-code is for.
-        settings: time-out and niceness.
 
     Returns:
         Whether the cache had all of them: where uv cannot cache a wheel (some local builds), there

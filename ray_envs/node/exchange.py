@@ -46,12 +46,7 @@ class Peers(Protocol):
 
 
 class Exchange:
-    """The wheels of one node's uv cache, given to other nodes and taken from them.
-
-    Args:
-        cache: of this node.
-        peers: how other nodes are reached.
-    """
+    """The wheels of one node's uv cache, given to other nodes and taken from them."""
 
     def __init__(self, cache: UvCache, peers: Peers) -> None:
         self._cache = cache

@@ -35,13 +35,7 @@ _TOLD = 50
 
 
 class Maintenance:
-    """Keeps the environments of one node whole.
-
-    Args:
-        settings: the node's.
-        store: its environments.
-        builder: its uv.
-    """
+    """Keeps the environments of one node whole."""
 
     def __init__(self, settings: Settings, store: Store, builder: Builder) -> None:
         self._settings = settings
@@ -63,10 +57,6 @@ class Maintenance:
 
     async def collect(self, key: str, *, planned: EnvUse) -> int:
         """Remove an environment; returns the bytes that were freed.
-
-        Args:
-            key: the environment.
-            planned: what the plan to remove it was made from.
 
         Raises:
             EnvironmentInUse: a process holds it, or it was used or built since.

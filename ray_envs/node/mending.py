@@ -37,11 +37,6 @@ def mend(
     the cache is used only if it matches its RECORD completely; else it is forgotten. Modules
     get its byte-code, or none where it has none. Extra files stay.
 
-    Args:
-        site_packages: the folder of the environment.
-        damage: the result of `inspect`, or a part of it.
-        cache: the cache that the environment was linked from.
-
     Returns:
         What is still damaged, and the packages that uv must fetch into the cache (with a sync of
         a scratch environment) before another call can repair more. What is damaged and is no file
@@ -76,11 +71,6 @@ def sharers(site_packages: Path, damage: Iterable[Damage], others: Iterable[Path
     """The environments in `others` that share a changed file, and so the damage.
 
     Call it before `mend`, which gives the repaired one a file of its own.
-
-    Args:
-        site_packages: the folder of the environment that is damaged.
-        damage: the result of `inspect`.
-        others: the site-packages folders of other environments.
     """
     # What belongs to no package is not from the cache: all environments share their base Python.
     changed = {each.path for each in damage if each.kind == "changed" and each.package}

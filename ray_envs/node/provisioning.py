@@ -53,11 +53,6 @@ class Provisioning:
     ) -> EnvRecord:
         """Build at the final place; the caller holds the key's lock and found no record.
 
-        Args:
-            request: what to build.
-            peers: nodes that have its wheels, in the order in which to ask them.
-            progress: called with each step.
-
         Raises:
             UvFailed, InvalidPackages, ResolutionFailed, StorageFailed: see `Builder.sync`.
         """

@@ -1,5 +1,7 @@
 """Sends wheels of this node's uv cache, with their byte-code, in pieces.
 
+Raises `StorageFailed` for what has gone or is damaged, `LockTimeout` while the cache is pruned.
+
 Here is no Ray: `exchange` moves the bytes, `bundles` keeps them in a file, `packs` describes them.
 """
 
@@ -11,14 +13,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable
 
-from ray_envs.decisions.packs import (
-    CHUNK_BYTES,
-    Lead,
-    MadeFor,
-    Manifest,
-    PackedFile,
-    Wheel,
-)
+from ray_envs.decisions.packs import CHUNK_BYTES, Lead, MadeFor, Manifest, PackedFile, Wheel
 from ray_envs.disk.files import storage_errors
 from ray_envs.errors import StorageFailed
 from ray_envs.models import Installed
@@ -47,12 +42,7 @@ def made_here() -> MadeFor:
 
 
 def offers(cache: UvCache, packages: Iterable[Installed]) -> list[Wheel]:
-    """The packages that this node can send, complete and with the pinned content.
-
-    Raises:
-        LockTimeout: the cache is being pruned for longer than it waits.
-        StorageFailed: it cannot be read.
-    """
+    """The packages that this node can send, complete and with the pinned content."""
     here, found = made_here(), []
     with cache.in_use(), storage_errors("read uv's cache"):
         for package in packages:
@@ -78,12 +68,7 @@ def offers(cache: UvCache, packages: Iterable[Installed]) -> list[Wheel]:
 
 
 def manifest(cache: UvCache, wheel: Wheel, *, chunk_bytes: int = CHUNK_BYTES) -> Manifest:
-    """The manifest of one of the `offers`; files are hashed once in a process.
-
-    Raises:
-        LockTimeout: the cache is being pruned for longer than it waits.
-        StorageFailed: it has gone, or does not match its own RECORD.
-    """
+    """The manifest of one of the `offers`; files are hashed once in a process."""
     with cache.in_use(), storage_errors(f"read {wheel} in uv's cache"):
         cached = cache.cached(wheel.package)
         archives = [within(cache, path) for path in cached.archives] if cached else []
@@ -118,22 +103,14 @@ def manifest(cache: UvCache, wheel: Wheel, *, chunk_bytes: int = CHUNK_BYTES) ->
 
 
 def read_chunk(cache: UvCache, manifest: Manifest, number: int) -> bytes:
-    """The piece `number`, from 0, of the stream; in any order, and read from the files themselves.
-
-    Raises:
-        StorageFailed: a file is gone or has become shorter.
-    """
+    """The piece `number`, from 0, of the stream; in any order, and read from the files themselves."""
     if not 0 <= number < manifest.chunk_count:
         raise ValueError(f"{manifest.wheel} has no piece {number}")
     return read_range(cache, manifest, number * manifest.chunk_bytes, manifest.chunk_bytes)
 
 
 def read_range(cache: UvCache, manifest: Manifest, offset: int, size: int) -> bytes:
-    """`size` bytes of the stream from `offset` on; fewer at its end.
-
-    Raises:
-        StorageFailed: a file is gone or has become shorter.
-    """
+    """`size` bytes of the stream from `offset` on; fewer at its end."""
     size = min(size, manifest.offsets[-1] - offset)
     index = bisect_right(manifest.offsets, offset) - 1
     parts: list[bytes] = []

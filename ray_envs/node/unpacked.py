@@ -14,9 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from ray_envs.decisions.packs import (
-    PackedFile,
-)
+from ray_envs.decisions.packs import PackedFile
 from ray_envs.node.bytecode import marker_name
 from ray_envs.node.uv_cache import UvCache
 
@@ -80,13 +78,7 @@ def packed(path: Path, cache: Path) -> PackedFile:
 
 
 def not_as_recorded(folder: Path, archive: str, files: Iterable[PackedFile]) -> str:
-    """The reason why an unpacked wheel does not match its RECORD; "" if it does.
-
-    Args:
-        folder: where it is.
-        archive: what the paths of `files` begin with.
-        files: its files, hashed.
-    """
+    """The reason why an unpacked wheel does not match its RECORD; "" if it does."""
     infos = list(folder.glob("*.dist-info"))
     if len(infos) != 1:
         return f"it has {len(infos)} dist-info folders"

@@ -46,7 +46,8 @@ def holders(file: Path) -> list[int]:
     """The processes that have `file` open, as far as the kernel shows them.
 
     /proc/locks names the process that took a lock, not a child that inherited it from a dead
-    parent. So the open descriptors count. Those of other users are hidden; for them, /proc/locks is used.
+    parent. So the open descriptors count. For those of other users, which are hidden, /proc/locks
+    is used.
     """
     takers: list[str] = []
     with suppress(OSError):

@@ -179,12 +179,6 @@ class Builder:
     ) -> str:
         """What the lock in `project` pins, in a form that other tools read; the same every time.
 
-        Args:
-            project: the folder with pyproject.toml and uv.lock.
-            extras: of the project, as for the environment.
-            groups: of the project; the cluster's Ray is always there.
-            format: a requirements file with hashes, or a pylock.toml (PEP 751).
-
         Raises:
             UvFailed: uv ended with an error.
         """
@@ -294,7 +288,5 @@ def _selection(extras: Iterable[str], groups: Iterable[str]) -> list[str]:
 
 def _failed(command: str, ended: Ended, *, hint: str = _INDEX_HINT) -> UvFailed:
     return UvFailed(
-        f"{command} ended with exit code {ended.code}",
-        detail=last_words(ended.output),
-        hint=hint,
+        f"{command} ended with exit code {ended.code}", detail=last_words(ended.output), hint=hint
     )

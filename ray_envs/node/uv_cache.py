@@ -1,6 +1,7 @@
 """Changes uv's cache: moves wheels in, forgets damaged or unneeded ones. Uses uv's own lock.
 
-Nothing is built or downloaded here: that is uv's work. `uv_entries` knows the layout.
+Nothing is built or downloaded here: that is uv's work. `uv_entries` knows the layout. Methods raise
+`LockTimeout` when uv works for longer than they wait, and `StorageFailed` for the disk.
 """
 
 from __future__ import annotations
@@ -44,10 +45,6 @@ class UvCache:
     """uv's cache of one node, which uv and several of our processes use at once.
 
     Calls block: for as long as uv works (up to the time-out), and for as long as deleting takes.
-
-    Args:
-        folder: uv's cache folder.
-        lock_timeout_s: how long to wait for uv to end, in seconds.
     """
 
     def __init__(self, folder: Path, *, lock_timeout_s: float = 60) -> None:
@@ -68,9 +65,6 @@ class UvCache:
         """The entries of a package with its pinned content, if they are complete.
 
         Of what uv built from source, the source is left out: uv installs offline without it.
-
-        Raises:
-            StorageFailed: the cache cannot be read.
         """
         with storage_errors("read uv's cache"):
             built = (
@@ -90,9 +84,6 @@ class UvCache:
 
         The cache is in use meanwhile (`in_use`), as it is while uv downloads. What a killed
         process leaves is removed by the next `forget`, `forget_unneeded` or `uv cache prune`.
-
-        Raises:
-            LockTimeout, StorageFailed: as `in_use`.
         """
         with self.in_use():
             folder = self.folder / f"{_ARRIVING}{uuid.uuid4().hex}"
@@ -146,12 +137,7 @@ class UvCache:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep everybody, uv too, from removing anything of the cache during the block.
-
-        Raises:
-            LockTimeout: another process removes entries for longer than this waits.
-            StorageFailed: the lock file cannot be made, or the file system has no flock.
-        """
+        """Keep everybody, uv too, from removing anything of the cache during the block."""
         with self._lock(fcntl.LOCK_SH):
             yield
 
@@ -159,13 +145,6 @@ class UvCache:
         """Drop a damaged unpacked wheel, so that uv fetches it again; gone already is fine.
 
         A wheel that uv built itself is unpacked again from uv's copy, without the network.
-
-        Args:
-            archive: one of `archives`.
-
-        Raises:
-            LockTimeout: uv works for longer than this waits.
-            StorageFailed: it cannot be removed.
         """
         if archive.parent.parent != self.folder or not archive.parent.match("archive-v*"):
             raise ValueError(f"{archive} is no unpacked wheel of {self.folder}")
@@ -181,16 +160,9 @@ class UvCache:
         `uv cache prune` then removes unreferenced unpacked wheels. Entries of an unknown package or
         version stay.
 
-        Args:
-            needed: the versions of each package that stay.
-
         Returns:
             How many entries went, and how many bytes that and the pruning free. Files that an
             environment has a link to do not count.
-
-        Raises:
-            LockTimeout: uv works for longer than this waits.
-            StorageFailed: something cannot be removed.
         """
         wanted = {
             (str(canonicalize_name(name)), parsed)
