@@ -114,8 +114,7 @@ def _problem(node: Answer, site: str) -> str | None:
 def _wait_for_nodes(connection: ActorConnection, count: int, timeout_s: float) -> Answer:
     """Wait until `count` nodes can run environments. Returns the report of all nodes.
 
-    Raises:
-        NoEligibleNode: fewer nodes can after `timeout_s` seconds.
+    Raises `NoEligibleNode`: fewer nodes can after `timeout_s` seconds.
     """
     deadline = time.monotonic() + timeout_s
     seen, before = -1, -1
@@ -201,8 +200,7 @@ def runtime_env(variant: str, address: str | None, may_prepare: bool) -> None:
 def _connected(address: str | None) -> Iterator[None]:
     """Connect this process to a running cluster.
 
-    Raises:
-        ManagerUnavailable: there is no cluster, or it does not answer.
+    Raises `ManagerUnavailable`: there is no cluster, or it does not answer.
     """
     from ray_envs.cluster import connecting
 

@@ -107,8 +107,7 @@ def export(
 def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
     """Write `files` into `folder`. If one exists there and differs, write none of them.
 
-    Raises:
-        InvalidInput: a file differs and `force` is not set, or the folder cannot be written.
+    Raises `InvalidInput`: a file differs and `force` is not set, or the folder cannot be written.
     """
     from ray_envs.disk.files import write_atomically
 
@@ -210,8 +209,7 @@ def _unbundled(bundle: Path) -> Definition:
 def _exported(folder: Path) -> Definition:
     """Return the definition that `ray-envs export` wrote into `folder`.
 
-    Raises:
-        InvalidInput: a file is missing or damaged.
+    Raises `InvalidInput`: a file is missing or damaged.
     """
     from ray_envs.client.inputs import read_definition
     from ray_envs.disk.files import kind_of, read_bytes

@@ -64,8 +64,7 @@ def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
 def _module_file(code: Path, module: str) -> Path | None:
     """Return the source file of `module` below `code`; None if only a worker can find it.
 
-    Raises:
-        InvalidInput: there is none, but a module of a similar name or its package is there.
+    Raises `InvalidInput`: there is none, but a module of a similar name or its package is there.
     """
     folder = code
     parts = module.split(".")

@@ -1,8 +1,8 @@
 """Runs wherever Ray is asked something: nodes, actors, connections, and Ray's errors.
 
 In: a cluster's address, actor classes. Out: handles, facts about nodes, errors of ours.
-The only folder, besides the plugin, that looks into Ray's own modules. It knows nothing of
-variants or environments.
+The only folder, besides the plugin, that uses Ray's own modules. It must never depend on variants
+or environments.
 
 To change …                                           go to
 nodes, agents, jobs and detached actors of a cluster  nodes

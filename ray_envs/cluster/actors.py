@@ -105,8 +105,7 @@ def start_manager(settings: dict[str, str]) -> Any:
     unsets them: the user's job must not be that job. The helper has an isolated interpreter, `/`
     as its folder and none of the job's variables.
 
-    Raises:
-        ManagerUnavailable: the helper failed; its last lines are in `detail`.
+    Raises `ManagerUnavailable`: the helper failed; its last lines are in `detail`.
     """
     import ray
 
@@ -152,8 +151,7 @@ def end_manager() -> list[str]:
 
     Returns the names of the actors that ended: none where no manager lived.
 
-    Raises:
-        ManagerUnavailable: some are still there.
+    Raises `ManagerUnavailable`: some are still there.
     """
     import ray
 

@@ -59,8 +59,7 @@ def own_version() -> str:
 def packed() -> Pack:
     """What a bare node needs. No package index takes part; an editable install of ours will do.
 
-    Raises:
-        RayEnvsError: a package is installed in a way that does not tell its files.
+    Raises `RayEnvsError`: a package is installed in a way that does not tell its files.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as pack:

@@ -36,8 +36,7 @@ def connect(address: str | None) -> bool:
     Without an address: the cluster of `RAY_ADDRESS` or of a `ray start` on this machine, else an
     embedded Ray that ends with this process.
 
-    Raises:
-        ManagerUnavailable: no cluster answers at the address.
+    Raises `ManagerUnavailable`: no cluster answers at the address.
     """
     import ray
     from ray._private import ray_constants

@@ -73,8 +73,7 @@ def check_env_vars(env_vars: Mapping[str, str], *, where: str) -> None:
     URLs it is a login or, as in abfss://, a folder); and a variable whose name says secret and
     whose value is not a switch, a number or the path of a file.
 
-    Raises:
-        InvalidInput: names the variable, never its value.
+    Raises `InvalidInput`: names the variable, never its value.
     """
     for name, value in env_vars.items():
         place = f"{where}: env_vars.{name}" if where else f"env_vars.{name}"

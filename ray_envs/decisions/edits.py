@@ -27,8 +27,7 @@ def added(definition: Definition, packages: Iterable[str] | str, *, where: str) 
 
     A bare name does not change a requirement that is declared already.
 
-    Raises:
-        InvalidPackages: none are given, or one cannot be accepted.
+    Raises `InvalidPackages`: none are given, or one cannot be accepted.
     """
     lines = _given(packages, where=where)
     there = {_name(line) for line in _declared(definition)}
@@ -63,8 +62,7 @@ def upgraded(
 ) -> tuple[Definition, tuple[str, ...]]:
     """Return the definition to lock, and the names whose versions may change; () means all.
 
-    Raises:
-        InvalidPackages: one cannot be accepted, or is not in the environment.
+    Raises `InvalidPackages`: one cannot be accepted, or is not in the environment.
     """
     lines = _given(packages, where=where) if packages else ()
     for line in lines:

@@ -45,8 +45,7 @@ def moved_pins(before: str, after: str, platform: Platform) -> tuple[str, ...]:
         Lines such as "packaging 21.0 -> 26.3", sorted. A package that `before` does not have is
         not listed.
 
-    Raises:
-        InvalidInput: one of the texts is not a uv.lock.
+    Raises `InvalidInput`: one of the texts is not a uv.lock.
     """
     holds = _marker_evaluator(platform)
     old: dict[str, list[str]] = {}

@@ -51,8 +51,7 @@ def requirement_lines(
 def check_python(wanted: str | None, target: Target, *, where: str) -> None:
     """Check that `wanted` admits the cluster's interpreter.
 
-    Raises:
-        InvalidInput: it excludes that interpreter, or is neither a version nor a specifier.
+    Raises `InvalidInput`: it excludes that interpreter, or is neither a version nor a specifier.
     """
     if wanted is None:
         return

@@ -74,8 +74,7 @@ def is_file(path: Path) -> bool:
 def check_folder(folder: Path, what: str, *, where: str, if_file: str = "name a folder") -> None:
     """Raise an error if `folder` is not a folder.
 
-    Raises:
-        InvalidInput: there is none, or it is no folder.
+    Raises `InvalidInput`: there is none, or it is no folder.
     """
     kind = kind_of(folder)
     if kind == "missing":
@@ -96,8 +95,7 @@ def _near_entry(path: Path) -> str:
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
     """The entries of `folder`, in any order; none if it has vanished.
 
-    Raises:
-        InvalidInput: it may not be read.
+    Raises `InvalidInput`: it may not be read.
     """
     try:
         with os.scandir(folder) as entries:
@@ -111,8 +109,7 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
 def read_bytes(path: Path) -> bytes:
     """The content of the regular file `path`; a pipe or device could be waited for for ever.
 
-    Raises:
-        InvalidInput: there is no such file, or it may not be read.
+    Raises `InvalidInput`: there is no such file, or it may not be read.
     """
     kind = kind_of(path)
     if kind == "missing":
@@ -166,8 +163,7 @@ def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
         is_durable: whether it must survive the machine's crash, not only a process's; a copy of
             something else need not wait for the disk.
 
-    Raises:
-        OSError: the folder is missing or not writable, or the disk is full.
+    Raises `OSError`: the folder is missing or not writable, or the disk is full.
     """
     fd, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -110,8 +110,7 @@ def put_bundle(
 ) -> dict[str, str]:
     """Write a generation with its wheels, from this machine's uv cache, into one file.
 
-    Returns:
-        The texts in it, by file name.
+    Returns the texts in it, by file name.
 
     Raises:
         EnvironmentNotReady: wheels of it are not on this machine.

@@ -100,8 +100,7 @@ class Fleet:
     def head(self) -> Node:
         """The head node, where uv resolves.
 
-        Raises:
-            RayEnvsError: it is not there, or its agent reported an error.
+        Raises `RayEnvsError`: it is not there, or its agent reported an error.
         """
         for node in self.nodes.values():
             if node.info.is_head:

@@ -214,8 +214,7 @@ class History:
     ) -> tuple[list[Operation], int]:
         """The matching operations that began at `since` or later, the newest first.
 
-        Returns:
-            At most `limit` of them after the first `offset`, and how many match in all.
+        Returns at most `limit` of them after the first `offset`, and how many match in all.
 
         Raises:
             InvalidInput: `limit` or `offset` is negative.
@@ -248,11 +247,9 @@ class History:
     ) -> int:
         """Delete the matching operations that have ended and began before `before`.
 
-        Returns:
-            How many went; 0 with a `problem` where the history cannot be written.
+        Returns how many went; 0 with a `problem` where the history cannot be written.
 
-        Raises:
-            InvalidInput: no filter is given: this is no way to empty the history.
+        Raises `InvalidInput`: no filter is given: this is no way to empty the history.
         """
         filters = _filters(variant_id=variant_id, operation=operation, status=status, before=before)
         if not any(filters.values()):

@@ -31,8 +31,7 @@ class Leases:
     def take(self, key: str, *, job_id: str, session: str, variant_id: str) -> None:
         """Give a job a lease on `key`, if it has none yet.
 
-        Raises:
-            StorageFailed: the lease is valid, but will be lost at a restart of the manager.
+        Raises `StorageFailed`: the lease is valid, but will be lost at a restart of the manager.
         """
         leases = self._all()
         holder = f"{session}/{job_id}"

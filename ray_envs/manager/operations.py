@@ -180,8 +180,7 @@ class Operations:
             operation_id: the caller's, for a request that may be repeated.
             asked: the rest of the request; the same id stands for one request only.
 
-        Raises:
-            LockTimeout: another process changed it for too long; the message names it.
+        Raises `LockTimeout`: another process changed it for too long; the message names it.
         """
         name = str(env_id)
         row = Operation(

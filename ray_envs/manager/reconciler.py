@@ -81,8 +81,7 @@ class Reconciler:
     ) -> None:
         """Return when each node is ready or has failed.
 
-        Raises:
-            EnvironmentNotReady: that took longer than `timeout_s` seconds.
+        Raises `EnvironmentNotReady`: that took longer than `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
         self.awaited[generation.key] += 1
@@ -224,8 +223,7 @@ class Reconciler:
     def request(self, env_id: EnvId, generation: Generation) -> dict[str, Any]:
         """The request that a node builds a generation from, as plain data.
 
-        Raises:
-            StorageFailed: its texts cannot be read, or the lock was edited.
+        Raises `StorageFailed`: its texts cannot be read, or the lock was edited.
         """
         pyproject, uv_lock = self._registry.lock_text(env_id, generation.number)
         if lock_sha256(uv_lock) != generation.lock_sha256:

@@ -59,8 +59,7 @@ class Resolver:
     def checked(self, spec: Mapping[str, Any], *, where: str) -> Definition:
         """`spec` as a definition that may be locked here.
 
-        Raises:
-            InvalidInput, InvalidPackages: it cannot be accepted, or the policy forbids it.
+        Raises `InvalidInput, InvalidPackages`: it cannot be accepted, or the policy forbids it.
         """
         definition = validated(Definition, dict(spec), where=where)
         packages = requirements.requirement_lines(definition.packages, where=where)

@@ -80,8 +80,7 @@ class Sharing:
 def word(kind: type[WordT], text: str) -> WordT:
     """`text` as a member of an enumeration.
 
-    Raises:
-        InvalidInput: no member has that value; the nearest one is named.
+    Raises `InvalidInput`: no member has that value; the nearest one is named.
     """
     try:
         return kind(text)

@@ -123,11 +123,7 @@ class NodeAgent:
         only_binary: bool = False,
         upgrade: list[str] | None = None,
     ) -> dict[str, Any]:
-        """Resolve a project; returns the text of its uv.lock, uv's words and how long it took.
-
-        Raises:
-            ResolutionFailed, UvFailed, StorageFailed: see `Builder.resolve`.
-        """
+        """Resolve a project; returns the text of its uv.lock, uv's words and how long it took."""
         await self._set_up()
         started = time.monotonic()
         files = {"pyproject.toml": pyproject}
@@ -224,8 +220,7 @@ class NodeAgent:
     async def try_start(self, *, key: str, env_vars: dict[str, str]) -> None:
         """Start the interpreter of `key` with these variables.
 
-        Raises:
-            InvalidInput: it does not start; `detail` is its output.
+        Raises `InvalidInput`: it does not start; `detail` is its output.
         """
         await startup.try_start(self._settings, self._store.python(key), env_vars)
 

@@ -52,8 +52,7 @@ async def compile_wheels(
         Whether the cache had all of them: where uv cannot cache a wheel (some local builds), there
         is nothing to compile there.
 
-    Raises:
-        UvFailed: the compiler failed or did not end in time.
+    Raises `UvFailed`: the compiler failed or did not end in time.
     """
     archives = UvCache(cache).archives()
     todo: list[Path] = []

@@ -105,11 +105,9 @@ class Exchange:
     ) -> list[str]:
         """Take from `peers`, one after the other, what this node lacks of `packages`.
 
-        Returns:
-            The reason why wheels are still missing, in words; empty if none is.
+        Returns the reason why wheels are still missing, in words; empty if none is.
 
-        Raises:
-            StorageFailed: this node's disk cannot be written.
+        Raises `StorageFailed`: this node's disk cannot be written.
         """
         reasons: list[str] = []
         lacking = await asyncio.to_thread(receiving.missing, self._cache, packages)

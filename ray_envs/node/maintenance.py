@@ -73,8 +73,7 @@ class Maintenance:
     async def prune_cache(self, needed: Mapping[str, list[str]]) -> dict[str, Any]:
         """Remove from uv's cache what neither `needed` nor an environment of this node has.
 
-        Raises:
-            LockTimeout: uv works for longer than we wait.
+        Raises `LockTimeout`: uv works for longer than we wait.
         """
         keep = {name: set(versions) for name, versions in needed.items()}
         for record in (await asyncio.to_thread(self._store.records)).values():

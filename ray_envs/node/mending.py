@@ -95,8 +95,7 @@ def _mend(
 ) -> tuple[list[Damage], list[Path], bool]:
     """Repair one package.
 
-    Returns:
-        What is left, the damaged archives, and whether the cache has no good one.
+    Returns what is left, the damaged archives, and whether the cache has no good one.
     """
     infos = [info for info in dist_infos(site_packages) if package_of(info) == package]
     rows = read_record(site_packages, infos[0]) if len(infos) == 1 else "missing"

@@ -51,11 +51,7 @@ class Provisioning:
     async def make(
         self, request: BuildRequest, peers: Iterable[str], progress: Progress
     ) -> EnvRecord:
-        """Build at the final place; the caller holds the key's lock and found no record.
-
-        Raises:
-            UvFailed, InvalidPackages, ResolutionFailed, StorageFailed: see `Builder.sync`.
-        """
+        """Build at the final place; the caller holds the key's lock and found no record."""
         key, store, builder = request.key, self._store, self._builder
         started = time.monotonic()
         venv, site = store.venv(key), store.site_packages(key, request.target.python_minor)

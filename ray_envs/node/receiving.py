@@ -35,11 +35,7 @@ def missing(cache: UvCache, packages: Iterable[Installed]) -> list[Installed]:
 
 
 def receive(cache: UvCache, manifest: Manifest, chunks: Iterable[bytes]) -> None:
-    """Put a wheel into `cache`.
-
-    Raises:
-        InvalidInput, LockTimeout, StorageFailed: see `Receiving`.
-    """
+    """Put a wheel into `cache`."""
     with Receiving(cache, manifest) as receiving:
         for chunk in chunks:
             receiving.write(chunk)

@@ -103,7 +103,7 @@ def manifest(cache: UvCache, wheel: Wheel, *, chunk_bytes: int = CHUNK_BYTES) ->
 
 
 def read_chunk(cache: UvCache, manifest: Manifest, number: int) -> bytes:
-    """The piece `number`, from 0, of the stream; in any order, and read from the files themselves."""
+    """The piece `number` of the stream, counted from 0, read from the files themselves."""
     if not 0 <= number < manifest.chunk_count:
         raise ValueError(f"{manifest.wheel} has no piece {number}")
     return read_range(cache, manifest, number * manifest.chunk_bytes, manifest.chunk_bytes)

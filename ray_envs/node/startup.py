@@ -31,8 +31,7 @@ async def verify(
 
     Packages are looked up by their metadata: an import of ray takes as long as a build.
 
-    Raises:
-        UvFailed: it does not; `detail` says what is wrong.
+    Raises `UvFailed`: it does not; `detail` says what is wrong.
     """
     installed = set()
     for entry in os.scandir(site_packages):
@@ -63,8 +62,7 @@ async def verify(
 async def try_start(settings: Settings, python: Path, env_vars: dict[str, str]) -> None:
     """Start `python` with the environment variables of a worker.
 
-    Raises:
-        InvalidInput: it does not start; `detail` is its output.
+    Raises `InvalidInput`: it does not start; `detail` is its output.
     """
     ended = await run_clean(
         settings, [str(python), "-c", ""], python.parent, timeout_s=60, environ=env_vars

@@ -150,8 +150,7 @@ class Store:
             The bytes that the disk got back: files that uv's cache or another environment has too
             free none.
 
-        Raises:
-            EnvironmentInUse: a living process holds it.
+        Raises `EnvironmentInUse`: a living process holds it.
         """
         place = self.folder / key
         with storage_errors(f"remove the environment {key}"):
@@ -196,8 +195,7 @@ class Store:
     def open_hold(self, key: str) -> int:
         """An inheritable descriptor that holds `key` for as long as any process has it open.
 
-        Raises:
-            EnvironmentInUse: the environment is being removed right now.
+        Raises `EnvironmentInUse`: the environment is being removed right now.
         """
         with storage_errors(f"hold the environment {key}"):
             fd = os.open(self._hold_file(key), os.O_RDONLY | os.O_CREAT, 0o666)
@@ -345,8 +343,7 @@ class Store:
 def _locked_alone(path: Path, flags: int = 0) -> int:
     """A descriptor of the file or folder `path` that has the exclusive lock until it is closed.
 
-    Raises:
-        BlockingIOError: a living process has it.
+    Raises `BlockingIOError`: a living process has it.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags, 0o666)
     try:

@@ -179,8 +179,7 @@ class Builder:
     ) -> str:
         """What the lock in `project` pins, in a form that other tools read; the same every time.
 
-        Raises:
-            UvFailed: uv ended with an error.
+        Raises `UvFailed`: uv ended with an error.
         """
         # To a file: whatever uv warns of is not part of it.
         with tempfile.TemporaryDirectory() as folder:
@@ -200,8 +199,7 @@ class Builder:
 
         Waits for every uv that uses the cache. Environments keep their links.
 
-        Raises:
-            UvFailed: uv ended with an error, or had to wait for too long.
+        Raises `UvFailed`: uv ended with an error, or had to wait for too long.
         """
         self._cache.mkdir(parents=True, exist_ok=True)
         ended = await self._run_uv(
@@ -220,8 +218,7 @@ class Builder:
 
         Ray's metadata is asked for again, whatever the cache has; nothing is written.
 
-        Raises:
-            UvFailed: it cannot, or not within `timeout_s` seconds.
+        Raises `UvFailed`: it cannot, or not within `timeout_s` seconds.
         """
         ended = await self._run_uv(
             ["lock", "--dry-run", "--refresh-package", "ray"],

@@ -70,8 +70,7 @@ def inspect(site_packages: Path, *, packages: Mapping[str, str] | None = None) -
         packages: names and versions that must be there; without it, a package that is gone
             together with its RECORD is not missed.
 
-    Raises:
-        StorageFailed: the folder cannot be read.
+    Raises `StorageFailed`: the folder cannot be read.
     """
     with storage_errors(f"check the packages in {site_packages}"):
         found: list[Damage] = []
@@ -228,8 +227,7 @@ def _is_stale(bytecode: str, source: bytes | None) -> bool:
 def _opened(place: str) -> io.FileIO:
     """The regular file `place`, open for reading; a pipe there would keep us for ever.
 
-    Raises:
-        OSError: there is none; ENXIO for what is no regular file.
+    Raises `OSError`: there is none; ENXIO for what is no regular file.
     """
     fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -241,8 +239,7 @@ def _opened(place: str) -> io.FileIO:
 def _kind_of_error(exc: OSError) -> Literal["missing", "changed"]:
     """The kind of damage of a file that cannot be read.
 
-    Raises:
-        OSError: `exc`, if it is no damage of the file.
+    Raises `OSError`: `exc`, if it is no damage of the file.
     """
     if has_vanished(exc):
         return "missing"

@@ -47,8 +47,7 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
     def validate(runtime_env_dict: dict[str, Any]) -> None:
         """Accept a runtime_env without our field, or with the field that options() made.
 
-        Raises:
-            ValueError: the field was changed.
+        Raises `ValueError`: the field was changed.
         """
         try:
             wish_of(runtime_env_dict)
@@ -68,8 +67,7 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
     ) -> float:
         """Return when the environment is ready on this node.
 
-        Raises:
-            RuntimeError: it failed, or is not ready in time; with the reason and what to do.
+        Raises `RuntimeError`: it failed, or is not ready in time; with the reason and what to do.
         """
         wish = wish_of(runtime_env)
         if wish is not None:

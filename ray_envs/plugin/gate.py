@@ -218,8 +218,7 @@ def reason_in(text: str) -> str | None:
 def with_plugin(value: str | None) -> str:
     """The value of RAY_RUNTIME_ENV_PLUGINS with our plugin in it, and all others as they are.
 
-    Raises:
-        InvalidInput: `value` is not what Ray could read.
+    Raises `InvalidInput`: `value` is not what Ray could read.
     """
     if has_plugin(value):
         return str(value)
@@ -229,8 +228,7 @@ def with_plugin(value: str | None) -> str:
 def has_plugin(value: str | None) -> bool:
     """Whether a value of RAY_RUNTIME_ENV_PLUGINS names our plugin.
 
-    Raises:
-        InvalidInput: `value` is not what Ray could read.
+    Raises `InvalidInput`: `value` is not what Ray could read.
     """
     return any(plugin["class"] == PLUGIN for plugin in _plugins(value))
 
