@@ -21,7 +21,7 @@ from ray_envs.errors import ManagerUnavailable, from_dict  # fmt: skip
 MANAGER = "EnvManager"
 #: How long the helper that starts the manager may take; a cold Ray import alone takes seconds.
 _START_TIMEOUT_S = 120
-#: How long a manager may take to end in order, and its agents after it.
+#: Time limit for the end of a manager, and of its agents after it.
 _END_TIMEOUT_S = 30
 #: What a helper driver must not inherit from the job that calls us: it names that job.
 _OF_THE_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_CLIENT_", "RAY_OVERRIDE_", "PYTHON")

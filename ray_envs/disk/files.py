@@ -1,8 +1,7 @@
-"""Files: how people's are read, and how durable ones are written and locked. Knows no layout.
+"""Reads the files that people name, and writes and locks our own durably. Knows no layout.
 
-The neighbours above say which files. What people name may be anything: it is refused by name, and
-nothing is read that could wait for ever. What we keep is written so that a process that dies on any
-line leaves either the old or the new content.
+A named file may be anything: reading never waits for ever, and an error names the file. A process
+that dies on any line of a write leaves either the old content or the new one.
 """
 
 from __future__ import annotations
@@ -48,9 +47,6 @@ _NEVER_SOFT: dict[str, Any] = (
 
 #: How often a waiter tries a lock again. Short against a build, long against the cost of a try.
 _POLL_S = 0.05
-
-
-# -- files that people name
 
 
 def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
@@ -136,9 +132,6 @@ def unreadable(path: Path, err: OSError) -> InvalidInput:
         detail=err.strerror or str(err),
         hint="give yourself the permission to read it",
     )
-
-
-# -- durable files
 
 
 @contextmanager

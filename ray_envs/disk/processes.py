@@ -1,8 +1,7 @@
 """Runs one child process to its end; the only module that starts one.
 
-A child has a time-out and its own process group, is nice to the running tasks, and dies with this
-process. What it writes comes line by line and without credentials. `builder` and `bytecode`, above,
-know commands and what their exit codes mean.
+A child has a time limit, a process group and a low priority, and dies with this process. Its output
+comes line by line, without credentials. `uv` and `bytecode` know the commands and their exit codes.
 """
 
 from __future__ import annotations
@@ -141,6 +140,3 @@ def _dying_with_parent(niceness: int) -> Callable[[], None]:
         os.nice(niceness)
 
     return prepare
-
-
-__all__ = ["Ended", "Progress", "last_words", "run"]

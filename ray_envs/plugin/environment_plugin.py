@@ -1,8 +1,7 @@
-"""The Ray plugin that lets a task start only when its environment is there, or fails it with why.
+"""The Ray plugin: a task starts when its environment is ready, or fails with the reason.
 
-It lives in Ray's runtime-env agent of every node, one for all jobs of that node: a call that
-blocks would stop every environment, and an import that fails would keep the node from starting.
-So it imports Ray's plugin class and `gate` only. Our agent does the work.
+It runs in Ray's runtime-env agent, one for all jobs of a node: a blocking call would stop every
+environment, and a failing import would stop the node. So it imports Ray's class and `gate` only.
 """
 
 from __future__ import annotations

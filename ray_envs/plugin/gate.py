@@ -1,9 +1,7 @@
-"""Where Ray's runtime-env agent and our agent on the same node meet: small files in the root.
+"""The files through which the plugin and our agent on the same node communicate.
 
-The plugin in Ray's agent is no Ray client, so it asks for an environment with a file, and is
-answered by the environment's record or by a refusal. Whatever is imported here is imported in
-Ray's own process on every node, where a failure keeps the node from starting: the standard
-library only. `store` writes the records, `plugin` waits, `agent` looks at what is asked.
+The plugin is no Ray client: it asks for an environment with a file. The answer is the environment's
+record, or a refusal. Standard library only: a failing import in Ray's process would stop the node.
 """
 
 from __future__ import annotations
@@ -68,8 +66,6 @@ class Gate:
         self._wanted = root / "wanted"
         self._store = root / "store"
 
-    # -- the plugin's side
-
     def ask(self, key: str, attempt: int) -> None:
         """Ask for `key`, or say that it is still asked for.
 
@@ -110,8 +106,6 @@ class Gate:
             return max(0.0, time.time() - (self._wanted / _SERVED).stat().st_mtime)
         except OSError:
             return None
-
-    # -- the agent's side
 
     def asked(self) -> dict[str, int]:
         """The latest attempt of every key that a worker waits for now.
@@ -165,9 +159,6 @@ class Gate:
         return self._wanted / f"{_checked(key)}{_REFUSED}"
 
 
-# -- what a runtime_env says
-
-
 def field(key: str, attempt: int) -> dict[str, Any]:
     """What `FIELD` of a runtime_env holds."""
     return {"key": _checked(key), "attempt": attempt}
@@ -212,9 +203,6 @@ def reason_in(text: str) -> str | None:
     return reason.strip() if found else None
 
 
-# -- whether a node has the plugin
-
-
 def with_plugin(value: str | None) -> str:
     """The value of RAY_RUNTIME_ENV_PLUGINS with our plugin in it, and all others as they are.
 
@@ -245,9 +233,6 @@ def _plugins(value: str | None) -> list[dict[str, Any]]:
         where=PLUGINS_VARIABLE,
         hint=f"""unset it, or write '[{{"class": "{PLUGIN}"}}]'""",
     )
-
-
-# -- files
 
 
 def _checked(key: str) -> str:
