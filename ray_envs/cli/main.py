@@ -50,7 +50,7 @@ class _Interrupted(Exception):
 
 
 class _Commands(click.Group):
-    """Lists the commands in the order in which they were added."""
+    """Lists the commands in the order of their modules."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self.commands)
@@ -119,32 +119,8 @@ def completion(shell: str) -> None:
     put(f"# To install it:\n# {_INSTALL[shell]}")  # last: the first line must be that of zsh
 
 
-for command in (
-    run.run,
-    cluster.up,
-    cluster.down,
-    cluster.runtime_env,
-    definitions.create,
-    reads.list_variants,
-    reads.status,
-    packages.sync,
-    packages.add,
-    packages.update,
-    packages.remove,
-    reads.deps,
-    reads.generations,
-    reads.diff,
-    packages.rollback,
-    exports.export,
-    exports.import_project,
-    execute.execute,
-    definitions.pin,
-    definitions.delete,
-    upkeep.gc,
-    history.operations,
-    history.events,
-    upkeep.explain,
-    upkeep.doctor,
-    completion,
-):
-    cli.add_command(command)
+for module in (run, cluster, definitions, reads, packages, exports, execute, upkeep, history):
+    for command in vars(module).values():
+        if isinstance(command, click.Command):
+            cli.add_command(command)
+cli.add_command(completion)
