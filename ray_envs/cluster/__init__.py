@@ -1,6 +1,16 @@
 """Runs wherever Ray is asked something: nodes, actors, connections, and Ray's errors.
 
 In: a cluster's address, actor classes. Out: handles, facts about nodes, errors of ours.
-The only folder, besides the plugin, that looks into Ray's own modules. It knows nothing of
-variants or environments.
+Besides the plugin, the only folder that uses Ray's private modules. It never deals with variants
+or environments.
+
+To change …                                                        go to
+which nodes, agents, jobs and detached actors the manager sees     nodes
+how agents of two nodes call each other and exchange data          peers
+how a process connects to a cluster or starts an embedded one      connecting
+how the manager and the agents start, are found and end            actors
+how long a call may take, and which error the caller gets          calls
+the class that Ray runs in place of an actor of ours               actor_shell
+what runs on a node that lacks ray_envs                            bare_node
+what is sent to such a node, and warnings about nodes              bootstrap
 """

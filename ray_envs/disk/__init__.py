@@ -2,4 +2,8 @@
 
 In: paths and bytes, command lines. Out: durable files, locks, ended processes. It knows no variant
 and no environment; it never leaves a half-written file or a child that outlives its parent.
+
+To change …                                                        go to
+how files are read, written and locked                             files
+how a child process is started, read, timed out and ended          processes
 """
