@@ -1,17 +1,15 @@
 """Locked uv environments for Ray tasks, prepared ahead on every node, handed out by variant id.
 
-A module imports only from the floors below its own:
+A folder is a process. It imports only from the folders below it:
 
-    faces       cli (cli_*, console) · display · testing · batch · flight · in_memory · provider ·
-                lifecycle · doors; plugin, which Ray loads
-    manager     manager · inspector · exports · changes · collector · resolver · reconciler ·
-                operations · fleet
-    agent       agent · making · upkeep · exchange
-    hands       bundles · transfer · wheels · probing · store · registry · history · leases ·
-                wishes · builder · cluster · inputs · code; below them bytecode · bootstrap ·
-                gate · processes · uv_cache · database · files · usage
-    decisions   changing · planning · collecting · placement · resolving · locks · policy · targets
-    words       settings · events · models · errors · inside
+    cli         a shell                         manager     the EnvManager actor
+    client      the user's program              node        the NodeAgent actors
+    cluster     wherever Ray is asked           plugin      Ray's runtime-env agent
+    disk        files and child processes       decisions   pure functions
+    worker      workers of prepared environments
+
+Here are the words that all share: `verbs` (what the manager can be asked), `models`,
+`batch_models`, `validation`, `events`, `settings`, `errors`; and `testing`, a fake uv for tests.
 """
 
 from __future__ import annotations

@@ -93,8 +93,7 @@ class BatchSpec(Model):
 def split_entrypoint(text: str, *, where: str) -> tuple[str, str]:
     """Return the module and the function of an entrypoint, `module:function`.
 
-    Raises:
-        InvalidInput: it has another form.
+    Raises `InvalidInput`: it has another form.
     """
     module, colon, function = text.partition(":")
     if colon and is_name(function) and all(is_name(part) for part in module.split(".")):

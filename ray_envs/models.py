@@ -52,8 +52,7 @@ class Model(BaseModel):
 def checked_id(value: str, *, kind: str) -> str:
     """Return `value` if it is a valid id of a `kind` ("variant", "case", …).
 
-    Raises:
-        InvalidId: it is empty, too long, starts with a dash or dot, or has other characters.
+    Raises `InvalidId`: it is empty, too long, starts with a dash or dot, or has other characters.
     """
     shown = value if len(value) <= 40 else value[:37] + "…"
     if not value:
@@ -95,8 +94,7 @@ class EnvId(Model):
     def parse(cls, text: str) -> EnvId:
         """Return the id written as `node`, `workflow/node` or `workflow/node/version`.
 
-        Raises:
-            InvalidId: it has more parts, or a part is not allowed.
+        Raises `InvalidId`: it has more parts, or a part is not allowed.
         """
         parts = text.split("/")
         if len(parts) == 1:

@@ -126,8 +126,7 @@ class Settings(Model):
     ) -> Settings:
         """Return the settings of `environ` (by default `os.environ`), with `overrides` on top.
 
-        Raises:
-            InvalidInput: a `RAY_ENVS_*` variable is unknown or its value is wrong.
+        Raises `InvalidInput`: a `RAY_ENVS_*` variable is unknown or its value is wrong.
         """
         environ = os.environ if environ is None else environ
         known = {_PREFIX + name.upper(): name for name in cls.model_fields}

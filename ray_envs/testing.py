@@ -98,8 +98,7 @@ class StopPoint:
     def wait(self, timeout_s: float = 60) -> None:
         """Return as soon as the fake uv has come here.
 
-        Raises:
-            TimeoutError: it has not within `timeout_s` seconds.
+        Raises `TimeoutError`: it has not within `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
         while not self.reached.exists():

@@ -52,7 +52,7 @@ Variants = Annotated[list[VariantId], BeforeValidator(_listed)]
 Packages = Annotated[
     Texts, Field(description="Requirements: a list, or the text of a requirements file.")
 ]
-DryRun = Annotated[bool, Field(description="Only say what would be done.")]
+DryRun = Annotated[bool, Field(description="Only show what would be done.")]
 JobId = Annotated[
     Name | None,
     Field(description="The job of Ray that will run there. It is promised the environment."),
@@ -64,7 +64,7 @@ OperationId = Annotated[
         "answer was lost, is not carried out again."
     ),
 ]
-Replace = Annotated[bool, Field(description="Make a new generation where the variant exists.")]
+Replace = Annotated[bool, Field(description="If the variant exists, make a new generation of it.")]
 Wait = Annotated[
     Seconds,
     Field(
@@ -77,7 +77,7 @@ Wait = Annotated[
 class Request(Model):
     """The arguments of a verb. All are plain data, so that any worker can send them."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, defer_build=True)
 
 
 class OfVariant(Request):
@@ -133,7 +133,7 @@ class DiffEnv(OfVariant):
     """Return the packages that differ between two generations of a variant."""
 
     from_: Count
-    to: Count | None = Field(None, description="A generation; by default the current one.")
+    to: Count | None = Field(None, description="A generation. Default: the current one.")
 
 
 class ExportEnv(OfVariant):
@@ -144,7 +144,7 @@ class ExportEnv(OfVariant):
     """
 
     format: str = Field("project", description="project, requirements or pylock")
-    generation: Count | None = Field(None, description="By default the current one.")
+    generation: Count | None = Field(None, description="Default: the current one.")
 
 
 class Explain(OfVariant):
@@ -176,7 +176,7 @@ class GetOperations(_Operations):
     """Return the operations that match, newest first, as `rows`, and their number as `total`."""
 
     limit: Count = 100
-    offset: Count = 0
+    offset: Count = Field(0, description="Skip the newest N.")
 
 
 class DeleteOperations(_Operations):
@@ -239,7 +239,7 @@ class RemoveDeps(_Edit):
 class RollbackEnv(_Edit):
     """Make the previous generation of a variant, or generation `to`, the current one."""
 
-    to: Count | None = Field(None, description="A generation; by default the previous one.")
+    to: Count | None = Field(None, description="A generation. Default: the previous one.")
 
 
 class DeleteEnv(ChangeOfVariant):
@@ -274,7 +274,7 @@ class Cleanup(Request):
     """
 
     idle_hours: Hours | None = Field(
-        None, description="Hours without use; by default RAY_ENVS_IDLE_HOURS."
+        None, description="Hours without use. Default: RAY_ENVS_IDLE_HOURS."
     )
     dry_run: DryRun = False
     include_current: bool = Field(
@@ -305,7 +305,7 @@ class Doctor(Request):
     Returns `is_healthy`, `nodes`, `environments`, `definitions` that cannot be read, `history`.
     """
 
-    repair: bool = Field(False, description="Replace damaged files and build what is broken.")
+    repair: bool = Field(False, description="Repair damaged environments and build missing ones.")
     variant_id: VariantId | None = None
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,11 +17,14 @@ from click.shell_completion import CompletionItem
 from ray_envs.errors import InvalidPackages, NotFound, RayEnvsError
 from ray_envs.models import EnvId, EnvSpec
 from ray_envs.settings import Settings
+from ray_envs.verbs import CreateEnv, Request
 
 if TYPE_CHECKING:
     from ray_envs.manager.registry import Registry
     from ray_envs.models import VariantRecord
     from ray_envs.node.store import Store
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
 class Variant(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
@@ -38,7 +41,7 @@ class Variant(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
         with contextlib.suppress(RayEnvsError):
             from ray_envs.manager.registry import Registry
 
-            names = defined(Registry(Settings.from_environment()))
+            names = defined_ids(Registry(Settings.from_environment()))
             return [CompletionItem(name) for name in names if name.startswith(incomplete)]
         return []
 
@@ -63,10 +66,17 @@ class Hours(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
 variant_argument = click.argument("variant", type=Variant())
 optional_variant = click.argument("variant", required=False, type=Variant())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-replace_option = click.option(
-    "--replace", is_flag=True, help="If the variant exists, make a new generation of it."
-)
-dry_run_option = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+
+
+def verb_option(request: type[Request], field: str, **more: Any) -> Callable[[CommandT], CommandT]:
+    """The option for a field of a request, with the field's description and default."""
+    info = request.model_fields[field]
+    name, is_flag = f"--{field.replace('_', '-')}", isinstance(info.default, bool)
+    return click.option(name, is_flag=is_flag, help=info.description, **more)
+
+
+replace_option = verb_option(CreateEnv, "replace")
+dry_run_option = verb_option(CreateEnv, "dry_run")
 
 
 def requirements(packages: Iterable[str], file: str | None) -> list[str]:
@@ -96,7 +106,7 @@ def disk() -> tuple[Registry, Store]:
     return Registry(settings), Store(settings)
 
 
-def defined(registry: Registry) -> list[str]:
+def defined_ids(registry: Registry) -> list[str]:
     """Return the ids of all variants. They come from the names of folders: no file is opened."""
     names = []
     for folder in registry.stamps():
@@ -107,7 +117,7 @@ def defined(registry: Registry) -> list[str]:
     return sorted(names)
 
 
-def found(registry: Registry, variant: str) -> VariantRecord:
+def record_of(registry: Registry, variant: str) -> VariantRecord:
     """Return the record of a variant.
 
     Raises:
@@ -118,7 +128,7 @@ def found(registry: Registry, variant: str) -> VariantRecord:
     env_id = EnvId.parse(variant)
     record = registry.get(env_id)
     if record is None:
-        names = defined(registry)
+        names = defined_ids(registry)
         close = [name for name in names if name.split("/")[1:2] == [env_id.node_id]]
         close = close or difflib.get_close_matches(str(env_id), names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "`ray-envs list` shows all variants"
@@ -126,6 +136,6 @@ def found(registry: Registry, variant: str) -> VariantRecord:
     return record
 
 
-def address(variant: str) -> str:
-    """Return the full id of a variant; raises what `found` raises."""
-    return str(found(disk()[0], variant).env_id)
+def full_id(variant: str) -> str:
+    """Return the full id of a variant; raises what `record_of` raises."""
+    return str(record_of(disk()[0], variant).env_id)

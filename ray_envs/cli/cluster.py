@@ -31,9 +31,6 @@ _address_option = click.option(
 )
 
 
-# -- up ------------------------------------------------------------------------------------------
-
-
 @click.command()
 @_address_option
 @click.option(
@@ -50,10 +47,11 @@ _address_option = click.option(
 )
 @json_option
 def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) -> None:
-    """Start the manager of a running Ray cluster if it is not running, and show the nodes.
+    """Start the manager of a Ray cluster, and show its nodes.
 
-    A node that is not ok cannot run environments; its row says why. With the plugin of ray_envs on
-    every node, tasks may also start on nodes where their environment is not ready yet.
+    A manager that is running already stays. A node that is not ok cannot run environments; its row
+    says why. With the plugin of ray_envs on every node, tasks may also start on nodes where their
+    environment is not ready yet.
 
     \b
     Example: ray-envs up --wait 4
@@ -67,18 +65,18 @@ def up(address: str | None, count: int | None, timeout_s: float, as_json: bool) 
     with _connected(address):
         was_there = actors.find_manager() is not None
         with RayEnvironmentProvider.connect():
-            door = ActorConnection(actors.find_manager())
-            told = _awaited(door, count or 0, timeout_s)
-    told["is_started"] = not was_there
+            connection = ActorConnection(actors.find_manager())
+            report = _wait_for_nodes(connection, count or 0, timeout_s)
+    report["is_started"] = not was_there
     if as_json:
-        put_json(told)
+        put_json(report)
         return
     say("the manager was running already" if was_there else "the manager is started")
-    put_fields({name: told[name] for name in ("root", "platform", "python", "ray")})
+    put_fields({name: report[name] for name in ("root", "platform", "python", "ray")})
     rows = [
         (row["node_id"][:NODE_SHOWN], row["address"], "head" if row["is_head"] else None,
          row["problem"] or ("ok" if row["has_gate"] else "ok, without the plugin"))
-        for row in told["nodes"]
+        for row in report["nodes"]
     ]  # fmt: skip
     put(columns(("node", "address", "role", "state"), rows))
 
@@ -113,36 +111,31 @@ def _problem(node: Answer, site: str) -> str | None:
     return "its agent has not answered yet"
 
 
-def _awaited(door: ActorConnection, count: int, timeout_s: float) -> Answer:
+def _wait_for_nodes(connection: ActorConnection, count: int, timeout_s: float) -> Answer:
     """Wait until `count` nodes can run environments. Returns the report of all nodes.
 
-    Raises:
-        NoEligibleNode: fewer nodes can after `timeout_s` seconds.
+    Raises `NoEligibleNode`: fewer nodes can after `timeout_s` seconds.
     """
     deadline = time.monotonic() + timeout_s
     seen, before = -1, -1
     while True:
         left_s = max(deadline - time.monotonic(), 0)
-        news = door.call("watch", variant_ids=[], seen=seen, timeout_s=min(_POLL_S, left_s))
+        news = connection.call("watch", variant_ids=[], seen=seen, timeout_s=min(_POLL_S, left_s))
         seen = news["version"]  # read before `describe`: no news is missed
-        told = _report(door.call("describe"))
-        able = sum(row["problem"] is None for row in told["nodes"])
+        report = _report(connection.call("describe"))
+        able = sum(row["problem"] is None for row in report["nodes"])
         if able >= count:
-            return told
+            return report
         if able != before:
             before = able
             say(f"waiting for nodes: {able} of {count}")
         if time.monotonic() >= deadline:
+            rows = [row for row in report["nodes"] if row["problem"]]
             raise NoEligibleNode(
                 f"{able} of {count} nodes can run environments after {timeout_s:g} s",
-                detail="\n".join(
-                    f"{row['address']}: {row['problem']}" for row in told["nodes"] if row["problem"]
-                ),
+                detail="\n".join(f"{row['address']}: {row['problem']}" for row in rows),
                 hint="`ray status` shows which nodes have joined; --timeout waits longer",
             )
-
-
-# -- down ----------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -172,9 +165,6 @@ def down(address: str | None, as_json: bool) -> None:
         say("no manager is running: there is nothing to stop")
 
 
-# -- jobs ----------------------------------------------------------------------------------------
-
-
 @click.command(name="runtime-env")
 @variant_argument
 @_address_option
@@ -185,10 +175,10 @@ def down(address: str | None, as_json: bool) -> None:
     help="Make it ready on every node first (the default), or not.",
 )
 def runtime_env(variant: str, address: str | None, may_prepare: bool) -> None:
-    """Print the runtime_env of VARIANT as one line of JSON, for `ray job submit`.
+    """Print the runtime_env of VARIANT, for `ray job submit`.
 
-    The driver of a job and its tasks may start on any node. So the command fails if an eligible
-    node does not have the environment.
+    It is one line of JSON. The driver of a job and its tasks may start on any node. So the command
+    fails if an eligible node does not have the environment.
 
     \b
     Example: ray-envs runtime-env old
@@ -210,8 +200,7 @@ def runtime_env(variant: str, address: str | None, may_prepare: bool) -> None:
 def _connected(address: str | None) -> Iterator[None]:
     """Connect this process to a running cluster.
 
-    Raises:
-        ManagerUnavailable: there is no cluster, or it does not answer.
+    Raises `ManagerUnavailable`: there is no cluster, or it does not answer.
     """
     from ray_envs.cluster import connecting
 

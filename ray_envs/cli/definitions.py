@@ -8,18 +8,20 @@ from typing import Any
 import click
 
 from ray_envs.cli.arguments import (
-    address,
     dry_run_option,
+    full_id,
     json_option,
     replace_option,
     variant_argument,
+    verb_option,
 )
 from ray_envs.cli.printing import put, put_change, put_json, say
-from ray_envs.cli.waiting import opened, patiently, watched
+from ray_envs.cli.waiting import open_provider, wait_for, watch
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.models import EnvId, EnvSpec
 from ray_envs.settings import Settings, cut_off
 from ray_envs.validation import validated
+from ray_envs.verbs import DeleteEnv
 
 
 @click.command()
@@ -70,9 +72,10 @@ def create(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Define VARIANT by PACKAGES, a project or a requirements file, and build its environment.
+    """Define VARIANT and build its environment.
 
-    Prints the path of its Python, or with --dry-run the packages that would be installed.
+    Give PACKAGES, a project or a requirements file. Prints the path of the environment's Python, or
+    with --dry-run the packages that would be installed.
 
     \b
     Example: ray-envs create old 'scikit-learn==1.7.*'
@@ -91,8 +94,8 @@ def create(
     spec = validated(EnvSpec, given, where="ray-envs create")
     name = str(EnvId.parse(variant))
     wait_s = Settings.from_environment().prepare_timeout_s
-    with opened() as provider:
-        answer = watched(
+    with open_provider() as provider:
+        answer = watch(
             provider,
             name,
             lambda: provider.create(
@@ -120,17 +123,19 @@ def _pairs(texts: tuple[str, ...], *, option: str) -> dict[str, str]:
 
 @click.command()
 @variant_argument
-@click.option("--off", is_flag=True, help="Allow it again.")
+@click.option("--off", is_flag=True, help="Allow `gc` to delete them again.")
 @json_option
 def pin(variant: str, off: bool, as_json: bool) -> None:
-    """Keep the environments of all generations of VARIANT, even if they are unused.
+    """Never delete the environments of VARIANT, even if unused.
+
+    This applies to all its generations.
 
     \b
     Example: ray-envs pin old
     """
-    name = address(variant)
-    with opened() as provider:
-        answer = patiently(lambda: provider.pin(name, is_pinned=not off))
+    name = full_id(variant)
+    with open_provider() as provider:
+        answer = wait_for(lambda: provider.pin(name, is_pinned=not off))
     if as_json:
         put_json(answer)
     else:
@@ -139,9 +144,7 @@ def pin(variant: str, off: bool, as_json: bool) -> None:
 
 @click.command()
 @variant_argument
-@click.option(
-    "--force", is_flag=True, help="Also while it is in use. Running tasks keep their environment."
-)
+@verb_option(DeleteEnv, "force")
 @dry_run_option
 @json_option
 def delete(variant: str, force: bool, dry_run: bool, as_json: bool) -> None:
@@ -153,11 +156,11 @@ def delete(variant: str, force: bool, dry_run: bool, as_json: bool) -> None:
     Example: ray-envs delete old
     """
     try:
-        name = address(variant)
+        name = full_id(variant)
     except StorageFailed:  # a damaged definition can be deleted too
         name = str(EnvId.parse(variant))
-    with opened() as provider:
-        patiently(lambda: provider.delete(name, force=force, dry_run=dry_run))
+    with open_provider() as provider:
+        wait_for(lambda: provider.delete(name, force=force, dry_run=dry_run))
     if as_json:
         put_json({"variant_id": name, "deleted": not dry_run})
     else:

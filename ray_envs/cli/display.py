@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -21,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_envs.batch_models import BatchSpec, ItemResult
+from ray_envs.cli.printing import KEY_SHOWN
 
 if TYPE_CHECKING:
     from ray_envs.client.runner import Progress
 
-_KEY_SHOWN = 10
 _NODE_SHOWN = 8
 _TEXT_SHOWN = 20
 #: The width of tables if stdout is not a terminal, so that nothing is cut off.
@@ -48,7 +47,7 @@ def rendered(table: Table) -> str:
 
 
 class _PatientConsole(Console):
-    """A console without which the batch goes on if its reader ends."""
+    """A console that becomes silent when its reader ends, so that the batch goes on."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -78,12 +77,7 @@ class RunDisplay:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -184,7 +178,7 @@ def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
         table.add_row(
             variant.id,
             *cells,
-            _joined((r.key for r in there), _KEY_SHOWN),
+            _joined((r.key for r in there), KEY_SHOWN),
             _joined((r.node_id for r in there), _NODE_SHOWN),
         )
     return table

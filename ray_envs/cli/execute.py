@@ -6,14 +6,13 @@ import os
 
 import click
 
-from ray_envs.cli.arguments import disk, found, variant_argument
-from ray_envs.cli.waiting import Phases, opened, patiently
+from ray_envs.cli.arguments import disk, record_of, variant_argument
+from ray_envs.cli.waiting import Phases, open_provider, wait_for
 from ray_envs.errors import EnvironmentNotReady, InvalidInput
 
 
 @click.command(
-    name="exec",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 @variant_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -30,13 +29,13 @@ def execute(variant: str, command: tuple[str, ...]) -> None:
     if not command:
         raise click.UsageError("Missing argument 'COMMAND...'.")
     registry, store = disk()
-    record = found(registry, variant)
+    record = record_of(registry, variant)
     key = record.current.key
     if store.record(key) is None:
         name = str(record.env_id)
-        with opened() as provider:
-            patiently(lambda: provider.prepare(name, on_status=Phases().tell_all))
-        record = found(registry, variant)  # `prepare` may have made a generation for this cluster
+        with open_provider() as provider:
+            wait_for(lambda: provider.prepare(name, on_status=Phases().tell_all))
+        record = record_of(registry, variant)  # `prepare` may have made a new generation
         key = record.current.key
         if store.record(key) is None:
             raise EnvironmentNotReady(f"the environment {key} is not on this machine", key=key)

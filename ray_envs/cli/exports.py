@@ -12,17 +12,19 @@ import click
 from ray_envs.cli.arguments import (
     disk,
     dry_run_option,
-    found,
     json_option,
+    record_of,
     replace_option,
     variant_argument,
+    verb_option,
 )
 from ray_envs.cli.printing import put, put_json, say
-from ray_envs.cli.waiting import opened, patiently, watched
+from ray_envs.cli.waiting import open_provider, wait_for, watch
 from ray_envs.errors import InvalidInput
 from ray_envs.models import Definition, EnvId, EnvSpec
 from ray_envs.settings import Settings
 from ray_envs.validation import validated
+from ray_envs.verbs import ExportEnv
 
 
 @click.command()
@@ -34,7 +36,7 @@ from ray_envs.validation import validated
     default="project",
     help="A project for `import` and uv (the default), requirements with hashes, or pylock.toml.",
 )
-@click.option("--generation", type=click.IntRange(min=1), help="Default: the current one.")
+@verb_option(ExportEnv, "generation", type=click.IntRange(min=1))
 @click.option("--to", "folder", type=click.Path(path_type=Path), help="The folder to write into.")
 @click.option(
     "--bundle",
@@ -52,7 +54,7 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a generation of VARIANT for other tools or `ray-envs import`.
+    """Write a generation of VARIANT for other tools or `import`.
 
     A project is written into a folder, by default into ./NAME with the variant's name. The other
     formats are printed, unless --to is given. A bundle needs the variant's wheels in the uv cache
@@ -64,7 +66,7 @@ def export(
     from ray_envs.manager import exports
 
     registry, store = disk()
-    record = found(registry, variant)
+    record = record_of(registry, variant)
     made = exports.generation(registry, record, generation)
     if bundle is not None:
         if folder is not None or form != "project":
@@ -78,8 +80,8 @@ def export(
         folder = folder or Path(record.env_id.node_id)
     else:
         name = str(record.env_id)
-        with opened() as provider:
-            files = patiently(lambda: provider.export(name, form, generation=made.number)["files"])
+        with open_provider() as provider:
+            files = wait_for(lambda: provider.export(name, form, generation=made.number)["files"])
     if folder is not None and bundle is None:
         _write(files, folder, force=force)
     if as_json:
@@ -105,8 +107,7 @@ def export(
 def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
     """Write `files` into `folder`. If one exists there and differs, write none of them.
 
-    Raises:
-        InvalidInput: a file differs and `force` is not set, or the folder cannot be written.
+    Raises `InvalidInput`: a file differs and `force` is not set, or the folder cannot be written.
     """
     from ray_envs.disk.files import write_atomically
 
@@ -123,8 +124,7 @@ def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
             write_atomically(folder / name, text)
     except OSError as exc:
         raise InvalidInput(
-            f"cannot write to {folder}: {exc.strerror or exc}",
-            hint="give another folder with --to",
+            f"cannot write to {folder}: {exc.strerror or exc}", hint="give another folder with --to"
         ) from exc
 
 
@@ -132,9 +132,7 @@ def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
 @variant_argument
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    help="A file of `export --bundle`, instead of DIR.",
+    "--bundle", type=click.Path(path_type=Path), help="A file of `export --bundle`, instead of DIR."
 )
 @replace_option
 @dry_run_option
@@ -147,11 +145,12 @@ def import_project(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Define VARIANT by an export in DIR or in a bundle, and print the key of its environment.
+    """Define VARIANT by an export in DIR or in a bundle.
 
-    DIR has a pyproject.toml, a uv.lock and maybe an options.json. The lock stays the same, byte for
-    byte. A bundle contains the wheels: no package index is needed if the index settings
-    (UV_DEFAULT_INDEX, …) are those of the export. Import it on the node of the manager.
+    Prints the key of its environment. DIR has a pyproject.toml, a uv.lock and maybe an
+    options.json. The lock stays the same, byte for byte. A bundle contains the wheels: no package
+    index is needed if the index settings (UV_DEFAULT_INDEX, …) are those of the export. Import it
+    on the node of the manager.
 
     \b
     Example: ray-envs import copy exported
@@ -164,8 +163,8 @@ def import_project(
         mode="json", exclude={"pyproject", "uv_lock"}, exclude_defaults=True
     )
     wait_s = Settings.from_environment().prepare_timeout_s
-    with opened() as provider:
-        answer = watched(
+    with open_provider() as provider:
+        answer = watch(
             provider,
             name,
             lambda: provider.import_project(
@@ -210,8 +209,7 @@ def _unbundled(bundle: Path) -> Definition:
 def _exported(folder: Path) -> Definition:
     """Return the definition that `ray-envs export` wrote into `folder`.
 
-    Raises:
-        InvalidInput: a file is missing or damaged.
+    Raises `InvalidInput`: a file is missing or damaged.
     """
     from ray_envs.client.inputs import read_definition
     from ray_envs.disk.files import kind_of, read_bytes

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_envs.cli.arguments import disk, found, json_option, optional_variant
+from ray_envs.cli.arguments import disk, json_option, optional_variant, record_of, verb_option
 from ray_envs.cli.printing import KEY_SHOWN, NODE_SHOWN, columns, put, put_json, say
 from ray_envs.cli.waiting import INTERRUPTED
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.events import EventKind, OperationStatus
 from ray_envs.models import EnvId
 from ray_envs.settings import Settings
+from ray_envs.verbs import GetOperations
 
 if TYPE_CHECKING:
     from ray_envs.events import EnvEvent, Operation
@@ -39,7 +40,7 @@ OPERATIONS = (
 @click.option("--operation", type=click.Choice(OPERATIONS), help="Only of this kind.")
 @click.option("--status", type=click.Choice([s.value for s in OperationStatus]), help="Only these.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True)
-@click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip the newest N.")
+@verb_option(GetOperations, "offset", type=click.IntRange(min=0), default=0)
 @click.option("--delete", "is_delete", is_flag=True, help="Delete those that match and have ended.")
 @click.option("--before", metavar="TIME", help="With --delete: only those that began before TIME.")
 @json_option
@@ -53,7 +54,7 @@ def operations(
     before: str | None,
     as_json: bool,
 ) -> None:
-    """List the changes of all variants or of VARIANT, newest first.
+    """List the operations on variants or on VARIANT, newest first.
 
     \b
     Example: ray-envs operations old --status failed
@@ -105,7 +106,7 @@ def _check_known(log: Operations, variant: str) -> None:
     events, _ = log.history.events(variant_id=name, limit=1)
     if not events and not log.history.operations(variant_id=name, limit=1)[1]:
         with suppress(StorageFailed):  # it is defined, but damaged
-            found(disk()[0], variant)
+            record_of(disk()[0], variant)
 
 
 def _operation_cells(row: Operation) -> tuple[object, ...]:

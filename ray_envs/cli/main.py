@@ -95,7 +95,7 @@ def _interrupted_once(_signal: int, _frame: object) -> None:
 )
 @click.version_option(package_name="ray-envs")
 def cli() -> None:
-    """Locked uv environments for Ray tasks, built on every node before the tasks start.
+    """Locked uv environments for Ray tasks, ready on every node before the tasks start.
 
     \b
     Example: ray-envs run envs/sklearn-upgrade/batch.toml
@@ -108,7 +108,7 @@ def cli() -> None:
 @click.command()
 @click.argument("shell", type=click.Choice(sorted(_INSTALL)))
 def completion(shell: str) -> None:
-    """Print the script that completes commands and variants in SHELL.
+    """Print the script for completion in SHELL.
 
     \b
     Example: ray-envs completion bash > ~/.ray-envs-completion.bash

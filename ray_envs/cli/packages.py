@@ -9,18 +9,20 @@ import click
 
 from ray_envs.cli.arguments import (
     Variant,
-    address,
-    defined,
+    defined_ids,
     disk,
     dry_run_option,
-    found,
+    full_id,
     json_option,
+    record_of,
     requirements,
     variant_argument,
+    verb_option,
 )
 from ray_envs.cli.printing import Answer, complain, put, put_change, put_rows, say
-from ray_envs.cli.waiting import in_background, opened, patiently, watched
+from ray_envs.cli.waiting import in_background, open_provider, wait_for, watch
 from ray_envs.errors import RayEnvsError
+from ray_envs.verbs import RollbackEnv
 
 if TYPE_CHECKING:
     from ray_envs.client.provider import RayEnvironmentProvider
@@ -91,7 +93,7 @@ def remove(
 
 @click.command()
 @variant_argument
-@click.option("--to", type=click.IntRange(min=1), help="A generation. Default: the previous one.")
+@verb_option(RollbackEnv, "to", type=click.IntRange(min=1))
 @dry_run_option
 @json_option
 def rollback(variant: str, to: int | None, dry_run: bool, as_json: bool) -> None:
@@ -106,9 +108,9 @@ def rollback(variant: str, to: int | None, dry_run: bool, as_json: bool) -> None
 def _change(
     variant: str, change: Callable[[RayEnvironmentProvider, str], Answer], *, as_json: bool
 ) -> None:
-    name = address(variant)
-    with opened() as provider:
-        answer = watched(provider, name, lambda: change(provider, name))
+    name = full_id(variant)
+    with open_provider() as provider:
+        answer = watch(provider, name, lambda: change(provider, name))
     put_change(answer, as_json=as_json)
 
 
@@ -118,10 +120,11 @@ def _change(
 @dry_run_option
 @json_option
 def sync(variants: tuple[str, ...], is_all: bool, dry_run: bool, as_json: bool) -> int:
-    """Make the environments of VARIANTs match their locks, on every node.
+    """Make the environments of VARIANTs match their locks.
 
-    Checks each file, repairs damaged environments and builds missing ones. With --dry-run it only
-    checks. If a variant fails, the others are still done, and the exit code is that of the failure.
+    Checks each file on every node, repairs damaged environments and builds missing ones. With
+    --dry-run it only checks. If a variant fails, the others are still done, and the exit code is
+    that of the failure.
 
     \b
     Example: ray-envs sync --all
@@ -129,17 +132,17 @@ def sync(variants: tuple[str, ...], is_all: bool, dry_run: bool, as_json: bool) 
     if bool(variants) == is_all:
         raise click.UsageError("Give either one or more VARIANTs, or --all.")
     registry, _ = disk()
-    names = [str(found(registry, variant).env_id) for variant in dict.fromkeys(variants)]
-    names = names or defined(registry)
+    names = [str(record_of(registry, variant).env_id) for variant in dict.fromkeys(variants)]
+    names = names or defined_ids(registry)
     rows: list[Answer] = []
     failed: list[RayEnvsError] = []
-    with opened() as provider:
+    with open_provider() as provider:
         for at in range(0, len(names), _AT_ONCE):
             now = names[at : at + _AT_ONCE]
             runs = [in_background(lambda n=n: provider.sync(n, dry_run=dry_run)) for n in now]
             for name, run in zip(now, runs, strict=True):
                 try:
-                    rows.append(patiently(run.result))
+                    rows.append(wait_for(run.result))
                 except RayEnvsError as exc:
                     failed.append(exc.about(variant_id=name))
                     rows.append({"variant_id": name, "error": exc.to_dict()})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_envs.cli.arguments import disk, found, json_option, variant_argument
+from ray_envs.cli.arguments import disk, json_option, record_of, variant_argument
 from ray_envs.cli.printing import (
     KEY_SHOWN,
     columns,
@@ -49,9 +49,9 @@ def list_variants(as_json: bool) -> None:
     for record in registry.all(damaged=damaged):
         key = record.current.key
         if key not in there:  # thousands of variants can share one
-            there[key] = _there(key, store)
+            there[key] = _local_state(key, store)
         count = len(record.current.packages)
-        rows.append({**_described(record, registry, store), **there[key], "package_count": count})
+        rows.append({**_description(record, registry, store), **there[key], "package_count": count})
     if as_json:
         put_rows(rows)
     elif rows:
@@ -74,17 +74,17 @@ def list_variants(as_json: bool) -> None:
 @variant_argument
 @json_option
 def status(variant: str, as_json: bool) -> None:
-    """Show VARIANT: its state on this machine, its environment and packages.
+    """Show the state of VARIANT on this machine, and its packages.
 
     \b
     Example: ray-envs status old
     """
     registry, store = disk()
-    record = found(registry, variant)
+    record = record_of(registry, variant)
     packages = dict(sorted(record.current.packages.items()))
     row = {
-        **_described(record, registry, store),
-        **_there(record.current.key, store),
+        **_description(record, registry, store),
+        **_local_state(record.current.key, store),
         "made_by": record.current.made_by,
         "generations": list(record.numbers),
         "env_vars": dict(record.definition.env_vars),
@@ -96,13 +96,13 @@ def status(variant: str, as_json: bool) -> None:
         put_fields({**row, "packages": [f"{n}=={v}" for n, v in packages.items()]})
 
 
-def _described(record: VariantRecord, registry: Registry, store: Store) -> dict[str, Any]:
+def _description(record: VariantRecord, registry: Registry, store: Store) -> dict[str, Any]:
     from ray_envs.manager.registry import describe_record
 
     return describe_record(record, registry, store.venv(record.current.key))
 
 
-def _there(key: str, store: Store) -> dict[str, Any]:
+def _local_state(key: str, store: Store) -> dict[str, Any]:
     """Return the state of an environment on this machine."""
     ready = store.record(key)
     return {
@@ -116,7 +116,7 @@ def _there(key: str, store: Store) -> dict[str, Any]:
 @variant_argument
 @json_option
 def deps(variant: str, as_json: bool) -> None:
-    """Show the packages that VARIANT declares and the versions that are locked.
+    """Show the declared and the locked packages of VARIANT.
 
     \b
     Example: ray-envs deps old
@@ -127,7 +127,7 @@ def deps(variant: str, as_json: bool) -> None:
     from ray_envs.manager import exports
 
     registry, _ = disk()
-    record = found(registry, variant)
+    record = record_of(registry, variant)
     told = exports.deps(registry, record)
     if as_json:
         put_json(told)
@@ -158,11 +158,9 @@ def generations(variant: str, as_json: bool) -> None:
     from ray_envs.manager import exports
 
     registry, store = disk()
-    record = found(registry, variant)
+    record = record_of(registry, variant)
     rows = exports.generations(
-        registry,
-        record,
-        facts=lambda made: {"is_ready": store.record(made.key) is not None},
+        registry, record, facts=lambda made: {"is_ready": store.record(made.key) is not None}
     )
     if as_json:
         put_rows(rows)
@@ -175,16 +173,11 @@ def _generation_cells(row: dict[str, Any]) -> tuple[object, ...]:
     number = f"{'*' if row['is_current'] else ''}{row['generation']}"
     if row["error"]:
         return (number, *[None] * 6, row["error"]["message"])
+    changed = "+{} -{} ~{}".format(*(len(row["diff"][w]) for w in ("added", "removed", "changed")))
     return (
-        number,
-        row["made_by"],
-        row["created_at"][:19] + "Z",
-        row["key"][:KEY_SHOWN],
-        "yes" if row["is_ready"] else "no",
-        row["python_version"],
-        row["ray_version"],
-        "+{} -{} ~{}".format(*(len(row["diff"][w]) for w in ("added", "removed", "changed"))),
-    )
+        number, row["made_by"], row["created_at"][:19] + "Z", row["key"][:KEY_SHOWN],
+        "yes" if row["is_ready"] else "no", row["python_version"], row["ray_version"], changed,
+    )  # fmt: skip
 
 
 @click.command()
@@ -193,9 +186,9 @@ def _generation_cells(row: dict[str, Any]) -> tuple[object, ...]:
 @click.argument("to", required=False, type=click.IntRange(min=1))
 @json_option
 def diff(variant: str, from_: int, to: int | None, as_json: bool) -> None:
-    """Show the packages that differ between generations FROM and TO of VARIANT.
+    """Show the packages that differ between generations of VARIANT.
 
-    TO is the current generation by default.
+    Compares generation FROM with TO, by default with the current one.
 
     \b
     Example: ray-envs diff old 1 3
@@ -203,7 +196,7 @@ def diff(variant: str, from_: int, to: int | None, as_json: bool) -> None:
     from ray_envs.manager import exports
 
     registry, _ = disk()
-    record = found(registry, variant)
+    record = record_of(registry, variant)
     told = exports.difference(registry, record, from_, to)
     if as_json:
         put_json(told)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _SOME_FAILED = 1
 
-#: Errors of one variant, despite which the others run.
+#: Errors that fail one variant only: the others run.
 _OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, InvalidId)
 
 

@@ -9,11 +9,12 @@ import click
 
 from ray_envs.cli.arguments import (
     Hours,
-    address,
     dry_run_option,
+    full_id,
     json_option,
     optional_variant,
     variant_argument,
+    verb_option,
 )
 from ray_envs.cli.printing import (
     KEY_SHOWN,
@@ -27,32 +28,29 @@ from ray_envs.cli.printing import (
     put_json,
     say,
 )
-from ray_envs.cli.waiting import opened, patiently
+from ray_envs.cli.waiting import open_provider, wait_for
 from ray_envs.errors import from_dict
+from ray_envs.verbs import Cleanup, Doctor
 
 _UNHEALTHY = 1
 
 
 @click.command()
 @dry_run_option
-@click.option("--idle-hours", type=Hours(), help="Hours without use. Default: RAY_ENVS_IDLE_HOURS.")
-@click.option(
-    "--include-current",
-    is_flag=True,
-    help="Also those of variants that are not pinned. They are built again on demand.",
-)
+@verb_option(Cleanup, "idle_hours", type=Hours())
+@verb_option(Cleanup, "include_current")
 @json_option
 def gc(dry_run: bool, idle_hours: float | None, include_current: bool, as_json: bool) -> None:
     """Delete unused environments. Shows why each remaining one is kept.
 
     An environment is unused if no variant wants it, no process runs in it, no job was promised it,
-    and it was idle for long enough. Also deletes what uv's cache no longer needs.
+    and it was idle for long enough. Also deletes unused entries of uv's cache.
 
     \b
     Example: ray-envs gc --dry-run --idle-hours 24
     """
-    with opened() as provider:
-        answer = patiently(
+    with open_provider() as provider:
+        answer = wait_for(
             lambda: provider.gc(
                 idle_hours=idle_hours, dry_run=dry_run, include_current=include_current
             )
@@ -92,19 +90,16 @@ def explain(variant: str, as_json: bool) -> None:
     \b
     Example: ray-envs explain old
     """
-    name = address(variant)
-    with opened() as provider:
-        answer = patiently(lambda: provider.explain(name))
+    name = full_id(variant)
+    with open_provider() as provider:
+        answer = wait_for(lambda: provider.explain(name))
     if as_json:
         put_json(answer)
         return
     error = answer["error"]
     put_fields(
         {
-            "variant_id": answer["variant_id"],
-            "status": answer["status"],
-            "generation": answer["generation"],
-            "key": answer["key"],
+            **{name: answer[name] for name in ("variant_id", "status", "generation", "key")},
             "asked for": "yes" if answer["is_asked_for"] else "no",
             "shared with": answer["shared_with"],
             "error": error["message"] if error else None,
@@ -129,26 +124,28 @@ def _why(state: Mapping[str, Any]) -> str:
 
 @click.command()
 @optional_variant
-@click.option("--repair", is_flag=True, help="Repair damaged environments and build missing ones.")
+@verb_option(Doctor, "repair")
 @json_option
 def doctor(variant: str | None, repair: bool, as_json: bool) -> int:
-    """Check every node, and each file of all environments or of that of VARIANT.
+    """Check the nodes and all environments, or that of VARIANT.
+
+    Compares each file with the lock.
 
     \b
     Example: ray-envs doctor --repair
-    Exit code: 0 if all is well (with --repair: after it), 1 if not.
+    Exit code: 0 if all is well (with --repair: afterwards), 1 if not.
     """
-    name = None if variant is None else address(variant)
-    with opened() as provider:
-        answer = patiently(lambda: provider.doctor(repair=repair, variant_id=name))
+    name = None if variant is None else full_id(variant)
+    with open_provider() as provider:
+        answer = wait_for(lambda: provider.doctor(repair=repair, variant_id=name))
     code = 0 if answer["is_healthy"] else _UNHEALTHY
     if as_json:
         put_json(answer)
         return code
-    put(columns(("node", "probe", "", "found", "hint"), _probes(answer["nodes"])))
+    put(columns(("node", "probe", "", "found", "hint"), _probe_cells(answer["nodes"])))
     if answer["environments"]:
         header = ("environment", "variant", "node", "", "found")
-        put("\n" + columns(header, map(_examined, answer["environments"])))
+        put("\n" + columns(header, map(_environment_cells, answer["environments"])))
     for error in answer["definitions"]:
         complain(str(from_dict(error)))
     if answer["history"] != "ok":
@@ -160,7 +157,7 @@ def doctor(variant: str | None, repair: bool, as_json: bool) -> int:
     return code
 
 
-def _probes(nodes: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+def _probe_cells(nodes: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
     for node_id, node in nodes.items():
         if node["error"]:
             yield node_id[:NODE_SHOWN], "agent", "FAIL", node["error"]["message"], None
@@ -169,7 +166,7 @@ def _probes(nodes: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
             yield node_id[:NODE_SHOWN], probe["name"], mark, probe["value"], probe["hint"] or None
 
 
-def _examined(row: Mapping[str, Any]) -> tuple[object, ...]:
+def _environment_cells(row: Mapping[str, Any]) -> tuple[object, ...]:
     if row["error"]:
         mark, text = "FAIL", row["error"]["message"]
     elif not row["is_ready"]:

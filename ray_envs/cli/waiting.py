@@ -1,4 +1,4 @@
-"""Opens a provider for a command and waits for its verbs. Ctrl-C ends the wait at once."""
+"""Opens a provider for a command and waits for its verbs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LOOK_S = 0.1
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[RayEnvironmentProvider]:
+def open_provider() -> Iterator[RayEnvironmentProvider]:
     """Open a provider for this machine's root. It calls the root's manager if that lives.
 
     Without one the work is done in this process, and Ctrl-C undoes it. A manager goes on after
@@ -61,15 +61,15 @@ def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
     return future
 
 
-def patiently(function: Callable[[], T]) -> T:
-    """Return what `function` returns."""
+def wait_for(function: Callable[[], T]) -> T:
+    """Return what `function` returns. Ctrl-C ends the wait at once."""
     future = in_background(function)
     while not future.done():
         futures_wait([future], timeout=_LOOK_S)
     return future.result()
 
 
-def watched(provider: RayEnvironmentProvider, name: str, change: Callable[[], Answer]) -> Answer:
+def watch(provider: RayEnvironmentProvider, name: str, change: Callable[[], Answer]) -> Answer:
     """Return the answer of `change`. Meanwhile print each new phase of the variant `name`."""
     phases = Phases()
     future = in_background(change)

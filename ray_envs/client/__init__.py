@@ -5,7 +5,10 @@ It calls the EnvManager through `connection`, and starts the items of a batch as
 It never builds an environment, and never writes to the store.
 
 To change …                                                        go to
-what a program can call: define, prepare, options, …               provider
+what a program can call: define, prepare, options, …               variants
+what other batch runners call: create_environment, …               environments
+what a status means: done, ready nodes, failures                   statuses
+the provider of a cluster or of this machine; ask()                provider
 verbs of a variant's life: add, update, rollback, export, …        lifecycle
 how a verb is called, repeated, cancelled                          connection
 the provider for tests without Ray                                 in_memory

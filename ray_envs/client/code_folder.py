@@ -54,8 +54,7 @@ def pack_code(folder: Path, *, limit_bytes: int = CODE_LIMIT_BYTES) -> tuple[str
     control, caches, environments, result files, links to folders or to the outside, and files that
     vanish meanwhile.
 
-    Raises:
-        InvalidInput: no such folder, too large, or a file in it cannot be read.
+    Raises `InvalidInput`: no such folder, too large, or a file in it cannot be read.
     """
     check_folder(folder, f"the code folder {str(folder)!r}", where="code")
     root = folder.resolve()

@@ -70,11 +70,9 @@ class Dispatcher:
     def launch(self, item: Item) -> bool:
         """Start one item in its variant's environment, on a node where that is ready.
 
-        Returns:
-            True if it was started; False if it must wait until a node has the environment.
+        Returns true if it was started; False if it must wait until a node has the environment.
 
-        Raises:
-            RayEnvsError: no node can run it.
+        Raises `RayEnvsError`: no node can run it.
         """
         try:
             environment = item.environment = self._current_environment(item)
@@ -306,8 +304,7 @@ class Dispatcher:
 def check_key(name: str, environment: Mapping[str, Any], key: str | None) -> None:
     """Check that a variant still has the environment `key`; None accepts any.
 
-    Raises:
-        WrongEnvironment: it has another one, because its spec was replaced.
+    Raises `WrongEnvironment`: it has another one, because its spec was replaced.
     """
     if key is not None and environment["key"] != key:
         raise WrongEnvironment(

@@ -30,10 +30,6 @@ def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
     Accepted without a check: a module of an installed package, a decorated function, a class, an
     imported name.
 
-    Args:
-        batch: the result of `read_batch`.
-        code: the folder that workers put on sys.path, if there is one.
-
     Raises:
         InvalidInput: the source has a syntax error, there is no such module or function, or the
             arguments of a case do not fit.
@@ -68,8 +64,7 @@ def check_entrypoint(batch: BatchSpec, code: Path | None) -> None:
 def _module_file(code: Path, module: str) -> Path | None:
     """Return the source file of `module` below `code`; None if only a worker can find it.
 
-    Raises:
-        InvalidInput: there is none, but a module of a similar name or its package is there.
+    Raises `InvalidInput`: there is none, but a module of a similar name or its package is there.
     """
     folder = code
     parts = module.split(".")

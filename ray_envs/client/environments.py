@@ -19,11 +19,7 @@ _CONFIG_IDS = ("workflow_id", "node_id", "version_id")
 
 
 class EnvironmentProvider(Variants):
-    """Environments by `variant_id`. Safe to use from several threads.
-
-    Args:
-        options: see `Variants`.
-    """
+    """Environments by `variant_id`. Safe to use from several threads."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -24,9 +24,6 @@ class InMemoryEnvironmentProvider(EnvironmentProvider):
     """A provider for tests: every environment is the interpreter of this process.
 
     It checks its input like the real provider. `fail` makes a variant fail like a real one.
-
-    Args:
-        options: see `EnvironmentProvider`.
     """
 
     def __init__(self, **options: Any) -> None:

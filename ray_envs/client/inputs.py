@@ -189,8 +189,7 @@ def read_results(path: Path) -> list[ItemResult]:
 
     A damaged last line without a newline is ignored: a kill interrupted its writing.
 
-    Raises:
-        InvalidInput: another line is damaged, or the file cannot be read.
+    Raises `InvalidInput`: another line is damaged, or the file cannot be read.
     """
     if kind_of(path) == "missing":
         return []

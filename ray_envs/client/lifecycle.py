@@ -41,11 +41,6 @@ class Lifecycle(ABC):
     def add(self, variant_id: str, packages: Packages, *, dry_run: bool = DEFAULT) -> Answer:
         """Add packages as a new generation, which is prepared before it becomes current.
 
-        Args:
-            variant_id: the variant.
-            packages: requirements, or the text of a requirements file.
-            dry_run: only say what would change.
-
         Returns:
             The status, `diff` (added, removed, changed packages), `operation_id`, `stdout`,
             `stderr`, `exit_code`, `duration_s`.

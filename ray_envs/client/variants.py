@@ -44,10 +44,7 @@ class Variants(ABC):
     """
 
     def __init__(
-        self,
-        *,
-        specs: Mapping[str, EnvSpec] | None = None,
-        base_packages: Iterable[str] = (),
+        self, *, specs: Mapping[str, EnvSpec] | None = None, base_packages: Iterable[str] = ()
     ) -> None:
         self._specs = dict(specs or {})
         self._base_packages = tuple(base_packages)
@@ -182,10 +179,6 @@ class Variants(ABC):
 
         Names only nodes where the environment is ready now; prepares it first where none is.
 
-        Args:
-            variant_id: the variant.
-            given: the caller's own options (`num_cpus=2`, …); merged.
-
         Raises:
             NotFound, EnvironmentNotReady, NoEligibleNode: the variant cannot run now.
             InvalidInput: `given` contradicts the environment or its placement.
@@ -194,10 +187,6 @@ class Variants(ABC):
 
     def environment(self, variant_id: str, *, prepare: bool = True) -> dict[str, Any]:
         """Paths, versions and ready nodes of a variant.
-
-        Args:
-            variant_id: the variant.
-            prepare: make it ready first where no node is; otherwise say why none is.
 
         Raises:
             NotFound, EnvironmentNotReady: there is nothing to run in.

@@ -30,9 +30,7 @@ _OF_THE_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_CLIENT_", "RAY_OVERRIDE_", "P
 def actor_class(cls: type, *, version: str | None = None) -> Any:
     """Return `cls` as a Ray actor; see `actor_shell`. `calls.unwrapped` restores its errors.
 
-    Args:
-        cls: an importable class.
-        version: if given, a node may lack this version of ray_envs: see `bare_node.node_shell`.
+    If `version` is given, the node may lack this version of ray_envs; see `bare_node.node_shell`.
     """
     import ray
 
@@ -111,8 +109,7 @@ def start_manager(settings: dict[str, str]) -> Any:
     job must not create it. The helper is another job: an isolated interpreter in the folder `/`,
     without the variables of the user's job.
 
-    Raises:
-        ManagerUnavailable: the helper failed; `detail` has its last lines.
+    Raises `ManagerUnavailable`: the helper failed; `detail` has its last lines.
     """
     import ray
 
@@ -158,8 +155,7 @@ def end_manager() -> list[str]:
 
     Returns the names of the actors that ended; empty if there was no manager.
 
-    Raises:
-        ManagerUnavailable: some actors still run.
+    Raises `ManagerUnavailable`: some actors still run.
     """
     import ray
 
@@ -175,7 +171,7 @@ def end_manager() -> list[str]:
         if time.monotonic() >= deadline:
             raise ManagerUnavailable(
                 f"still running after {_END_TIMEOUT_S} s: {', '.join(sorted(left))}",
-                hint="try again; Ray's logs of those actors say more",
+                hint="try again, or read Ray's logs of these actors",
             )
         time.sleep(0.1)
     return sorted(names)

@@ -53,8 +53,7 @@ def node_shell(shell: type, module: str, name: str, version: str) -> type:
             return
         if pack["site"] != python_site():
             raise _lack(
-                f"needs ray_envs for {python_site()}, the manager has {pack['site']}",
-                version,
+                f"needs ray_envs for {python_site()}, the manager has {pack['site']}", version
             )
         base = os.path.join(self._arguments["settings"]["RAY_ENVS_ROOT"], "bootstrap")
         try:

@@ -59,8 +59,7 @@ def own_version() -> str:
 def packed() -> Pack:
     """Return what a bare node needs. Uses no package index; ray_envs may be an editable install.
 
-    Raises:
-        RayEnvsError: a package is missing, or has no list of its files.
+    Raises `RayEnvsError`: a package is missing, or has no list of its files.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as pack:
@@ -120,12 +119,7 @@ def _closure() -> dict[str, importlib.metadata.Distribution]:
 
 
 def warn_of_bare(nodes: Mapping[str, Mapping[str, Any]], *, stacklevel: int) -> None:
-    """Warn once about each node that gets no environments, with the command that helps.
-
-    Args:
-        nodes: from `EnvManager.describe`.
-        stacklevel: as for `warnings.warn`.
-    """
+    """Warn once about each node that gets no environments, with the command that helps."""
     texts = [_named(name, node) for name, node in sorted(nodes.items()) if node["error"]]
     fresh = [text for text in texts if text not in _said]
     _said.update(fresh)

@@ -42,14 +42,9 @@ async def answered(
 ) -> Any:
     """Wait for the answer of an actor: `within_s` seconds, or with `is_alive` while it lives.
 
-    Args:
-        asked: the answer to wait for.
-        who: the actor, as the message names it.
-        within_s: the time limit, in seconds.
-        is_alive: calls a short verb of the actor; its answer starts the time limit again.
+    `is_alive` calls a short verb of the actor; its answer starts the time limit again.
 
-    Raises:
-        ManagerUnavailable: no answer: the actor's process may be stopped, or get no CPU time.
+    Raises `ManagerUnavailable`: no answer: the actor's process may be stopped, or get no CPU time.
     """
     answer = asyncio.ensure_future(asked)
     short: asyncio.Future[object] | None = None

@@ -53,13 +53,7 @@ def redacted(text: str) -> str:
 
 
 def check_credentials(text: str, error: _Error, *, where: str) -> None:
-    """Raise `error` if a URL in `text` has a user name, password or token; do not repeat it.
-
-    Args:
-        text: a requirement, or a value of a project file.
-        error: the class to raise.
-        where: the file or option that holds it, for messages.
-    """
+    """Raise `error` if a URL in `text` has a user name, password or token; do not repeat it."""
     is_secret = "://" in text and _SECRET_PARAMETER.search(text) is not None
     for scheme, authority in _URL.findall(text):
         user, has_user, host = authority.rpartition("@")
@@ -79,8 +73,7 @@ def check_env_vars(env_vars: Mapping[str, str], *, where: str) -> None:
     URLs it is a login or, as in abfss://, a folder); and a variable whose name says secret and
     whose value is not a switch, a number or the path of a file.
 
-    Raises:
-        InvalidInput: names the variable, never its value.
+    Raises `InvalidInput`: names the variable, never its value.
     """
     for name, value in env_vars.items():
         place = f"{where}: env_vars.{name}" if where else f"env_vars.{name}"

@@ -27,13 +27,7 @@ def added(definition: Definition, packages: Iterable[str] | str, *, where: str) 
 
     A bare name does not change a requirement that is declared already.
 
-    Args:
-        definition: the old definition.
-        packages: requirement strings, or a requirements text.
-        where: the option or call that they come from, for messages.
-
-    Raises:
-        InvalidPackages: none are given, or one cannot be accepted.
+    Raises `InvalidPackages`: none are given, or one cannot be accepted.
     """
     lines = _given(packages, where=where)
     there = {_name(line) for line in _declared(definition)}
@@ -64,22 +58,11 @@ def removed(definition: Definition, packages: Iterable[str] | str, *, where: str
 
 
 def upgraded(
-    definition: Definition,
-    packages: Iterable[str] | str,
-    locked: Mapping[str, str],
-    *,
-    where: str,
+    definition: Definition, packages: Iterable[str] | str, locked: Mapping[str, str], *, where: str
 ) -> tuple[Definition, tuple[str, ...]]:
     """Return the definition to lock, and the names whose versions may change; () means all.
 
-    Args:
-        definition: the old definition.
-        packages: names, or requirements that replace the declared ones.
-        locked: the versions that are locked now, by name.
-        where: the option or call that the packages come from, for messages.
-
-    Raises:
-        InvalidPackages: one cannot be accepted, or is not in the environment.
+    Raises `InvalidPackages`: one cannot be accepted, or is not in the environment.
     """
     lines = _given(packages, where=where) if packages else ()
     for line in lines:

@@ -26,12 +26,6 @@ def installed(
 ) -> tuple[Installed, ...]:
     """Return what uv installs from `lock` on `platform`, by name, without the project itself.
 
-    Args:
-        lock: the text of a uv.lock made from `resolving.project_text`.
-        platform: the node's markers and wheel tags.
-        extras: the project's extras to install.
-        groups: its dependency groups to install; `ray-envs` is always installed.
-
     Raises:
         InvalidInput: `lock` is not the uv.lock of a project.
         ResolutionFailed: a package has no file for this platform, or no hash pins its content.
@@ -47,17 +41,11 @@ def installed(
 def moved_pins(before: str, after: str, platform: Platform) -> tuple[str, ...]:
     """Return the packages that `after` installs in another version than `before`.
 
-    Args:
-        before: the text of the user's own uv.lock.
-        after: the text of the lock made for the cluster, with all its extras and groups.
-        platform: its markers select the packages.
-
     Returns:
         Lines such as "packaging 21.0 -> 26.3", sorted. A package that `before` does not have is
         not listed.
 
-    Raises:
-        InvalidInput: one of the texts is not a uv.lock.
+    Raises `InvalidInput`: one of the texts is not a uv.lock.
     """
     holds = _marker_evaluator(platform)
     old: dict[str, list[str]] = {}
@@ -79,12 +67,6 @@ def key_of(
 
     The key depends on the installed files, in any order, not on the definition: variants that
     install the same files share one environment.
-
-    Args:
-        packages: the result of `installed`.
-        target: the cluster's interpreter and Ray.
-        platform: the node's platform.
-        build_options: the result of `resolving.build_options`.
     """
     pins = sorted([item.name, item.version, item.pin] for item in packages)
     parts = [pins, target.python, target.ray, platform.name, build_options]

@@ -157,8 +157,7 @@ class Manifest(Model):
     def parse(cls, data: Mapping[str, Any], *, where: str = "the pack") -> Manifest:
         """Return the manifest that a peer or a bundle sent as plain data.
 
-        Raises:
-            InvalidInput: it is not a manifest, or a path in it is not allowed.
+        Raises `InvalidInput`: it is not a manifest, or a path in it is not allowed.
         """
         return validated(cls, data, where=where)
 

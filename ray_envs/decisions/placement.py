@@ -192,8 +192,7 @@ def _bases(
 def _both(ours: Mapping[str, str], theirs: Mapping[str, str], *, variant_id: str) -> dict[str, str]:
     """Return one selector with the labels of both.
 
-    Raises:
-        InvalidInput: they want different values of one label, or the caller's names nodes.
+    Raises `InvalidInput`: they want different values of one label, or the caller's names nodes.
     """
     if NODE_ID_LABEL in theirs:
         raise InvalidInput(

@@ -64,10 +64,6 @@ def plan(wishes: Iterable[Wish], nodes: Iterable[NodeView]) -> list[Build]:
     If no node has an environment, one node downloads it: the head if it has the right site, even if
     it does not use the environment itself. The others get it from nodes that have it, a few at a
     time from each. A node gets a few environments at a time.
-
-    Args:
-        wishes: the wanted environments.
-        nodes: the live nodes.
     """
     return _Plan(wishes, nodes).actions()
 
@@ -297,11 +293,6 @@ def status_of(
     """Return the status of a variant with this key, over all nodes that shall have it.
 
     ACTIVE if all are ready; ERROR if all are ready or failed, and one failed; otherwise CREATING.
-
-    Args:
-        key: the environment's key.
-        node_ids: the nodes that shall have it.
-        states: the state by node, then by key.
     """
     phases = []
     for node_id in node_ids:

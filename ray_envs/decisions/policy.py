@@ -41,11 +41,6 @@ _Error = Callable[..., InvalidInput | InvalidPackages]
 def check_definition(definition: Definition, settings: Settings, *, where: str) -> Definition:
     """Check that the operator's settings allow a definition, and complete it from them.
 
-    Args:
-        definition: a spec with the texts of its files.
-        settings: the allowed sources and indexes, wheels only, the cut-off date.
-        where: the file or option that holds the spec, for messages.
-
     Returns:
         The definition with the operator's cut-off if it has none, and with `only_binary` if the
         definition or the settings have it.
@@ -86,11 +81,6 @@ def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> N
 
     This is the last check: it also sees packages that came from UV_* variables or from the user's
     own lock. It checks sources, not the addresses of files: an index may keep its files elsewhere.
-
-    Args:
-        lock: the text of the uv.lock that uv wrote.
-        settings: the allowed sources and indexes, wheels only.
-        only_binary: whether the spec asks for wheels only.
 
     Raises:
         InvalidPackages: a package has another source, or no wheel and only wheels are allowed.
@@ -183,11 +173,7 @@ def _check_source(kind: str, settings: Settings, error: _Error, *, what: str, wh
 
 
 def _refused_local(what: str, error: _Error, *, where: str) -> InvalidInput | InvalidPackages:
-    return error(
-        f"{what}, and other nodes do not have it",
-        where=where,
-        hint=LOCAL_HINT,
-    )
+    return error(f"{what}, and other nodes do not have it", where=where, hint=LOCAL_HINT)
 
 
 def _check_index(url: str, settings: Settings, error: _Error, *, what: str, where: str) -> None:

@@ -51,13 +51,7 @@ def requirement_lines(
 def check_python(wanted: str | None, target: Target, *, where: str) -> None:
     """Check that `wanted` admits the cluster's interpreter.
 
-    Args:
-        wanted: a version ("3.11" admits every 3.11), a specifier (">=3.11"), or None for any.
-        target: the cluster's interpreter and Ray.
-        where: the file or option that holds it, for messages.
-
-    Raises:
-        InvalidInput: it excludes that interpreter, or is neither a version nor a specifier.
+    Raises `InvalidInput`: it excludes that interpreter, or is neither a version nor a specifier.
     """
     if wanted is None:
         return

@@ -106,11 +106,9 @@ def build_options(project_text: str) -> str:
     A lock fixes the hashes of files, but not whether a wheel or the source archive is installed,
     nor how the archive is built (`no-binary`, `config-settings`, `extra-build-dependencies`, …).
 
-    Returns:
-        Canonical JSON for `locks.key_of`; "" if there are none.
+    Returns canonical JSON for `locks.key_of`; "" if there are none.
 
-    Raises:
-        InvalidInput: the text is not TOML.
+    Raises `InvalidInput`: the text is not TOML.
     """
     uv = table(parsed_toml(project_text, where=_PYPROJECT), "tool", "uv")
     found = {
@@ -148,8 +146,7 @@ def fingerprint(
 def declared(project_text: str) -> tuple[str, ...]:
     """Return the requirements in [project], as they are written there.
 
-    Raises:
-        InvalidInput: the text is not TOML.
+    Raises `InvalidInput`: the text is not TOML.
     """
     project = parsed_toml(project_text, where=_PYPROJECT).get("project", {})
     return tuple(project.get("dependencies", ()))
@@ -236,8 +233,7 @@ def _check_names(
 def _edited(text: str, data: dict[str, Any], edits: Mapping[tuple[str, ...], Any]) -> str:
     """Return `text` with the values at the given paths set; unchanged if they are set already.
 
-    Raises:
-        InvalidInput: tomlkit cannot edit its layout faithfully.
+    Raises `InvalidInput`: tomlkit cannot edit its layout faithfully.
     """
     try:
         document, is_changed = tomlkit.parse(text), False

@@ -17,8 +17,7 @@ else:
 def parsed_toml(text: str, *, where: str, hint: str = "") -> dict[str, Any]:
     """Return the content of a TOML text.
 
-    Raises:
-        InvalidInput: the text is not TOML; `where` names its file, `hint` says what to do.
+    Raises `InvalidInput`: the text is not TOML; `where` names its file, `hint` says what to do.
     """
     try:
         data: dict[str, Any] = tomllib.loads(text)
@@ -32,8 +31,7 @@ def parsed_toml(text: str, *, where: str, hint: str = "") -> dict[str, Any]:
 def table(data: Mapping[str, Any], *path: str) -> dict[str, Any]:
     """Return the table at `path` of a pyproject.toml; an empty one if there is none.
 
-    Raises:
-        InvalidInput: a value on the path is not a table.
+    Raises `InvalidInput`: a value on the path is not a table.
     """
     found: Any = data
     for part in path:

@@ -72,16 +72,9 @@ def is_file(path: Path) -> bool:
 
 
 def check_folder(folder: Path, what: str, *, where: str, if_file: str = "name a folder") -> None:
-    """Check that `folder` is a folder.
+    """Check that `folder` is a folder. The message calls it `what`, as in "the project folder".
 
-    Args:
-        folder: the path.
-        what: its name in the message, as in "the project folder".
-        where: the file, table or option that names it.
-        if_file: the hint if it is a file.
-
-    Raises:
-        InvalidInput: it does not exist, or is not a folder.
+    Raises `InvalidInput`: it does not exist, or is not a folder.
     """
     kind = kind_of(folder)
     if kind == "missing":
@@ -102,8 +95,7 @@ def _near_entry(path: Path) -> str:
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
     """Return the entries of `folder`, unordered; empty if it has vanished.
 
-    Raises:
-        InvalidInput: it cannot be read.
+    Raises `InvalidInput`: it cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
@@ -117,8 +109,7 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
 def read_bytes(path: Path) -> bytes:
     """Return the content of the regular file `path`; a pipe or device could block for ever.
 
-    Raises:
-        InvalidInput: it does not exist, is not a regular file, or cannot be read.
+    Raises `InvalidInput`: it does not exist, is not a regular file, or cannot be read.
     """
     kind = kind_of(path)
     if kind == "missing":
@@ -172,8 +163,7 @@ def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
         is_durable: whether it must survive a crash of the machine, not only of the process. A copy
             of other data need not wait for the disk.
 
-    Raises:
-        OSError: the folder is missing or not writable, or the disk is full.
+    Raises `OSError`: the folder is missing or not writable, or the disk is full.
     """
     fd, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray_envs.decisions import edits
-from ray_envs.errors import (
-    AlreadyExists,
-    EnvironmentInUse,
-    InvalidInput,
-    StorageFailed,
-)
+from ray_envs.errors import AlreadyExists, EnvironmentInUse, InvalidInput, StorageFailed
 from ray_envs.events import EventKind
 from ray_envs.manager.operations import Operations
 from ray_envs.manager.reconciler import Reconciler
@@ -51,41 +47,19 @@ _EDITS: dict[str, tuple[Edit, EventKind]] = {
 }
 
 
+@dataclass(eq=False)
 class Changes:
-    """The verbs that change variants.
+    """The verbs that change variants."""
 
-    Args:
-        settings: the root and time limits.
-        registry: the definitions on disk.
-        variants: the definitions in memory.
-        statuses: what is told about variants.
-        reconciler: prepares environments.
-        resolver: checks specs, and locks.
-        operations: keeps rows and sends events.
-        users: returns who uses environments now.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        variants: Variants,
-        statuses: Statuses,
-        reconciler: Reconciler,
-        resolver: Resolver,
-        operations: Operations,
-        *,
-        users: Users,
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._variants = variants
-        self._statuses = statuses
-        self._reconciler = reconciler
-        self._resolver = resolver
-        self._operations = operations
-        self._users = users
-        self._switching = Switching(settings, registry, variants, statuses, reconciler, resolver)
+    _settings: Settings
+    _registry: Registry
+    _variants: Variants
+    _statuses: Statuses
+    _reconciler: Reconciler
+    _resolver: Resolver
+    _operations: Operations
+    _users: Users
+    _switching: Switching
 
     async def create(
         self,
@@ -129,7 +103,7 @@ class Changes:
                     base_lock=base_lock,
                 )
         if wait_s > 0 and before is not None and not dry_run:
-            # Also where nothing changed: whoever waits wants it ready.
+            # Also if nothing changed: a caller that waits wants the environment ready.
             current = self._variants.get(name).current
             await self._reconciler.make_ready(current, wait_s, variant_id=name)
         if not dry_run:
@@ -144,7 +118,7 @@ class Changes:
         """
         async with self._operations.on_variant(env_id, "relock", failed=_FAILED) as change:
             before = self._variants.get(str(env_id))
-            if self._switching.fits(before):  # somebody else was first
+            if self._switching.fits(before):  # another process has done it
                 return self._switching.unchanged(before, dry_run=dry_run)
             return await self._switching.made(
                 change,
@@ -179,7 +153,7 @@ class Changes:
                 told = facts(change) if change.was_done else {}
                 return {**self._statuses.status(name), **answer, **told}
             change.begin(generation=generation.number, before=before.current.number)
-            self._reconciler.request(env_id, generation)  # its lock is what it was
+            self._reconciler.request(env_id, generation)  # raises if its lock was edited
             pyproject, uv_lock = self._registry.lock_text(env_id, generation.number)
             await self._switching.prepared(
                 change, env_id, generation, self._settings.prepare_timeout_s
@@ -298,7 +272,7 @@ class Changes:
         )
 
     async def _refuse_used(self, record: VariantRecord, job_id: str | None) -> None:
-        """Refuse to forget a variant whose environments somebody uses, and nobody else defines."""
+        """Raise if the variant is the only one that has an environment in use."""
         keys = {record.current.key}
         for number in record.numbers:
             with suppress(StorageFailed):

@@ -19,7 +19,7 @@ class Chores:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        #: The open lock that tells other processes that this manager serves the root.
+        #: The open lock of `presence`: this manager serves the root.
         self._announced: int | None = None
         self._has_begun = self._is_settled = False
         self._prune_history_at = self._reload_at = 0.0

@@ -1,7 +1,7 @@
-"""Collects environments that nobody wants, holds or was promised, on every node.
+"""Deletes unused environments on every node.
 
-Gathers what `collecting` needs, tells the agents what may go, and prunes uv's cache.
-The agents have the last word: what is held when the exclusive lock is asked for stays.
+Collects the facts for `collecting`, tells the agents what to delete, and prunes uv's cache.
+An agent keeps an environment that is held when it asks for the exclusive lock.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray_envs.cluster.nodes import Nodes
@@ -30,40 +31,23 @@ _HOUR_S = 3600.0
 Planned = tuple[Verdict, EnvUse]
 
 
+@dataclass(eq=False)
 class Collector:
-    """The collection of one cluster's environments.
+    """Collects the environments of one cluster."""
 
-    Args:
-        settings: budgets, and how many generations are kept.
-        cluster: which jobs and detached actors live.
-        registry: the generations that are kept.
-        variants: what is defined, wanted and being prepared.
-        reconciler: the nodes, and the keys that callers wait for.
-        leases: to whom keys are promised.
-        operations: keeps the rows and tells events.
-    """
+    _settings: Settings
+    _cluster: Nodes
+    _registry: Registry
+    _variants: Variants
+    _reconciler: Reconciler
+    _leases: Leases
+    _operations: Operations
 
-    def __init__(
-        self,
-        settings: Settings,
-        cluster: Nodes,
-        registry: Registry,
-        variants: Variants,
-        reconciler: Reconciler,
-        leases: Leases,
-        operations: Operations,
-    ) -> None:
-        self._settings = settings
-        self._cluster = cluster
-        self._registry = registry
-        self._variants = variants
-        self._reconciler = reconciler
-        self._leases = leases
-        self._operations = operations
-        self._next_at = time.monotonic() + settings.gc_interval_s
+    def __post_init__(self) -> None:
+        self._next_at = time.monotonic() + self._settings.gc_interval_s
 
     async def turn(self) -> None:
-        """End the leases of dead jobs and, when it is time, collect; a part of the loop."""
+        """End the leases of dead jobs and, when it is time, collect. Called by the loop."""
         await self.end_leases()
         interval_s = self._settings.gc_interval_s
         if interval_s > 0 and time.monotonic() >= self._next_at:
@@ -71,8 +55,8 @@ class Collector:
             await self.collect(dry_run=False)
 
     async def end_leases(self) -> None:
-        """Forget the promises to jobs that have ended, unless a detached actor has them now."""
-        # Before the cluster is asked: a job that begins meanwhile is not in its answer.
+        """End the leases of jobs that have ended, unless a detached actor has the environment."""
+        # Before the cluster is asked: its answer lacks a job that begins meanwhile.
         holders = self._leases.jobs()
         dead = holders - await self._cluster.living_jobs() if holders else set()
         if dead:
@@ -82,7 +66,7 @@ class Collector:
     async def plan(
         self, *, idle_hours: float | None = None, include_current: bool = False
     ) -> list[Planned]:
-        """One verdict for each directory of each node that answers, with what it is about."""
+        """A verdict for each environment folder of each node that answers, and its use."""
         await self.end_leases()
         hours = self._settings.idle_hours if idle_hours is None else idle_hours
         limits = Limits(
@@ -103,7 +87,7 @@ class Collector:
                 leases=self._leases.all(),
                 busy=self._busy(),
                 limits=limits,
-                now=told["now"],  # the node's own clock, as the last uses
+                now=told["now"],  # the clock of the node, as for the times of use
             )
             found += [(verdict, uses[verdict.key]) for verdict in verdicts]
         return found
@@ -154,17 +138,17 @@ class Collector:
     async def _discard(
         self, change: Change, node: Node, doomed: list[Planned], *, include_current: bool
     ) -> tuple[list[dict[str, Any]], list[Verdict]]:
-        """Collect on one node; returns what went, and what had to stay after all."""
+        """Collect on one node; returns what was deleted, and what had to stay."""
         gone: list[dict[str, Any]] = []
         stayed: list[Verdict] = []
         for verdict, use in doomed:
             key = verdict.key
-            # Somebody may have asked for it since the plan was made.
+            # It may have been asked for after the plan was made.
             wanted = self.wanted(include_current=include_current)
             if key in self._busy() or key in self._leases.all() or key in wanted:
-                stayed.append(_kept(verdict, "it was asked for meanwhile"))
+                stayed.append(_kept(verdict, "it was asked for in the meantime"))
                 continue
-            was_wanted = self._variants.wishes.drop(key)  # or the loop would make it again
+            was_wanted = self._variants.wishes.drop(key)  # or the loop would build it again
             try:
                 freed = await node.call("collect", key=key, planned=use.model_dump(mode="json"))
             except RayEnvsError as exc:
@@ -186,19 +170,19 @@ class Collector:
         return gone, stayed
 
     async def _prune(self, change: Change, node: Node) -> int:
-        """Prune uv's cache on a node, within what no lock needs; returns the freed bytes."""
+        """Remove from uv's cache on a node what no lock needs; returns the freed bytes."""
         try:
             told = await node.call("prune_cache", needed=self._needed())
-        except RayEnvsError as exc:  # uv is busy: the next collection does it
+        except RayEnvsError as exc:  # uv is busy; the next collection prunes
             change.told(str(exc))
             return 0
         change.told(told["output"])
         return int(told["freed_bytes"])
 
     def wanted(self, *, include_current: bool = False) -> dict[str, str]:
-        """Why each key is wanted by a variant; with `include_current`, only the pinned ones are."""
+        """The keys that variants want, with the reason; `include_current` leaves pinned ones."""
         found: dict[str, str] = {}
-        for folder in self._variants.damaged:  # doubt keeps
+        for folder in self._variants.damaged:  # in doubt, keep
             why = f"a generation of the definition in {folder}, which cannot be read"
             found.update(dict.fromkeys(self._registry.keys_in(folder), why))
         for name, record in self._variants.by_name.items():
@@ -212,16 +196,16 @@ class Collector:
         return found
 
     def kept(self, record: VariantRecord) -> Iterable[Generation]:
-        """The older generations that are kept to roll back to; all where it is pinned."""
+        """The older generations that are kept for a rollback; all of a pinned variant."""
         older = [number for number in record.numbers if number != record.current.number]
         if not record.is_pinned:
             older = older[max(0, len(older) - self._settings.keep_generations + 1) :]
         for number in older:
-            with suppress(StorageFailed):  # one that cannot be read cannot be rolled back to
+            with suppress(StorageFailed):  # no rollback to one that cannot be read
                 yield self._registry.generation(record.env_id, number)
 
     def _busy(self) -> set[str]:
-        """The keys that are being made somewhere, or prepared for a change."""
+        """The keys that are being built on a node, or prepared for a change."""
         busy = {generation.key for generation in self._variants.staged.values()}
         busy |= {key for key, count in self._reconciler.awaited.items() if count > 0}
         for node in self._reconciler.fleet.healthy():
@@ -229,7 +213,7 @@ class Collector:
         return busy
 
     def _needed(self) -> dict[str, list[str]]:
-        """The versions of each package that some kept generation has."""
+        """The versions of each package in all kept generations."""
         needed: dict[str, set[str]] = {}
         for generation in self._variants.staged.values():
             for name, version in generation.packages.items():

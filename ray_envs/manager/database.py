@@ -1,8 +1,7 @@
-"""One SQLite file that several threads and processes use, and that may be damaged or out of reach.
+"""One SQLite file that several threads and processes use, and that may be damaged or missing.
 
-Knows how the file is reached, not what stands in it: that is `history`. What is being logged comes
-first: a write that fails hurts nobody, and `problem` says why it failed. A damaged file is put
-aside, never mended.
+It opens the file; `history` knows its content. A write that fails raises nothing, since the logged
+operation matters more: `problem` has the reason. A damaged file is put aside, never repaired.
 """
 
 from __future__ import annotations
@@ -75,12 +74,12 @@ class Database:
         return "; ".join(text for text in (self._failure, self._damage) if text)
 
     def close(self) -> None:
-        """Let go of the files; a later call opens them again."""
+        """Close the files; a later call opens them again."""
         with self._mutex:
             self._disconnect()
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What `work` gives, or None where there is no history yet."""
+        """The result of `work`, or None if there is no history yet."""
         with self._mutex:
             self._wait_at_most(_PATIENCE_S)
             try:
@@ -90,7 +89,7 @@ class Database:
                 raise
 
     def write(self, work: Callable[[sqlite3.Connection], T], *, creates: bool = True) -> T | None:
-        """What `work` gives, or None where it could not be stored: `problem` says why."""
+        """The result of `work`, or None if it could not be stored: `problem` has the reason."""
         with self._mutex:
             # Once for each trouble: until a write succeeds, every further one only tries.
             self._wait_at_most(0 if self._failure else _PATIENCE_S)
@@ -188,8 +187,8 @@ class Database:
         """How SQLite opens the file."""
         if creates:
             return "mode=rwc"
-        # SQLite reads a write-ahead log only where it can make its -shm. Where nobody can write,
-        # nobody does: what the last one has closed can be read as it is.
+        # SQLite reads a write-ahead log only where it can create its -shm. Where that is forbidden,
+        # no process writes, and the closed file can be read as it is.
         can_write = os.access(self._path.parent, os.W_OK)
         if not can_write and not os.path.exists(f"{self._path}-shm"):
             return "mode=ro&immutable=1"
@@ -211,15 +210,14 @@ class Database:
 
     @contextmanager
     def _alone(self, *, is_needed: bool) -> Iterator[int | None]:
-        """Hold the lock of whoever opens, closes, begins or puts aside the database, on any thread.
+        """Hold the lock for opening, closing, creating and putting aside the database.
 
-        Its file says how many databases were begun on this root. Where it cannot be had, because
-        this user may not write here, the block runs without it unless `is_needed`: who cannot write
-        puts nothing aside.
+        Its file holds the number of databases that were created on this root. Where this user may
+        not write, the block runs without the lock unless `is_needed`.
 
         Raises:
             StorageFailed: another process keeps the lock.
-            OSError: it is needed and cannot be had.
+            OSError: it is needed, and cannot be taken.
         """
         path = f"{self._path}.lock"
         lock = None
@@ -253,7 +251,7 @@ class Database:
         with suppress(OSError, StorageFailed, sqlite3.Error), self._alone(is_needed=False):
             connection.close()
         with suppress(sqlite3.Error):
-            connection.close()  # nothing, if it is closed
+            connection.close()  # a closed one may be closed again
 
     def _put_aside(self) -> bool:
         """Rename the damaged database; False where another process has done so."""
@@ -263,7 +261,7 @@ class Database:
             is_first = _identity(self._path) == self._identity
             if is_first:
                 number = max(_begun(lock), *(n + 1 for n in self._aside().values()), 1)
-                # The database last: whoever dies in between leaves a damaged one to be found again,
+                # The database last: a process that dies in between leaves a damaged database,
                 # never a log beside a new one.
                 for end in ("-wal", "-shm", ""):
                     with suppress(FileNotFoundError):
@@ -277,7 +275,7 @@ class Database:
         return is_first
 
     def _note_damage(self) -> None:
-        """Say so, if the file that was open is one of those that were put aside."""
+        """Set `problem` if the file that was open has been put aside."""
         for path in self._aside():
             if _identity(path) == self._identity:
                 self._damage = f"the history was damaged and is kept as {path}; a new one is begun"
@@ -302,6 +300,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _begun(lock: int) -> int:
-    """How many databases were begun, as the lock file says; 0 where it says nothing."""
+    """The number of created databases in the lock file; 0 in an empty one."""
     text = os.pread(lock, 20, 0).strip()
     return int(text) if text.isdigit() else 0

@@ -1,7 +1,7 @@
 """Which environments are wanted on the cluster's nodes, and how often each was asked for.
 
-Verbs write wishes, the loop makes them true (`reconciler`). Kept on disk, so that a manager that
-restarts goes on with what it was at: nodes that join later get what was asked for before.
+Verbs record wishes, and the loop of `reconciler` fulfils them. They are kept on disk, so that nodes
+get them also after a restart of the manager.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ class _Kept(Model):
 
 
 class Wishes:
-    """The wishes of one cluster, by environment key.
-
-    Args:
-        path: the file that keeps them; None to keep them in this process only.
-    """
+    """The wishes of one cluster, by environment key."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -42,7 +38,7 @@ class Wishes:
         self._is_held = False
 
     def load(self) -> None:
-        """Take over what an earlier life has kept; what cannot be read is asked for again."""
+        """Read the wishes of the manager before this one; a damaged file counts as empty."""
         if self._path is not None:
             with suppress(OSError, ValidationError):
                 kept = _Kept.model_validate_json(self._path.read_bytes())
@@ -68,18 +64,18 @@ class Wishes:
         return len(self._wanted)
 
     def attempt(self, key: str) -> int:
-        """How often `key` was asked for again after a failure."""
+        """How often `key` was retried after a failure, on request."""
         return self._attempts.get(key, 0)
 
     def epoch(self, key: str) -> int:
-        """A number that is another one since a node lost `key`, or has it after a failure.
+        """A number that changes when a node loses `key`, or has it after a failure.
 
-        It stands in the runtime_env: each node's Ray remembers for ever how a runtime_env went.
+        It is part of the runtime_env, since Ray caches the result of an equal runtime_env.
         """
         return self._epochs.get(key, 0)
 
     def want(self, key: str, *, failed: int | None = None) -> None:
-        """Want `key`; also where attempts up to the number `failed` have failed."""
+        """Want `key`; with `failed`, retry it where attempts up to that number have failed."""
         if key not in self._wanted or failed is not None:
             self._wanted.add(key)
             if failed is not None:  # it may be from before this file was lost

@@ -33,8 +33,7 @@ def generation(registry: Registry, record: VariantRecord, number: int | None) ->
     if number not in record.numbers:
         known = ", ".join(map(str, record.numbers))
         raise InvalidInput(
-            f"variant {record.env_id} has no generation {number}",
-            hint=f"its generations: {known}",
+            f"variant {record.env_id} has no generation {number}", hint=f"its generations: {known}"
         )
     return registry.generation(record.env_id, number)
 
@@ -53,13 +52,7 @@ def deps(registry: Registry, record: VariantRecord) -> dict[str, Any]:
 def generations(
     registry: Registry, record: VariantRecord, *, facts: Callable[[Generation], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Every generation of a variant, oldest first, with what it changed.
-
-    Args:
-        registry: where they are.
-        record: the variant.
-        facts: what else is known of one, such as whether it is ready.
-    """
+    """Every generation of a variant, oldest first, with what it changed."""
     rows: list[dict[str, Any]] = []
     before: dict[str, str] = {}
     for number in record.numbers:
@@ -117,8 +110,7 @@ def put_bundle(
 ) -> dict[str, str]:
     """Write a generation with its wheels, from this machine's uv cache, into one file.
 
-    Returns:
-        The texts in it, by file name.
+    Returns the texts in it, by file name.
 
     Raises:
         EnvironmentNotReady: wheels of it are not on this machine.

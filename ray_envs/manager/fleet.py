@@ -1,6 +1,6 @@
 """The live nodes of a cluster, as their agents describe them. Knows no variants.
 
-`manager` says what is wanted; this follows every agent and tells that something is new.
+Follows every agent, and wakes the callers that wait for news.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ray_envs.models import NodeEnvState, Phase, Target
 _WATCH_S = 5.0
 #: How many looks in a row an agent may miss before its node counts as failed. A guess.
 _MAX_MISSES = 6
-#: How long the other nodes wait for those that are being met.
+#: How long a look at the nodes waits for agents that do not answer yet.
 _MEET_S = 2.0
 #: After how long a worker that waits for an environment may have given up; see `plugin`.
 _PATIENCE_S = 300.0
@@ -34,7 +34,7 @@ class Node:
     call: Call
     site: str = ""
     error: dict[str, str] | None = None
-    #: Whether Ray asks us there before it starts a worker in one of our environments.
+    #: Whether Ray has our plugin there.
     has_gate: bool = False
     #: What it runs: the versions of ray_envs and uv.
     software: dict[str, str] = field(default_factory=dict)
@@ -44,76 +44,63 @@ class Node:
     others: dict[str, NodeEnvState] = field(default_factory=dict)
     #: Keys that workers wait for there, with the attempt that they belong to.
     asked: dict[str, int] = field(default_factory=dict)
-    #: The last end of each build that was told to whoever listens.
+    #: The last end of each build for which `on_final` was called.
     told: dict[str, NodeEnvState] = field(default_factory=dict)
     watcher: asyncio.Task[None] | None = None
 
     @property
     def is_bare(self) -> bool:
-        """Whether it lacks what environments need, ray_envs itself for one: it gets none."""
+        """Whether it lacks ray_envs or uv, so that it gets no environments."""
         return self.error is not None and self.error["type"] == WrongEnvironment.__name__
 
     def may_have(self, site: str) -> bool:
-        """Whether environments for `site` belong there, as far as is known yet."""
+        """Whether environments for `site` can run there; True as long as that is not known."""
         return self.site == site or (not self.site and not self.is_bare)
 
     def know(self, states: dict[str, NodeEnvState]) -> None:
-        """Believe this of every environment there."""
+        """Store the states of all environments there."""
         self.states = states
         self.ready = frozenset(key for key, s in states.items() if s.phase is Phase.READY)
         self.others = {key: s for key, s in states.items() if s.phase is not Phase.READY}
 
     def know_one(self, state: NodeEnvState) -> None:
-        """Believe this of one environment there."""
+        """Store the state of one environment there."""
         self.know({**self.states, state.key: state})
 
 
+@dataclass(eq=False)
 class Fleet:
-    """Follows the nodes of a cluster.
+    """Follows the nodes of a cluster."""
 
-    Args:
-        cluster: who answers about nodes.
-        settings: for the agents, as `Settings.to_environment` writes them.
-        on_node: told when a node has joined (true) or was lost (false), after the first look.
-        on_final: told when an environment that was being made has become ready, or has failed.
-        on_outdated: told the key of an environment that a node has lost, or has after a failure:
-            what Ray remembers of its runtime_env there is not true any more.
-    """
+    _cluster: Nodes
+    _settings: dict[str, str]
+    #: Called when a node has joined (True) or was lost (False), after the first look.
+    _on_node: Callable[[NodeInfo, bool], None]
+    #: Called when a build has ended: the environment is ready or has failed.
+    _on_final: Callable[[NodeInfo, NodeEnvState], None]
+    #: Called with a key that a node has lost, or has after a failure: what Ray has cached for its
+    #: runtime_env is wrong now.
+    _on_outdated: Callable[[str], None]
 
-    def __init__(
-        self,
-        cluster: Nodes,
-        settings: dict[str, str],
-        *,
-        on_node: Callable[[NodeInfo, bool], None],
-        on_final: Callable[[NodeInfo, NodeEnvState], None],
-        on_outdated: Callable[[str], None],
-    ) -> None:
-        self._cluster = cluster
-        self._settings = settings
-        self._on_node = on_node
-        self._on_final = on_final
-        self._on_outdated = on_outdated
-        self._has_looked = False
-        self.nodes: dict[str, Node] = {}
-        #: Rises with every news; `news` waits for it.
-        self.version = 0
-        self._changed = asyncio.Condition()
-        #: Set when there is something to do: a new wish, or an agent that was lost.
-        self.wake_up = asyncio.Event()
-        self._is_stopping = False
-        #: How often in a row an agent could not be met.
-        self._misses: dict[str, int] = {}
-        #: Why the loop last built an environment, by node and key; for people.
-        self.becauses: dict[tuple[str, str], str] = {}
-        #: Those that are being met now.
-        self._meetings: dict[str, asyncio.Task[None]] = {}
+    _has_looked: bool = field(default=False, init=False)
+    nodes: dict[str, Node] = field(default_factory=dict, init=False)
+    #: Rises with every news; `news` waits for it.
+    version: int = field(default=0, init=False)
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition, init=False)
+    #: Set when there is something to do: a new wish, or an agent that was lost.
+    wake_up: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _is_stopping: bool = field(default=False, init=False)
+    #: How often in a row an agent could not be met.
+    _misses: dict[str, int] = field(default_factory=dict, init=False)
+    #: Why the loop last built an environment, by node and key; for people.
+    becauses: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
+    #: The agents that are being asked for the first time now.
+    _meetings: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
 
     def head(self) -> Node:
         """The head node, where uv resolves.
 
-        Raises:
-            RayEnvsError: it is not there, or its agent reported an error.
+        Raises `RayEnvsError`: it is not there, or its agent reported an error.
         """
         for node in self.nodes.values():
             if node.info.is_head:
@@ -125,7 +112,7 @@ class Fleet:
         )
 
     def is_gated(self) -> bool:
-        """Whether every live node asks us before a worker starts: tasks may then go to any."""
+        """Whether every live node has our plugin, so that tasks may go to any node."""
         return bool(self.nodes) and all(node.has_gate for node in self.nodes.values())
 
     def healthy(self) -> list[Node]:
@@ -141,16 +128,16 @@ class Fleet:
                 )
 
     async def announce(self) -> None:
-        """Tell whoever waits for news that there are some."""
+        """Wake all callers of `news`."""
         self.version += 1
         async with self._changed:
             self._changed.notify_all()
 
     async def look_at_nodes(self) -> None:
-        """Meet the nodes that have joined and those whose agent was lost.
+        """Ask the agents of nodes that have joined, and of nodes whose agent was lost.
 
-        The first look waits until each has answered or missed; later ones go on without those
-        that take long, which are known as soon as they answer.
+        The first look waits for every answer or failure. Later ones do not wait for slow agents,
+        which are known as soon as they answer.
         """
         alive = {info.node_id: info for info in await self._cluster.alive()}
         for node_id in self._meetings.keys() - alive.keys():
@@ -188,7 +175,8 @@ class Fleet:
             node.software = told["software"]
             self._hear(node, told)
             known = self.nodes.get(info.node_id)
-            node.told = known.told if known else dict(node.states)  # what ended before us is old
+            # The builds of an unknown node have ended earlier: they are no news.
+            node.told = known.told if known else dict(node.states)
             self._tell_ends(node)
             if node.error is None:
                 node.watcher = asyncio.create_task(self._watch(node, int(told["version"])))
@@ -205,11 +193,11 @@ class Fleet:
             self.wake_up.set()  # the look may have gone on without it
 
     def lose(self, node: Node) -> None:
-        """Forget what an agent told that does not answer; the next look meets it again."""
+        """Forget the answers of an agent that is lost; the next look asks it again."""
         watcher, node.watcher = node.watcher, None
         node.know({})
         node.asked = {}
-        node.site = ""  # until it is met nothing is built there
+        node.site = ""  # nothing is built there until it answers
         self.version += 1
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
@@ -230,7 +218,7 @@ class Fleet:
             await self.announce()
 
     def _hear(self, node: Node, told: Mapping[str, Any]) -> None:
-        """Take over what an agent told of its environments, and of who waits for them."""
+        """Store an agent's answer: its environments, and the workers that wait for some."""
         before = node.ready
         node.know(_states(told["states"]))
         for key in before - node.ready:
@@ -240,7 +228,7 @@ class Fleet:
             self.wake_up.set()
 
     def _tell_ends(self, node: Node) -> None:
-        """Tell of each build that has ended since the last time."""
+        """Call `on_final` for each build that has ended since the last call."""
         for key, state in node.states.items():
             if state.phase.is_final and state.duration_s and node.told.get(key) != state:
                 before = node.told.get(key)
@@ -249,18 +237,18 @@ class Fleet:
                     self._on_outdated(key)
                 node.told[key] = state
                 self._on_final(node.info, state)
-                self.wake_up.set()  # others may have waited for what this node has now
+                self.wake_up.set()  # other nodes may have waited for wheels of this one
 
     def forget_state(self, node: Node, key: str) -> None:
-        """Stop believing what a node's agent told of `key`: its disk has changed."""
+        """Forget the state of `key` on a node, because its disk has changed."""
         node.know({other: state for other, state in node.states.items() if other != key})
         self.version += 1
 
     async def look_at_disks(self) -> None:
-        """Ask every agent what its disk has now: whoever asks may start a worker there at once."""
+        """Ask every agent for the state of its disk now, before a worker is started there."""
 
         async def look(node: Node) -> None:
-            with suppress(Exception):  # a dead agent is the watcher's business
+            with suppress(Exception):  # the watcher notices a dead agent
                 told = await node.call("watch", seen=-1, timeout_s=0)
                 if _states(told["states"]) != node.states:
                     self._hear(node, told)
@@ -291,7 +279,7 @@ def _facts(node: Node) -> tuple[Any, ...]:
 
 
 def site_name(platform: str, target: Target) -> str:
-    """What a node is, as far as an environment must match it."""
+    """The platform, Python and Ray that an environment of a node must match, as a text."""
     return f"{platform} python {target.python} ray {target.ray}"
 
 

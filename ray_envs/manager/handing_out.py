@@ -20,7 +20,7 @@ _FOR_PROGRAMS = (
 
 
 class HandingOut:
-    """Tells programs what they need to run in a variant, and remembers that it was promised."""
+    """Answers programs that want to run in a variant, and takes leases for their jobs."""
 
     def __init__(self, parts: Parts) -> None:
         self._variants, self._statuses, self._fleet = parts.variants, parts.statuses, parts.fleet

@@ -1,8 +1,7 @@
 """The event and operation log of a root, in SQLite: for people to query; no restart needs it.
 
-What is being logged comes first: a write that fails hurts nobody, and `problem` says why it failed.
-Any threads and local processes may use one root at once. Its words are those of `events`; how the
-file is reached is `database`.
+A write that fails raises nothing, since the logged operation matters more: `problem` has the
+reason. Threads and processes of one machine may use it at once. `database` opens the file.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ ModelT = TypeVar("ModelT", bound=Model)
 
 _FORMAT = 1
 
-#: What is kept of each of uv's outputs: the end says what went wrong.
+#: How much of each output of uv is kept: its end, which has the error.
 _KEPT_BYTES = 64 * 1024
 
 #: Rows that one step of `prune` deletes: others may write between two steps.
@@ -104,14 +103,11 @@ _PRUNE = (
 
 
 class History:
-    """What happened on one root, for as long as `keep_s` seconds after `prune`.
+    """The events and operations of one root, for as long as `keep_s` seconds.
 
-    Opened at the first use, by any thread. Methods that write never raise for what the storage
-    does: `problem` has the reason, and the next call tries again. Methods that read create nothing.
-
-    Args:
-        path: the file; see `Database`.
-        keep_s: how old an event or an ended operation becomes before `prune` deletes it.
+    Opened at the first use, by any thread. Methods that write raise no error of the storage:
+    `problem` has it, and the next call tries again. Methods that read raise `StorageFailed`, and
+    create no file.
     """
 
     def __init__(self, path: Path, *, keep_s: float) -> None:
@@ -146,7 +142,7 @@ class History:
         """The first `limit` matching events after number `since`, and the `since` of the next call.
 
         The latter is the number of the last event that was looked at, whether it matched or not:
-        whoever goes on from there sees every event once.
+        a caller that goes on from there sees every event once.
 
         Raises:
             InvalidInput: `limit` is not positive.
@@ -174,11 +170,7 @@ class History:
         return self._database.read(select) or ([], since)
 
     def last_number(self) -> int:
-        """The number of the last event that was ever recorded here; 0 before the first.
-
-        Raises:
-            StorageFailed: the history cannot be read.
-        """
+        """The number of the last event that was ever recorded here; 0 before the first."""
         return self._database.read(_last_number) or 0
 
     # -- operations
@@ -197,11 +189,7 @@ class History:
         self._database.write(lambda connection: connection.execute(_PUT_OPERATION, row))
 
     def operation(self, operation_id: str) -> Operation | None:
-        """The operation of that id, or None where there is none.
-
-        Raises:
-            StorageFailed: the history cannot be read.
-        """
+        """The operation of that id, or None where there is none."""
 
         def select(connection: sqlite3.Connection) -> list[Operation]:
             query = "SELECT * FROM operations WHERE operation_id = ?"
@@ -210,11 +198,7 @@ class History:
         return next(iter(self._database.read(select) or ()), None)
 
     def running(self) -> list[Operation]:
-        """The operations whose end was not stored, the newest first.
-
-        Raises:
-            StorageFailed: the history cannot be read.
-        """
+        """The operations whose end was not stored, the newest first."""
         # A negative limit is none, for SQLite.
         return self._operations(_filters(status=OperationStatus.RUNNING), limit=-1, offset=0)[0]
 
@@ -230,8 +214,7 @@ class History:
     ) -> tuple[list[Operation], int]:
         """The matching operations that began at `since` or later, the newest first.
 
-        Returns:
-            At most `limit` of them after the first `offset`, and how many match in all.
+        Returns at most `limit` of them after the first `offset`, and how many match in all.
 
         Raises:
             InvalidInput: `limit` or `offset` is negative.
@@ -264,11 +247,9 @@ class History:
     ) -> int:
         """Delete the matching operations that have ended and began before `before`.
 
-        Returns:
-            How many went; 0 with a `problem` where the history cannot be written.
+        Returns how many went; 0 with a `problem` where the history cannot be written.
 
-        Raises:
-            InvalidInput: no filter is given: this is no way to empty the history.
+        Raises `InvalidInput`: no filter is given: this is no way to empty the history.
         """
         filters = _filters(variant_id=variant_id, operation=operation, status=status, before=before)
         if not any(filters.values()):
@@ -297,7 +278,7 @@ class History:
         return self._database.write(delete, creates=False) or 0
 
     def close(self) -> None:
-        """Let go of the files; a later call opens them again."""
+        """Close the files; a later call opens them again."""
         self._database.close()
 
 

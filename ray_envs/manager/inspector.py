@@ -1,12 +1,13 @@
-"""Looks at environments as they are: who uses them, whether they match their lock; mends them.
+"""Examines environments: their users, and whether they match their lock. Repairs them.
 
-What is damaged is told as an event before it is mended. `upkeep` does the work on each node.
+Damage is an event before it is repaired. `maintenance` does the work on each node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray_envs.decisions import resolving
@@ -30,63 +31,39 @@ from ray_envs.manager.variants import Variants
 from ray_envs.models import Definition, EnvId, Generation, Phase, Target, VariantRecord
 from ray_envs.settings import Settings
 
-#: A command line that shows this is a worker of Ray that waits for work: nobody uses it.
+#: The command line of a Ray worker that waits for work: it does not count as use.
 _IDLE = "ray::IDLE"
-#: How much of a key or a node's id people need to tell it from others.
+#: How many letters of a key or node id are shown.
 _SHORT = 12
 
 Rows = list[dict[str, Any]]
 
 
+@dataclass(eq=False)
 class Inspector:
-    """The state of one cluster's environments, examined.
+    """Examines and repairs the environments of one cluster."""
 
-    Args:
-        settings: how long a rebuilt environment may take.
-        registry: the definitions.
-        variants: the definitions in memory.
-        statuses: the states of environments on the nodes.
-        reconciler: the nodes, and rebuilds.
-        operations: keeps rows and tells events.
-        collector: what a collection would do, and which leases have ended.
-        leases: to whom keys are promised.
-        target: the cluster's interpreter and Ray.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        variants: Variants,
-        statuses: Statuses,
-        reconciler: Reconciler,
-        operations: Operations,
-        collector: Collector,
-        leases: Leases,
-        *,
-        target: Target,
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._variants = variants
-        self._statuses = statuses
-        self._reconciler = reconciler
-        self._operations = operations
-        self._collector = collector
-        self._leases = leases
-        self._target = target
+    _settings: Settings
+    _registry: Registry
+    _variants: Variants
+    _statuses: Statuses
+    _reconciler: Reconciler
+    _operations: Operations
+    _collector: Collector
+    _leases: Leases
+    _target: Target
 
     async def users(self, keys: list[str], but_job: str | None = None) -> list[str]:
-        """Who uses any of `keys` now, in words: processes that hold them, and jobs with a lease.
+        """The users of any of `keys` now, in words: processes that hold them, jobs with a lease.
 
-        Workers of Ray that wait for work are left out, and so are the leases of `but_job`.
+        Idle Ray workers and the leases of `but_job` do not count.
         """
         found = []
         await self._collector.end_leases()
         for node in self._reconciler.fleet.healthy():
             try:
                 held = await node.call("users", keys=keys)
-            except ManagerUnavailable:  # it restarts; what it holds is in no danger meanwhile
+            except ManagerUnavailable:  # it restarts, and cannot delete anything meanwhile
                 continue
             for key, processes in held.items():
                 for process in processes:
@@ -167,13 +144,13 @@ class Inspector:
         for key, (env_id, made) in self._kept_by(names).items():
             name = str(env_id)
             known = self._variants.by_name.get(name)
-            if known is None:  # deleted meanwhile
+            if known is None:  # it was deleted meanwhile
                 continue
             is_current = known.current.key == key
             try:
-                # A kept generation need not be there; a damaged one must not be.
+                # A kept generation may be absent, but not damaged.
                 rows = await self.check(env_id, made, repair=repair, may_be_gone=not is_current)
-            except RayEnvsError as exc:  # its lock cannot be read: the others can
+            except RayEnvsError as exc:  # its lock cannot be read; go on with the others
                 rows = [{**_row(""), "error": exc.to_dict()}]
             if (
                 is_current
@@ -206,7 +183,7 @@ class Inspector:
         found: dict[str, tuple[EnvId, Generation]] = {}
         records = []
         for name in names:
-            with suppress(NotFound):  # deleted meanwhile
+            with suppress(NotFound):  # it was deleted meanwhile
                 records.append(self._variants.get(name))
         for record in records:
             found.setdefault(record.current.key, (record.env_id, record.current))
@@ -220,7 +197,7 @@ class Inspector:
         }
 
     async def _rebuilt(self, name: str, made: Generation, rows: Rows) -> None:
-        """Build what is missing or was given up, and say in `rows` how that went."""
+        """Build what is missing or was discarded, and put the results into `rows`."""
         self._reconciler.want([made.key])
         await self._reconciler.fleet.look_at_disks()
         limit_s = self._settings.prepare_timeout_s
@@ -252,9 +229,9 @@ class Inspector:
     async def check(
         self, env_id: EnvId, made: Generation, *, repair: bool, may_be_gone: bool = False
     ) -> Rows:
-        """What each node finds in its environment of a generation, and what it mended.
+        """The findings of each node about its environment of a generation, and its repairs.
 
-        With `may_be_gone`, nodes that do not have it are left out.
+        `may_be_gone` leaves nodes without it out.
         """
         key = made.key
         request = self._reconciler.request(env_id, made)
@@ -292,16 +269,12 @@ class Inspector:
 
 
 def _about(env_id: EnvId, made: Generation, row: Mapping[str, Any]) -> dict[str, str]:
-    """What an event about an environment on a node is about."""
-    return {
-        "variant_id": str(env_id),
-        "key": made.key,
-        "node_id": row["node_id"],
-    }
+    """The ids of an event about an environment on a node."""
+    return {"variant_id": str(env_id), "key": made.key, "node_id": row["node_id"]}
 
 
 def _row(node_id: str) -> dict[str, Any]:
-    """What is said of an environment on a node that has said nothing yet."""
+    """The findings of a node that has not answered yet."""
     return {
         "node_id": node_id,
         "is_ready": False,
@@ -315,7 +288,7 @@ def _row(node_id: str) -> dict[str, Any]:
 
 
 def in_words(row: Mapping[str, Any]) -> str:
-    """What a check found on one node, in a line."""
+    """The findings of one node in a line."""
     where = f"node {row['node_id'][:_SHORT]}"
     if row["error"]:
         return f"{where}: {row['error']['message']}"

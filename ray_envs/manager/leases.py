@@ -1,7 +1,7 @@
-"""Who was promised an environment that no process of his holds yet.
+"""The leases: promises to jobs that an environment is kept, before a process holds it.
 
-A lease belongs to a job and ends with it, or with the last detached actor that was given the
-environment. It is kept on disk: a manager that restarts knows its promises.
+A lease ends with its job, or with the last detached actor that was given the environment. Leases
+are kept on disk, so that the manager knows them after a restart.
 """
 
 from __future__ import annotations
@@ -22,21 +22,16 @@ _SHAPE = TypeAdapter(dict[str, Holders])
 
 
 class Leases:
-    """The leases of one root, by environment key.
-
-    Args:
-        path: the file that keeps them.
-    """
+    """The leases of one root, by environment key."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._leases: dict[str, Holders] | None = None
 
     def take(self, key: str, *, job_id: str, session: str, variant_id: str) -> None:
-        """Promise `key` to a job; again and again costs nothing.
+        """Give a job a lease on `key`, if it has none yet.
 
-        Raises:
-            StorageFailed: the promise cannot be kept over a restart; it is made all the same.
+        Raises `StorageFailed`: the lease is valid, but will be lost at a restart of the manager.
         """
         leases = self._all()
         holder = f"{session}/{job_id}"
@@ -45,27 +40,22 @@ class Leases:
             self._write()
 
     def of(self, key: str, *, but_job: str | None = None) -> list[str]:
-        """The jobs that were promised `key`, without `but_job`."""
+        """The jobs with a lease on `key`, without `but_job`."""
         jobs = {holder.rpartition("/")[2] for holder in self._all().get(key, {})}
         return sorted(jobs - {but_job})
 
     def all(self) -> dict[str, str]:
-        """Who was promised each key, in words."""
+        """The holders of a lease on each key, in words."""
         return {
             key: "job " + ", ".join(self.of(key)) for key, holders in self._all().items() if holders
         }
 
     def jobs(self) -> set[str]:
-        """`session/job` of everybody who holds a lease."""
+        """`session/job` of every holder of a lease."""
         return {holder for holders in self._all().values() for holder in holders}
 
     def end(self, dead: Iterable[str], kept_keys: Iterable[str] = ()) -> list[str]:
-        """End the leases of `dead` (`session/job`); returns the keys that nobody has now.
-
-        Args:
-            dead: the jobs that have ended.
-            kept_keys: keys that a detached actor was given: its restart needs them.
-        """
+        """End the leases of `dead` (`session/job`); returns the keys without a lease now."""
         leases, keep, gone = self._all(), set(kept_keys), set(dead)
         freed, is_changed = [], False
         for key, holders in list(leases.items()):
@@ -78,7 +68,7 @@ class Leases:
                 del leases[key]
                 freed.append(key)
         if is_changed:
-            with suppress(StorageFailed):  # a file that still has them only keeps more
+            with suppress(StorageFailed):  # leases that stay in the file only keep more
                 self._write()
         return freed
 

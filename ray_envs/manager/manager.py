@@ -21,7 +21,7 @@ from ray_envs.manager.chores import Chores
 from ray_envs.manager.handing_out import HandingOut
 from ray_envs.manager.serving import Sharing, moment, serves, word
 from ray_envs.manager.wiring import wired
-from ray_envs.models import Definition, EnvId, Generation, VariantRecord
+from ray_envs.models import Definition, EnvId, Generation
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
 from ray_envs.validation import nearest_hint
@@ -59,7 +59,6 @@ class EnvManager:
 
     @serves
     async def describe(self, _: verbs.Describe) -> Answer:
-        await self._chores.awake()
         parts = self._parts
         return {
             "root": str(parts.settings.root),
@@ -83,12 +82,10 @@ class EnvManager:
 
     @serves
     async def get_env_status(self, asked: verbs.GetEnvStatus) -> Answer:
-        await self._chores.awake()
         return self._statuses.status(asked.variant_id)
 
     @serves
     async def list_envs(self, _: verbs.ListEnvs) -> Rows:
-        await self._chores.awake()
         self._reconciler.reload()
         return self._statuses.summaries()
 
@@ -103,7 +100,7 @@ class EnvManager:
 
     @serves
     async def list_deps(self, asked: verbs.ListDeps) -> Answer:
-        return exports.deps(self._registry, await self._defined(asked.variant_id))
+        return exports.deps(self._registry, self._variants.get(asked.variant_id))
 
     @serves
     async def list_generations(self, asked: verbs.ListGenerations) -> Rows:
@@ -113,17 +110,17 @@ class EnvManager:
                 "is_ready": self._statuses.is_ready(made),
             }
 
-        record = await self._defined(asked.variant_id)
+        record = self._variants.get(asked.variant_id)
         return exports.generations(self._registry, record, facts=facts)
 
     @serves
     async def diff_env(self, asked: verbs.DiffEnv) -> Answer:
-        record = await self._defined(asked.variant_id)
+        record = self._variants.get(asked.variant_id)
         return exports.difference(self._registry, record, asked.from_, asked.to)
 
     @serves
     async def export_env(self, asked: verbs.ExportEnv) -> Answer:
-        record = await self._defined(asked.variant_id)
+        record = self._variants.get(asked.variant_id)
         made = exports.generation(self._registry, record, asked.generation)
         if asked.format == "project":
             files = exports.project_files(self._registry, record, made)
@@ -151,13 +148,12 @@ class EnvManager:
 
     @serves
     async def explain(self, asked: verbs.Explain) -> Answer:
-        return await self._parts.inspector.explain(await self._defined(asked.variant_id))
+        return await self._parts.inspector.explain(self._variants.get(asked.variant_id))
 
     # -- history ----------------------------------------------------------------------------
 
     @serves
     async def events(self, asked: verbs.Events) -> Answer:
-        await self._chores.awake()
         if asked.since < 0:
             return {"events": [], "next": self._history.last_number()}
         found, following = await self._parts.operations.events(
@@ -171,7 +167,6 @@ class EnvManager:
 
     @serves
     async def get_operations(self, asked: verbs.GetOperations) -> Answer:
-        await self._chores.awake()
         found, total = self._history.operations(
             variant_id=asked.variant_id,
             operation=asked.operation,
@@ -183,7 +178,6 @@ class EnvManager:
 
     @serves
     async def delete_operations(self, asked: verbs.DeleteOperations) -> Answer:
-        await self._chores.awake()
         count = self._history.delete_operations(
             variant_id=asked.variant_id,
             operation=asked.operation,
@@ -218,7 +212,6 @@ class EnvManager:
         same: verbs.Request,
         made_by: str,
     ) -> Answer:
-        await self._chores.awake()
         return await self._sharing.once(
             same,
             lambda: self._changes.create(
@@ -246,7 +239,6 @@ class EnvManager:
     async def _edit(
         self, operation: str, asked: verbs.AddDeps | verbs.UpdateDeps | verbs.RemoveDeps
     ) -> Answer:
-        await self._chores.awake()
         return await self._sharing.once(
             asked,
             lambda: self._changes.edit(
@@ -260,7 +252,6 @@ class EnvManager:
 
     @serves
     async def rollback_env(self, asked: verbs.RollbackEnv) -> Answer:
-        await self._chores.awake()
         return await self._sharing.once(
             asked,
             lambda: self._changes.rollback(
@@ -273,7 +264,6 @@ class EnvManager:
 
     @serves
     async def delete_env(self, asked: verbs.DeleteEnv) -> Answer:
-        await self._chores.awake()
         return await self._sharing.once(
             asked,
             lambda: self._changes.delete(
@@ -286,21 +276,17 @@ class EnvManager:
 
     @serves
     async def pin_env(self, asked: verbs.PinEnv) -> Answer:
-        await self._chores.awake()
         return await self._changes.pin(EnvId.parse(asked.variant_id), is_pinned=asked.is_pinned)
 
     @serves
     async def sync_env(self, asked: verbs.SyncEnv) -> Answer:
-        await self._chores.awake()
         env_id = EnvId.parse(asked.variant_id)
         return await self._sharing.once(
-            asked,
-            lambda: self._parts.inspector.sync(env_id, self._changes, dry_run=asked.dry_run),
+            asked, lambda: self._parts.inspector.sync(env_id, self._changes, dry_run=asked.dry_run)
         )
 
     @serves
     async def cleanup(self, asked: verbs.Cleanup) -> Answer:
-        await self._chores.awake()
         self._reconciler.reload()
         return await self._sharing.once(
             asked,
@@ -313,7 +299,6 @@ class EnvManager:
 
     @serves
     async def prepare(self, asked: verbs.Prepare) -> Answer:
-        await self._chores.awake()
         await self._fleet.look_at_disks()
         for name in asked.variant_ids:
             record = self._variants.get(name)
@@ -325,16 +310,18 @@ class EnvManager:
 
     @serves
     async def watch(self, asked: verbs.Watch) -> Answer:
-        await self._chores.awake()
         await self._fleet.news(asked.seen, asked.timeout_s)
         return self._told(asked.variant_ids)
 
     @serves
     async def doctor(self, asked: verbs.Doctor) -> Answer:
-        await self._chores.awake()
         self._reconciler.reload()
         names = [asked.variant_id] if asked.variant_id else sorted(self._variants.by_name)
         return await self._parts.inspector.doctor(names, repair=asked.repair)
+
+    async def _awake(self) -> None:
+        """Start the loop with the first verb, and wait for its first look at the nodes."""
+        await self._chores.awake()
 
     async def stop(self) -> None:
         """End the loop and, where the agent lives in this process, its builds."""
@@ -345,12 +332,8 @@ class EnvManager:
     def _checked(self, variant_id: str, spec: Mapping[str, Any]) -> Definition:
         return self._parts.resolver.checked(spec, where=f"variant {variant_id}")
 
-    async def _defined(self, variant_id: str) -> VariantRecord:
-        await self._chores.awake()
-        return self._variants.get(variant_id)
-
     async def _handed_out(self, asked: verbs.GetEnvironment | verbs.GetOptions) -> Answer:
-        record = await self._defined(asked.variant_id)
+        record = self._variants.get(asked.variant_id)
         return await self._handing_out.environment(record, asked.job_id)
 
     def _told(self, names: Iterable[str]) -> Answer:

@@ -1,8 +1,7 @@
-"""One change at a time for each variant, with its row and its events. Decides nothing.
+"""Operations: one change at a time for each variant, with its row in the history and its events.
 
-`manager` says what a change does; this takes the variant's lock, writes the operation's row before
-anything is changed and after it ended, and tells everybody who listens. A row that is still
-running while its lock can be taken is that of a process that died: it is settled here.
+Takes the variant's lock, and writes the row before anything is changed and after the end. A row
+that is still running while its lock is free belongs to a process that died: it is settled here.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from ray_envs.models import EnvId
 from ray_envs.node.store import Store
 from ray_envs.settings import Settings
 
-#: How often somebody who waits for events looks for those of other processes.
+#: How often a long-poll looks for events of other processes.
 _LOOK_S = 1.0
 #: The name of the operation that is about no single variant.
 GC = "gc"
 
-#: What consists of many changes, each of them whole.
+#: Operations of many steps, each of them complete in itself.
 _STEP_BY_STEP = (GC, "sync")
 
 _DAY_S = 86400.0
 
 
 class Change:
-    """An operation while it runs; `begin` makes it one that is seen and kept.
+    """A running operation. `begin` writes its row.
 
-    What changes nothing never begins: it leaves no row and no event.
+    An operation that changes nothing never begins, and leaves no row and no event.
     """
 
     def __init__(self, operations: Operations, row: Operation, failed: EventKind) -> None:
@@ -48,11 +47,11 @@ class Change:
         self._began = time.monotonic()
         self.row = row
         self.has_begun = False
-        #: Whether this operation was done before, and only its answer was lost.
+        #: Whether it was carried out before, and only the answer was lost.
         self.was_done = False
 
     def begin(self, **metadata: Any) -> None:
-        """Write the row, and say that the variant's lock is ours."""
+        """Write the row, and send the event that the variant's lock was taken."""
         self.has_begun = True
         self.note(**metadata)
         self.say(EventKind.LOCK_ACQUIRED)
@@ -60,17 +59,17 @@ class Change:
             self.say(EventKind.CREATION_STARTED, **metadata)
 
     def note(self, **metadata: Any) -> None:
-        """Keep facts about the operation in its row; they survive this process."""
+        """Store facts about the operation in its row."""
         self.row = self.row.model_copy(update={"metadata": {**self.row.metadata, **metadata}})
         self._operations.history.begin(self.row)
 
     def told(self, output: str) -> None:
-        """Keep what uv said."""
+        """Add uv's output to the row."""
         text = f"{self.row.stderr}\n{output}".strip("\n")
         self.row = self.row.model_copy(update={"stderr": text})
 
     def say(self, kind: EventKind, *, key: str | None = None, **data: Any) -> None:
-        """Tell an event of this operation."""
+        """Send an event of this operation."""
         self._operations.say(
             kind,
             variant_id=self.row.variant_id,
@@ -94,7 +93,7 @@ class Change:
     def fail(
         self, error: RayEnvsError, *, status: OperationStatus = OperationStatus.FAILED
     ) -> None:
-        """End the operation, which has left nothing, and tell the event of its failure."""
+        """End an operation that failed and was undone, and send the event of its failure."""
         self._end(status, error)
         self.say(
             self._failed,
@@ -118,24 +117,19 @@ class Change:
 
 
 class Operations:
-    """The changes of one root, and the events of everything.
-
-    Args:
-        settings: how long a lock is waited for, and how long history is kept.
-        registry: whose variants are locked.
-    """
+    """The operations and events of one root."""
 
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self._settings = settings
         self._registry = registry
         self.history = History(settings.root / "history.db", keep_s=settings.history_days * _DAY_S)
         self._paths = Store(settings)
-        #: What is being changed right now by this process, by variant.
+        #: The operations that run in this process, by variant.
         self.running: dict[str, Change] = {}
         self._news = asyncio.Event()
 
     def say(self, kind: EventKind, **fields: Any) -> None:
-        """Tell an event to whoever listens, now or later. Never hurts what it tells about."""
+        """Send an event, and store it. Never raises."""
         own = {name: fields.pop(name, None) for name in EnvEvent.model_fields if name in fields}
         self.history.record(EnvEvent(at=_now(), kind=kind, data=fields, **own))
         self._news.set()
@@ -174,20 +168,19 @@ class Operations:
         operation_id: str | None = None,
         asked: Any = None,
     ) -> AsyncIterator[Change]:
-        """The only change of `env_id` during the block, in any process.
+        """Make the block the only change of `env_id`, in any process.
 
-        An error in the block, once the change has begun, is kept in its row and told; if the block
-        ended the change itself (`succeed`, `fail`), it is left as that.
+        An error in the block after `begin` is stored in the row and sent as an event, unless the
+        block has ended the change itself (`succeed`, `fail`).
 
         Args:
             env_id: the variant.
             operation: its name.
             failed: the event of its failure.
-            operation_id: as the caller named it, who may ask again when an answer was lost.
-            asked: what else the caller said; the same id may stand for the same only.
+            operation_id: the caller's, for a request that may be repeated.
+            asked: the rest of the request; the same id stands for one request only.
 
-        Raises:
-            LockTimeout: somebody else went on changing it for too long; the message names him.
+        Raises `LockTimeout`: another process changed it for too long; the message names it.
         """
         name = str(env_id)
         row = Operation(
@@ -212,7 +205,7 @@ class Operations:
                 del self.running[name]
 
     def _look_up(self, change: Change) -> None:
-        """See whether this very operation was asked for before, by a caller who heard no answer."""
+        """Find out whether this request was carried out before, and its answer was lost."""
         try:
             earlier = self.history.operation(change.row.operation_id)
         except StorageFailed:
@@ -237,7 +230,7 @@ class Operations:
 
     @asynccontextmanager
     async def on_store(self) -> AsyncIterator[Change]:
-        """The only collection of this root during the block, in any process."""
+        """Make the block the only collection of this root, in any process."""
         row = Operation(operation_id=uuid.uuid4().hex, operation=GC, started_at=_now())
         change = Change(self, row, EventKind.CLEANUP_COMPLETED)
         async with self._kept(change, self._gc_lock(self._settings.lock_timeout_s)):
@@ -263,7 +256,7 @@ class Operations:
                     change.fail(exc)
                 elif isinstance(exc, asyncio.CancelledError):
                     change.note(outcome="undone")
-                    error = RayEnvsError("interrupted: nobody waits for it any more")
+                    error = RayEnvsError("interrupted: the caller has gone")
                     change.fail(error, status=OperationStatus.INTERRUPTED)
                 else:
                     change.fail(RayEnvsError(f"{type(exc).__name__}: {exc}"))
@@ -279,7 +272,7 @@ class Operations:
     # -- what dead processes left -----------------------------------------------------------
 
     async def settle_all(self) -> None:
-        """End the rows of processes that died; those whose lock is taken are alive."""
+        """Settle the rows of processes that died. A taken lock means that its process lives."""
         for row in self._running_rows():
             if row.variant_id in self.running:
                 continue
@@ -295,7 +288,7 @@ class Operations:
     def _running_rows(self) -> list[Operation]:
         try:
             return self.history.running()
-        except StorageFailed:  # nothing that is kept there is needed to go on
+        except StorageFailed:  # the manager can go on without its history
             return []
 
     def _settle(self, env_id: EnvId | None) -> None:
@@ -308,7 +301,7 @@ class Operations:
             if env_id is not None:
                 try:
                     is_done = self._finish_or_undo(env_id, row)
-                except StorageFailed:  # a damaged definition: whoever changes it is told
+                except StorageFailed:  # a damaged definition; the next change of it raises
                     continue
             outcome = "done" if is_done else "undone"
             how = f"the change was {outcome}"
@@ -336,7 +329,7 @@ class Operations:
             )
 
     def _finish_or_undo(self, env_id: EnvId, row: Operation) -> bool:
-        """Whether an interrupted change was done; what is half-done is finished or removed."""
+        """Finish or remove a half-done change; returns whether it counts as done."""
         self._registry.clear_halves(env_id)
         record = self._registry.get(env_id)
         if row.operation == "delete":

@@ -19,9 +19,6 @@ def announce(root: Path, address: str) -> int | None:
 
     Returns a descriptor, whose lock is the sign as long as it is open; None if another manager
     serves this root.
-
-    Raises:
-        StorageFailed: the root cannot be written.
     """
     with storage_errors(f"use {root}"):
         root.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +30,22 @@ from ray_envs.models import BuildRequest, EnvId, Generation, NodeEnvState, Phase
 from ray_envs.settings import Settings
 
 
+@dataclass(eq=False)
 class Reconciler:
-    """Builds what is wanted on the nodes of one cluster.
+    """Builds what is wanted on the nodes of one cluster."""
 
-    Args:
-        settings: how often the loop looks again.
-        registry: the texts of definitions.
-        variants: what is defined and wanted.
-        fleet: the nodes.
-        views: the planner's view of the nodes.
-        statuses: whether an environment is ready.
-    """
+    _settings: Settings
+    _registry: Registry
+    _variants: Variants
+    fleet: Fleet
+    _views: Views
+    _statuses: Statuses
 
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        variants: Variants,
-        fleet: Fleet,
-        views: Views,
-        statuses: Statuses,
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._variants = variants
-        self.fleet = fleet
-        self._views = views
-        self._statuses = statuses
-        #: Keys that callers wait for, and how many do.
-        self.awaited: Counter[str] = Counter()
-        self._loop_task: asyncio.Task[None] | None = None
-        self._first_look = asyncio.Event()
-        self._is_stopping = False
+    #: Keys that callers wait for, and how many do.
+    awaited: Counter[str] = field(default_factory=Counter, init=False)
+    _loop_task: asyncio.Task[None] | None = field(default=None, init=False)
+    _first_look: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _is_stopping: bool = field(default=False, init=False)
 
     def reload(self) -> None:
         """Read the definitions that other processes have changed."""
@@ -96,8 +81,7 @@ class Reconciler:
     ) -> None:
         """Return when each node is ready or has failed.
 
-        Raises:
-            EnvironmentNotReady: that took longer than `timeout_s` seconds.
+        Raises `EnvironmentNotReady`: that took longer than `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
         self.awaited[generation.key] += 1
@@ -120,11 +104,7 @@ class Reconciler:
     # -- the loop ---------------------------------------------------------------------------
 
     async def awake(self, chore: Callable[[], Any]) -> None:
-        """Start the loop with the first verb: an actor's constructor has no running loop.
-
-        Args:
-            chore: called at each turn of the loop.
-        """
+        """Start the loop with the first verb: an actor's constructor has no running loop."""
         if self._loop_task is None:
             self._variants.wishes.load()
             self.reload()
@@ -243,8 +223,7 @@ class Reconciler:
     def request(self, env_id: EnvId, generation: Generation) -> dict[str, Any]:
         """The request that a node builds a generation from, as plain data.
 
-        Raises:
-            StorageFailed: its texts cannot be read, or the lock was edited.
+        Raises `StorageFailed`: its texts cannot be read, or the lock was edited.
         """
         pyproject, uv_lock = self._registry.lock_text(env_id, generation.number)
         if lock_sha256(uv_lock) != generation.lock_sha256:

@@ -1,7 +1,7 @@
 """The definitions on disk: variants and their generations, on the manager's node.
 
 A definition is there when its `metadata.json` is there; it names the current generation, and is
-replaced in one step. Nothing here knows whether an environment is built: that is `store`.
+replaced in one step. Whether an environment is built is known to `node.store`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Registry:
     """The variants that are defined under one root.
 
     Layout: `envs/{workflow}_{node}[_{version}]/` with `metadata.json`, `pyproject.toml` and
-    `uv.lock` of the current generation, and `generations/N/` with those of every generation.
+    `uv.lock` of the current generation, and `generations/N/` with the same of every generation.
+
+    Methods raise `StorageFailed` for what cannot be read or written; the latter changes nothing.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,7 +51,7 @@ class Registry:
     def lock(
         self, env_id: EnvId, *, timeout_s: float | None = None
     ) -> AbstractAsyncContextManager[None]:
-        """The lock of whoever changes this definition, in any process; see `files.locked`."""
+        """The lock for changes of this definition, across processes; see `files.locked`."""
         with storage_errors(f"use {self._envs}"):
             self._envs.mkdir(parents=True, exist_ok=True)
         return locked(
@@ -59,12 +61,7 @@ class Registry:
         )
 
     def get(self, env_id: EnvId) -> VariantRecord | None:
-        """The definition of `env_id`, or None where there is none.
-
-        Raises:
-            StorageFailed: it is there but cannot be read, or the folder belongs to another id
-                (on file systems that do not tell upper case from lower case).
-        """
+        """The definition of `env_id`, or None where there is none."""
         record = self._read(self.folder(env_id) / _METADATA)
         if record is not None and record.env_id != env_id:
             raise StorageFailed(
@@ -74,12 +71,7 @@ class Registry:
         return record
 
     def all(self, *, damaged: list[StorageFailed] | None = None) -> list[VariantRecord]:
-        """Every definition under the root that can be read, by its id.
-
-        Args:
-            damaged: receives an error for each definition that cannot be read; one of them must
-                not hide the others.
-        """
+        """Every definition under the root that can be read, by its id."""
         found = []
         for folder in self.stamps():
             try:
@@ -111,11 +103,7 @@ class Registry:
         return _stamp(os.path.join(self._envs, env_id.folder))
 
     def keys_in(self, folder: str) -> set[str]:
-        """The keys of all generations in the folder of that name, as far as they can be read.
-
-        Raises:
-            StorageFailed: one cannot be read.
-        """
+        """The keys of all generations in the folder of that name, as far as they can be read."""
         found = set()
         for path in sorted((self._envs / folder / "generations").glob("*/generation.json")):
             with storage_errors(f"read {path}"):
@@ -137,19 +125,11 @@ class Registry:
         return {name: stamp for name, stamp in folders if stamp}
 
     def read(self, folder: str) -> VariantRecord | None:
-        """The definition in the folder of that name.
-
-        Raises:
-            StorageFailed: it cannot be read.
-        """
+        """The definition in the folder of that name."""
         return self._read(f"{self._envs}/{folder}/{_METADATA}")
 
     def lock_text(self, env_id: EnvId, number: int) -> tuple[str, str]:
-        """The pyproject.toml and uv.lock of one generation.
-
-        Raises:
-            StorageFailed: they cannot be read.
-        """
+        """The pyproject.toml and uv.lock of one generation."""
         folder = self._place(env_id, number)
         with storage_errors(f"read generation {number} of {env_id}"):
             return (
@@ -158,15 +138,11 @@ class Registry:
             )
 
     def generation(self, env_id: EnvId, number: int) -> Generation:
-        """One generation of `env_id`, whether it is the current one or not.
-
-        Raises:
-            StorageFailed: it cannot be read.
-        """
+        """One generation of `env_id`, whether it is the current one or not."""
         path = self._place(env_id, number) / "generation.json"
         with storage_errors(f"read generation {number} of {env_id}"):
             text = path.read_bytes()
-        reason = f"it says that it is another generation than {number}"
+        reason = f"it holds another generation than {number}"
         try:
             found = Generation.model_validate_json(text)
             if found.number == number:
@@ -188,11 +164,7 @@ class Registry:
         uv_lock: str,
         same_lock: VariantRecord | None = None,
     ) -> VariantRecord:
-        """Make `generation` the current one of `env_id` at once: `stage`, then `switch`.
-
-        Raises:
-            StorageFailed: it could not be written; what was before is unchanged.
-        """
+        """Make `generation` the current one of `env_id` at once: `stage`, then `switch`."""
         self.stage(env_id, generation, pyproject=pyproject, uv_lock=uv_lock, same_lock=same_lock)
         try:
             return self.switch(env_id, generation, pyproject=pyproject, uv_lock=uv_lock)
@@ -211,8 +183,8 @@ class Registry:
     ) -> None:
         """Write `generation` beside the current one, complete; the caller holds the lock.
 
-        A process that dies before `switch` leaves a folder that nobody names, and the next change
-        writes it again.
+        A process that dies before `switch` leaves a folder that no definition names; the next
+        change overwrites it.
 
         Args:
             env_id: the variant.
@@ -221,9 +193,6 @@ class Registry:
             uv_lock: the text of the lock.
             same_lock: a variant whose current generation has the same lock: its file is linked,
                 so that many variants of one lock cost the disk of one.
-
-        Raises:
-            StorageFailed: it could not be written; what was before is unchanged.
         """
         before = self.get(env_id)  # refuses a folder that holds another id
         place = self._place(env_id, generation.number)
@@ -252,12 +221,12 @@ class Registry:
             if (place / "uv.lock").read_text(encoding="utf-8") == uv_lock:
                 return True
             (place / "uv.lock").unlink()
-        except OSError:  # no hard links here, or too many: a file of its own does as well
+        except OSError:  # no hard links here, or too many: write a file instead
             pass
         return False
 
     def unstage(self, env_id: EnvId, number: int) -> None:
-        """Remove a generation that never became the current one, as far as that is possible."""
+        """Remove a generation that did not become the current one. Never raises."""
         shutil.rmtree(self._place(env_id, number), ignore_errors=True)
         folder = self.folder(env_id)
         if not (folder / _METADATA).exists():
@@ -266,11 +235,7 @@ class Registry:
     def switch(
         self, env_id: EnvId, generation: Generation, *, pyproject: str, uv_lock: str
     ) -> VariantRecord:
-        """Make a complete generation the current one, in one step; the caller holds the lock.
-
-        Raises:
-            StorageFailed: it could not be written; the definition is as it was.
-        """
+        """Make a complete generation the current one, in one step; the caller holds the lock."""
         before = self.get(env_id)
         now = datetime.now(timezone.utc)
         numbers = before.numbers if before else ()
@@ -288,11 +253,7 @@ class Registry:
         return record
 
     def point_to(self, record: VariantRecord) -> None:
-        """Make an earlier state of a definition the current one; its generation is complete.
-
-        Raises:
-            StorageFailed: it could not be written; the definition is as it was.
-        """
+        """Make an earlier state of a definition the current one; its generation is complete."""
         self._write(record, *self.lock_text(record.env_id, record.current.number))
 
     def pin(self, record: VariantRecord, *, is_pinned: bool) -> VariantRecord:
@@ -310,15 +271,11 @@ class Registry:
             self._copy(record.env_id, pyproject, uv_lock)
 
     def write_copies(self, record: VariantRecord) -> None:
-        """Make the copies beside the definition those of its current generation.
-
-        Raises:
-            StorageFailed: they cannot be written; the definition holds all the same.
-        """
+        """Copy the texts of the current generation beside the definition, for people."""
         self._copy(record.env_id, *self.lock_text(record.env_id, record.current.number))
 
     def clear_halves(self, env_id: EnvId) -> None:
-        """Remove the files that a process which died had not renamed yet; the caller locks."""
+        """Remove half-written files of dead processes. The caller holds the lock."""
         for path in self.folder(env_id).rglob(".*"):
             if _HALF.fullmatch(path.name):
                 with suppress(OSError):
@@ -331,15 +288,15 @@ class Registry:
             write_atomically(folder / "uv.lock", uv_lock, is_durable=False)
 
     def next_number(self, env_id: EnvId) -> int:
-        """The number after those that the variant has used.
+        """The next free number for a generation of the variant.
 
-        A folder of that number is one that a change left which died or failed.
+        A folder of that number was left by a change that died or failed.
         """
         record = self.get(env_id)
         return max(record.numbers) + 1 if record else 1
 
     def delete(self, env_id: EnvId) -> bool:
-        """Forget `env_id`; returns whether it was there. The caller holds its lock."""
+        """Delete a definition; returns whether it existed. The caller holds its lock."""
         folder = self.folder(env_id)
         with storage_errors(f"delete the definition of {env_id}"):
             try:
@@ -353,12 +310,12 @@ class Registry:
 
 
 def _not_waiting(path: str, flags: int) -> int:
-    """Open a file; a pipe that somebody put there is not waited for, and reads as empty."""
+    """Open a file without waiting: a pipe in its place reads as empty."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _reason(exc: ValidationError | InvalidId) -> str:
-    """What is wrong with a file, in one line."""
+    """The reason why a file is damaged, in one line."""
     if isinstance(exc, InvalidId):
         return exc.message
     first = exc.errors()[0]
@@ -367,7 +324,7 @@ def _reason(exc: ValidationError | InvalidId) -> str:
 
 
 def _stamp(folder: str) -> int:
-    """What tells two states of a definition apart: clocks of file systems tick slowly."""
+    """A number that is different for two states of a definition, also within a clock tick."""
     try:
         told = os.stat(os.path.join(folder, _METADATA))
     except OSError:
@@ -376,7 +333,7 @@ def _stamp(folder: str) -> int:
 
 
 def describe_record(record: VariantRecord, registry: Registry, venv: Path) -> dict[str, Any]:
-    """What the registry says of a variant, as plain data; `venv` is where the store has it."""
+    """The facts of a definition as plain data; `venv` is the place of its environment."""
     key = record.current.key
     folder = registry.folder(record.env_id)
     return {

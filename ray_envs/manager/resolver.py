@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from typing import Any
@@ -32,50 +32,34 @@ _KEEPS_PINS = ("create", "import")
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A generation that nobody has written yet, with its texts."""
+    """A generation that is not written yet, with its texts."""
 
     generation: Generation
     pyproject: str
     uv_lock: str
-    #: What uv said; empty where it was not asked.
+    #: uv's output; empty if a known lock was used.
     output: str = ""
     #: The variant whose lock was used again, if one was.
     same_lock: VariantRecord | None = None
 
 
+@dataclass(eq=False)
 class Resolver:
-    """Makes generations for one cluster.
+    """Makes generations for one cluster."""
 
-    Args:
-        settings: the cluster's policy.
-        registry: where known locks are.
-        fleet: its head node runs uv.
-        known: finds a variant whose current lock came from the same fingerprint.
-    """
+    _settings: Settings
+    _registry: Registry
+    _fleet: Fleet
+    _platform: Platform
+    _target: Target
+    _known: Callable[[str], VariantRecord | None]
 
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        fleet: Fleet,
-        *,
-        platform: Platform,
-        target: Target,
-        known: Callable[[str], VariantRecord | None],
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._fleet = fleet
-        self._platform = platform
-        self._target = target
-        self._known = known
-        self._resolving: dict[str, asyncio.Task[tuple[str, str]]] = {}
+    _resolving: dict[str, asyncio.Task[tuple[str, str]]] = field(default_factory=dict, init=False)
 
     def checked(self, spec: Mapping[str, Any], *, where: str) -> Definition:
         """`spec` as a definition that may be locked here.
 
-        Raises:
-            InvalidInput, InvalidPackages: it cannot be accepted, or the policy forbids it.
+        Raises `InvalidInput, InvalidPackages`: it cannot be accepted, or the policy forbids it.
         """
         definition = validated(Definition, dict(spec), where=where)
         packages = requirements.requirement_lines(definition.packages, where=where)
@@ -107,10 +91,10 @@ class Resolver:
             number: of the generation.
             made_by: the operation.
             base_lock: the lock whose pins are kept where they can be; by default the user's own.
-            upgrade: names whose pins may move; none of them means all; None keeps all.
+            upgrade: names whose pins may move; an empty one means all; None keeps all pins.
 
         Raises:
-            ResolutionFailed: nothing satisfies it, or the user's own pins would have to move.
+            ResolutionFailed: no versions satisfy it, or pins of the user's lock would have to move.
             UvFailed, StorageFailed: uv could not work.
             InvalidPackages: the policy forbids what uv found.
         """

@@ -22,13 +22,17 @@ WordT = TypeVar("WordT", bound=Enum)
 def serves(
     method: Callable[[Any, RequestT], Coroutine[Any, Any, T]],
 ) -> Callable[..., Coroutine[Any, Any, T]]:
-    """Make `method`, which takes the request of the verb of its name, take keyword arguments."""
+    """Make a method of the manager, named like its verb, take the verb's keyword arguments.
 
+    They are checked against the verb's request. The manager is awake when the method runs.
+    """
     request = VERBS[method.__name__].request
 
     @functools.wraps(method)
     async def call(self: Any, **arguments: Any) -> T:
-        return await method(self, request_of(request, arguments))  # type: ignore[arg-type]
+        asked = request_of(request, arguments)
+        await self._awake()
+        return await method(self, asked)  # type: ignore[arg-type]
 
     call.__doc__ = request.__doc__
     return call
@@ -76,8 +80,7 @@ class Sharing:
 def word(kind: type[WordT], text: str) -> WordT:
     """`text` as a member of an enumeration.
 
-    Raises:
-        InvalidInput: no member has that value; the nearest one is named.
+    Raises `InvalidInput`: no member has that value; the nearest one is named.
     """
     try:
         return kind(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_envs.decisions import planning
@@ -15,45 +16,31 @@ from ray_envs.manager.views import Views
 from ray_envs.models import Generation, NodeEnvState, Phase, Status, VariantRecord
 from ray_envs.node.store import Store
 
+Answer = dict[str, Any]
 
+
+@dataclass(eq=False)
 class Statuses:
-    """The states of variants over all nodes.
+    """The states of variants over all nodes."""
 
-    Args:
-        variants: the definitions, and what is being done about them.
-        fleet: the nodes and what they say.
-        views: the planner's view of the nodes.
-        registry: the folders of the definitions.
-        paths: the places of environments in a store.
-        site: the platform, interpreter and Ray of this cluster.
-    """
+    _variants: Variants
+    _fleet: Fleet
+    _views: Views
+    _registry: Registry
+    _paths: Store
+    site: str
 
-    def __init__(
-        self,
-        variants: Variants,
-        fleet: Fleet,
-        views: Views,
-        registry: Registry,
-        paths: Store,
-        site: str,
-    ) -> None:
-        self._variants = variants
-        self._fleet = fleet
-        self._views = views
-        self._registry = registry
-        self._paths = paths
-        self.site = site
-        #: Described variants, with the token and the parts that a description depends on.
-        self._described_of: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
-        #: Where their tasks may run, each with the description that it was made from.
-        self._places_of: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    #: Described variants, with the token and the parts that a description depends on.
+    _described_of: dict[str, tuple[Any, Any, Answer]] = field(default_factory=dict, init=False)
+    #: Where their tasks may run, each with the description that it was made from.
+    _places_of: dict[str, tuple[Answer, Answer]] = field(default_factory=dict, init=False)
 
     def is_stale(self, generation: Generation) -> bool:
         """Whether it was locked for another Ray, Python or platform than this cluster has."""
         return site_name(generation.platform, generation.target) != self.site
 
     def eligible(self, generation: Generation) -> list[Node]:
-        """The nodes that shall have it, also those that have not answered yet."""
+        """The nodes that shall have a generation, also nodes that have not answered yet."""
         need = Need.of(generation.definition)
         site = site_name(generation.platform, generation.target)
         fitting = [

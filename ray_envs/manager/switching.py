@@ -6,6 +6,7 @@ All of it, or nothing: a step that fails leaves the variant as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from ray_envs.decisions import edits
@@ -26,34 +27,17 @@ from ray_envs.settings import Settings
 Answer = dict[str, Any]
 
 
+@dataclass(eq=False)
 class Switching:
-    """Makes generations of variants and makes them current.
+    """Makes generations of variants and makes them current."""
 
-    Args:
-        settings: how long a preparation may take.
-        registry: writes the definitions.
-        variants: remembers the current generations.
-        statuses: tells whether an environment is ready.
-        reconciler: prepares environments.
-        resolver: locks.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        registry: Registry,
-        variants: Variants,
-        statuses: Statuses,
-        reconciler: Reconciler,
-        resolver: Resolver,
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._variants = variants
-        self._statuses = statuses
-        self._reconciler = reconciler
-        self._resolver = resolver
-        self._paths = Store(settings)
+    _settings: Settings
+    _registry: Registry
+    _variants: Variants
+    _statuses: Statuses
+    _reconciler: Reconciler
+    _resolver: Resolver
+    _paths: Store
 
     async def made(
         self,

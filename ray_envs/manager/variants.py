@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_envs.errors import NotFound, RayEnvsError, StorageFailed
@@ -12,30 +13,25 @@ from ray_envs.models import EnvId, Generation, VariantRecord
 from ray_envs.settings import Settings
 
 
+@dataclass(eq=False)
 class Variants:
-    """The defined variants by name, and the environments that are wanted.
+    """The defined variants by name, and the environments that are wanted."""
 
-    Args:
-        settings: the root.
-        registry: the definitions on disk.
-        wishes: the keys of the environments that are wanted.
-    """
+    _settings: Settings
+    _registry: Registry
+    wishes: Wishes
 
-    def __init__(self, settings: Settings, registry: Registry, wishes: Wishes) -> None:
-        self._settings = settings
-        self._registry = registry
-        self.wishes = wishes
-        self.by_name: dict[str, VariantRecord] = {}
-        self._stamps: dict[str, int] = {}
-        #: The folders of definitions that cannot be read.
-        self.damaged: set[str] = set()
-        #: Generations that are prepared beside the current one, by variant.
-        self.staged: dict[str, Generation] = {}
-        #: The name of the operation that changes a variant now, by variant.
-        self.changing: dict[str, str] = {}
-        #: Variants that are being locked again, since their current generation cannot run here.
-        self.relocking: dict[str, asyncio.Task[Any]] = {}
-        self.relock_errors: dict[str, RayEnvsError] = {}
+    by_name: dict[str, VariantRecord] = field(default_factory=dict, init=False)
+    _stamps: dict[str, int] = field(default_factory=dict, init=False)
+    #: The folders of definitions that cannot be read.
+    damaged: set[str] = field(default_factory=set, init=False)
+    #: Generations that are prepared beside the current one, by variant.
+    staged: dict[str, Generation] = field(default_factory=dict, init=False)
+    #: The name of the operation that changes a variant now, by variant.
+    changing: dict[str, str] = field(default_factory=dict, init=False)
+    #: Variants that are being locked again, since their current generation cannot run here.
+    relocking: dict[str, asyncio.Task[Any]] = field(default_factory=dict, init=False)
+    relock_errors: dict[str, RayEnvsError] = field(default_factory=dict, init=False)
 
     def get(self, name: str) -> VariantRecord:
         """The variant, as the registry has it now.

@@ -26,11 +26,7 @@ def show(registry: Registry, store: Store, record: VariantRecord) -> None:
 
 
 def write(folder: Path, base_python: Path, python: str, site: Path) -> None:
-    """Write `folder/.venv`, whose packages are those in `site`.
-
-    Raises:
-        StorageFailed: it could not be written.
-    """
+    """Write `folder/.venv`, whose packages are those in `site`."""
     venv = folder / ".venv"
     minor = ".".join(python.split(".")[:2])
     packages = venv / "lib" / f"python{minor}" / "site-packages"

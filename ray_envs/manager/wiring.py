@@ -17,6 +17,7 @@ from ray_envs.manager.reconciler import Reconciler
 from ray_envs.manager.registry import Registry
 from ray_envs.manager.resolver import Resolver
 from ray_envs.manager.statuses import Statuses
+from ray_envs.manager.switching import Switching
 from ray_envs.manager.variants import Variants
 from ray_envs.manager.views import Views
 from ray_envs.models import NodeEnvState, Phase, Platform, Target
@@ -74,28 +75,20 @@ def wired(settings: Settings, cluster: Nodes) -> Parts:
             )
 
     wishes = Wishes(settings.root / "wishes.json" if cluster.address() else None)
-    fleet = Fleet(
-        cluster,
-        settings.to_environment(),
-        on_node=on_node,
-        on_final=on_final,
-        on_outdated=wishes.outdate,
-    )
+    fleet = Fleet(cluster, settings.to_environment(), on_node, on_final, wishes.outdate)
     variants, views = Variants(settings, registry, wishes), Views()
-    site = site_name(platform.name, target)
-    statuses = Statuses(variants, fleet, views, registry, Store(settings), site)
+    store, site = Store(settings), site_name(platform.name, target)
+    statuses = Statuses(variants, fleet, views, registry, store, site)
     reconciler = Reconciler(settings, registry, variants, fleet, views, statuses)
-    resolver = Resolver(
-        settings, registry, fleet, platform=platform, target=target, known=variants.known
-    )
+    resolver = Resolver(settings, registry, fleet, platform, target, variants.known)
     collector = Collector(settings, cluster, registry, variants, reconciler, leases, operations)
     inspector = Inspector(
-        settings, registry, variants, statuses, reconciler, operations, collector, leases,
-        target=target,
-    )  # fmt: skip
+        settings, registry, variants, statuses, reconciler, operations, collector, leases, target
+    )
+    switching = Switching(settings, registry, variants, statuses, reconciler, resolver, store)
     changes = Changes(
-        settings, registry, variants, statuses, reconciler, resolver, operations,
-        users=inspector.users,
+        settings, registry, variants, statuses, reconciler, resolver, operations, inspector.users,
+        switching,
     )  # fmt: skip
     return Parts(
         settings, cluster, platform, target, registry, operations, leases, variants, fleet,

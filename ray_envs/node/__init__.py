@@ -3,4 +3,25 @@
 In: requests of the manager, wheels from other agents. Out: environments in this node's store, and
 their states. It runs uv, takes the locks and writes the records. It never decides what is wanted.
 The command line also reads the store.
+
+To change …                            go to
+the verbs of the agent, and the gate   agent
+the steps of a build                   provisioning
+check, repair, collect, prune          maintenance
+uv's commands and their errors         uv
+whether an environment starts          startup
+the node's Python, platform and uv     interpreter
+the folders and locks of environments  store
+how uv's cache is changed              uv_cache
+the layout of uv's cache               uv_entries
+byte-code in uv's cache                bytecode
+how damage is found                    wheels
+how damage is repaired                 mending
+which peers are asked for wheels       exchange
+what a node sends                      sending
+what a node receives                   receiving
+hashes of unpacked wheels              unpacked
+bundles as files                       bundles
+what doctor tests of a node            probing
+sizes, and who has a file open         usage
 """

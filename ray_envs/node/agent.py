@@ -1,7 +1,7 @@
 """NodeAgent: makes true on one node what the manager wants. `cluster` makes it an actor.
 
-It takes requests, has them built (`making`), and tells how far each one is, also those who wait
-at this node's gate. What to build is not decided here (`planning`).
+It takes requests, has them built (`provisioning`), and reports their progress, also to workers
+that wait at this node's gate. What to build is decided by the manager.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ray_envs.models import BuildRequest, NodeEnvState, Phase, Target
 from ray_envs.node import startup
 from ray_envs.node.exchange import Exchange
 from ray_envs.node.interpreter import this_platform, this_target, uv_version
-from ray_envs.node.maintenance import Upkeep
-from ray_envs.node.provisioning import Maker, Progress
+from ray_envs.node.maintenance import Maintenance
+from ray_envs.node.provisioning import Progress, Provisioning
 from ray_envs.node.store import Store
 from ray_envs.node.uv import Builder
 from ray_envs.node.uv_cache import UvCache
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, Gate, has_plugin
 from ray_envs.settings import Settings
 
-#: How often it is looked who waits at the gate.
+#: The time between two looks at the files of the gate.
 _ATTEND_S = 0.3
 
 
@@ -50,10 +50,12 @@ class NodeAgent:
         self._target = this_target(ray_version)
         self._store = Store(self._settings)
         self._builder = Builder(self._settings, self._store.cache)
-        self._upkeep = Upkeep(self._settings, self._store, self._builder)
+        self._maintenance = Maintenance(self._settings, self._store, self._builder)
         cache = UvCache(self._store.cache, lock_timeout_s=self._settings.lock_timeout_s)
         self._exchange = Exchange(cache, RayPeers())
-        self._maker = Maker(self._settings, self._store, self._builder, self._exchange)
+        self._provisioning = Provisioning(
+            self._settings, self._store, self._builder, self._exchange
+        )
         #: Where workers of this node wait, if Ray was started here with our plugin.
         self._gate = Gate(self._settings.root) if _has_gate() else None
         self._asked: dict[str, int] = {}
@@ -100,7 +102,7 @@ class NodeAgent:
         Returns after `timeout_s` seconds at the latest, changed or not. `seen=-1` returns at once.
         """
         self._forget_lost()
-        await self._upkeep.renew()
+        await self._maintenance.renew()
         async with self._changed:
             with suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(
@@ -121,11 +123,7 @@ class NodeAgent:
         only_binary: bool = False,
         upgrade: list[str] | None = None,
     ) -> dict[str, Any]:
-        """Resolve a project; returns the text of its uv.lock, uv's words and how long it took.
-
-        Raises:
-            ResolutionFailed, UvFailed, StorageFailed: see `Builder.resolve`.
-        """
+        """Resolve a project; returns the text of its uv.lock, uv's words and how long it took."""
         await self._set_up()
         started = time.monotonic()
         files = {"pyproject.toml": pyproject}
@@ -141,7 +139,7 @@ class NodeAgent:
                         upgrade=upgrade,
                     )
                 except UvFailed as exc:
-                    raise self._maker.blamed(exc) from exc
+                    raise self._provisioning.blamed(exc) from exc
         return {
             "uv_lock": locked.text,
             "output": locked.output,
@@ -176,7 +174,7 @@ class NodeAgent:
         Args:
             request: a `BuildRequest`.
             attempt: of the wish.
-            peers: nodes that have its wheels; what none gives comes from the package index.
+            peers: nodes that have its wheels; other wheels come from the package index.
             is_cache_only: only get its wheels, for other nodes.
         """
         wanted = BuildRequest.model_validate(request)
@@ -196,7 +194,7 @@ class NodeAgent:
         return self._states[key].model_dump(mode="json")
 
     async def refuse(self, *, key: str, reason: str) -> None:
-        """Fail the workers that wait here for `key`: nobody will make it."""
+        """Fail the workers that wait here for `key`, which will not be built."""
         asked = {} if self._gate is None else self._gate.asked()
         if self._gate is not None and key in asked:
             with suppress(OSError):  # a full disk: they give up by themselves
@@ -206,56 +204,55 @@ class NodeAgent:
     # -- wheels for other nodes --------------------------------------------------------------
 
     async def offers(self, *, packages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of `packages` that this node can send; see `Exchange`."""
+        """The packages that this node can send; see `Exchange`."""
         return await self._exchange.offers(packages)
 
     async def manifest(self, *, wheel: dict[str, Any]) -> dict[str, Any]:
-        """What there is to send of one of the `offers`."""
+        """The manifest of one of the `offers`."""
         return await self._exchange.manifest(wheel)
 
     async def chunk(self, *, wheel: dict[str, Any], identity: str, number: int) -> list[Any]:
         """A piece of what the manifest of that identity describes, as a reference."""
         return await self._exchange.chunk(wheel, identity, number)
 
-    # -- upkeep ------------------------------------------------------------------------------
+    # -- maintenance --------------------------------------------------------------------------
 
     async def try_start(self, *, key: str, env_vars: dict[str, str]) -> None:
         """Start the interpreter of `key` with these variables.
 
-        Raises:
-            InvalidInput: it does not start; `detail` is what it said.
+        Raises `InvalidInput`: it does not start; `detail` is its output.
         """
         await startup.try_start(self._settings, self._store.python(key), env_vars)
 
     async def inventory(self) -> dict[str, Any]:
-        """What this node has, and when it was used last; see `Upkeep.inventory`."""
-        return await self._upkeep.inventory()
+        """What this node has, and when it was used last; see `Maintenance.inventory`."""
+        return await self._maintenance.inventory()
 
     async def users(self, *, keys: list[str]) -> dict[str, list[dict[str, Any]]]:
         """Which processes hold each of `keys`."""
-        return await self._upkeep.users(keys)
+        return await self._maintenance.users(keys)
 
     async def collect(self, *, key: str, planned: dict[str, Any]) -> int:
-        """Remove an environment; returns the freed bytes; see `Upkeep.collect`."""
-        freed = await self._upkeep.collect(key, planned=EnvUse.model_validate(planned))
+        """Remove an environment; returns the freed bytes; see `Maintenance.collect`."""
+        freed = await self._maintenance.collect(key, planned=EnvUse.model_validate(planned))
         self._forget_lost()
         return freed
 
     async def prune_cache(self, *, needed: dict[str, list[str]]) -> dict[str, Any]:
-        """Prune uv's cache; see `Upkeep.prune_cache`."""
+        """Prune uv's cache; see `Maintenance.prune_cache`."""
         await self._set_up()
-        return await self._upkeep.prune_cache(needed)
+        return await self._maintenance.prune_cache(needed)
 
     async def check(self, *, request: dict[str, Any], repair: bool) -> dict[str, Any]:
-        """Check an environment, and mend it where that is wanted; see `Upkeep.check`."""
+        """Check an environment and, on request, repair it; see `Maintenance.check`."""
         await self._set_up()
-        told = await self._upkeep.check(BuildRequest.model_validate(request), repair=repair)
+        told = await self._maintenance.check(BuildRequest.model_validate(request), repair=repair)
         self._forget_lost()
         return told
 
     async def probe(self, *, expected: dict[str, Any], index_project: str) -> list[Any]:
-        """What this node can do; see `Upkeep.probe`."""
-        return await self._upkeep.probe(
+        """What this node can do; see `Maintenance.probe`."""
+        return await self._maintenance.probe(
             Target.model_validate(expected), self._target, index_project
         )
 
@@ -268,7 +265,7 @@ class NodeAgent:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _attend(self, gate: Gate) -> None:
-        """Look who waits at the gate, again and again, whatever goes wrong there."""
+        """Look at the gate again and again, whatever errors that raises."""
         told = ""
         while True:
             try:
@@ -281,7 +278,7 @@ class NodeAgent:
             await asyncio.sleep(_ATTEND_S)
 
     def _look_at(self, gate: Gate) -> None:
-        """See who waits at the gate; those who wait for what has failed are told so."""
+        """Read the requests at the gate, and refuse those for environments that have failed."""
         asked = gate.asked()
         for key, attempt in asked.items():
             state = self._states.get(key)
@@ -313,7 +310,7 @@ class NodeAgent:
         async with self._slots, self._store.lock(key):
             record = self._store.record(key)  # another process may have been first
             if record is None:
-                record = await self._maker.make(request, peers, self._progress(key, attempt))
+                record = await self._provisioning.make(request, peers, self._progress(key, attempt))
         duration_s = time.monotonic() - started
         await self._tell(key, Phase.READY, attempt=attempt, how=record.how, duration_s=duration_s)
 
@@ -321,7 +318,7 @@ class NodeAgent:
         started = time.monotonic()
         await self._set_up()
         async with self._slots:
-            await self._maker.cache(request, self._progress(request.key, attempt))
+            await self._provisioning.cache(request, self._progress(request.key, attempt))
         duration_s = time.monotonic() - started
         await self._tell(request.key, Phase.CACHED, attempt=attempt, duration_s=duration_s)
 

@@ -2,7 +2,7 @@
 
 A tar file that every tar lists: `bundle.json` (what is in it, for what), the texts of the project,
 a stream for each wheel (`transfer`, below, makes and takes them), and `bundle.sha256` at the end.
-Nothing of it is extracted by the names in it. `exports` says which texts there are.
+No file is extracted by a name in it. `exports` chooses the texts.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ class Bundle:
         )
 
     def chunks(self, manifest: Manifest) -> Iterator[bytes]:
-        """The stream of one of the `manifests`; whoever receives it checks it."""
+        """The stream of one of the `manifests`. The receiver checks it."""
         place, left = self._places[manifest.identity], manifest.offsets[-1]
         while left:
             with storage_errors("read the bundle"):
                 self._file.seek(place)
                 chunk = self._file.read(min(left, manifest.chunk_bytes))
-            if not chunk:  # it has become shorter since it was opened; the receiver says so
+            if not chunk:  # the file has become shorter; the receiver raises
                 return
             place, left = place + len(chunk), left - len(chunk)
             yield chunk
@@ -111,14 +111,7 @@ def write_bundle(
     *,
     ray: str,
 ) -> None:
-    """Write a bundle to `path`, in the place of what is there: all of it, or nothing.
-
-    Args:
-        path: the file.
-        cache: the uv cache that the wheels are in.
-        manifests: the wheels, each from `sending.manifest`.
-        files: the texts of the project, by file name.
-        ray: the version of Ray that the environment holds.
+    """Write a bundle to `path`, completely or not at all; a file there is replaced.
 
     Raises:
         LockTimeout: the cache is being pruned for longer than it waits.

@@ -41,31 +41,18 @@ def without_bytecode(site_packages: Path, *, before: float) -> list[str]:
 
 
 async def compile_wheels(
-    cache: Path,
-    site_packages: Path,
-    dist_infos: Iterable[str],
-    *,
-    python: str,
-    settings: Settings,
+    cache: Path, site_packages: Path, dist_infos: Iterable[str], *, python: str, settings: Settings
 ) -> bool:
     """Byte-compile, in uv's cache, the wheels that these dist-info folders were linked from.
 
     The caller holds the node's compile lock. As `unchecked-hash`: by time stamp, byte-code is
     worthless where uv copies instead of linking.
 
-    Args:
-        cache: uv's cache folder.
-        site_packages: of the environment that was linked from it.
-        dist_infos: the result of `without_bytecode`.
-        python: the interpreter that the byte-code is for.
-        settings: time-out and niceness.
-
     Returns:
         Whether the cache had all of them: where uv cannot cache a wheel (some local builds), there
         is nothing to compile there.
 
-    Raises:
-        UvFailed: the compiler failed or did not end in time.
+    Raises `UvFailed`: the compiler failed or did not end in time.
     """
     archives = UvCache(cache).archives()
     todo: list[Path] = []
@@ -121,7 +108,7 @@ async def _compile_folders(
         )
     )
     for each in ended:
-        # 1: a file is not Python of this version; wheels ship such files that nobody imports.
+        # 1: a file is not Python of this version; some wheels contain such files.
         if each.code not in (0, 1):
             raise UvFailed(
                 f"compileall ended with exit code {each.code}",

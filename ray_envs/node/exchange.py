@@ -46,12 +46,7 @@ class Peers(Protocol):
 
 
 class Exchange:
-    """The wheels of one node's uv cache, given to other nodes and taken from them.
-
-    Args:
-        cache: of this node.
-        peers: how other nodes are reached.
-    """
+    """The wheels of one node's uv cache, given to other nodes and taken from them."""
 
     def __init__(self, cache: UvCache, peers: Peers) -> None:
         self._cache = cache
@@ -62,13 +57,13 @@ class Exchange:
     # -- giving -----------------------------------------------------------------------------
 
     async def offers(self, packages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of `packages` that this node can send."""
+        """The packages that this node can send."""
         asked = [Installed.model_validate(package) for package in packages]
         wheels = await asyncio.to_thread(sending.offers, self._cache, asked)
         return [wheel.model_dump(mode="json") for wheel in wheels]
 
     async def manifest(self, wheel: Mapping[str, Any]) -> dict[str, Any]:
-        """What there is to send of one of the `offers`."""
+        """The manifest of one of the `offers`."""
         asked = Wheel.model_validate(wheel)
         made = await asyncio.to_thread(sending.manifest, self._cache, asked)
         self._manifests[made.identity] = made
@@ -79,7 +74,7 @@ class Exchange:
     async def chunk(self, wheel: Mapping[str, Any], identity: str, number: int) -> list[Any]:
         """A piece of what the manifest of that identity describes, as a reference in a list.
 
-        Whoever asks for the same piece soon after is given the same reference: Ray then takes it
+        A second request for the same piece soon after gets the same reference: Ray then takes it
         from any node that has it already.
         """
         if identity not in self._manifests:  # this process is younger than the manifest
@@ -110,11 +105,9 @@ class Exchange:
     ) -> list[str]:
         """Take from `peers`, one after the other, what this node lacks of `packages`.
 
-        Returns:
-            Why something could not be had from them, in words; empty if nothing is lacking.
+        Returns the reason why wheels are still missing, in words; empty if none is.
 
-        Raises:
-            StorageFailed: this node cannot write what it is sent.
+        Raises `StorageFailed`: this node's disk cannot be written.
         """
         reasons: list[str] = []
         lacking = await asyncio.to_thread(receiving.missing, self._cache, packages)
@@ -134,7 +127,7 @@ class Exchange:
         return [*reasons, f"no other node gave {names}" + (", …" if len(lacking) > 5 else "")]
 
     async def lacking(self, packages: Iterable[Installed]) -> list[Installed]:
-        """Those of `packages` that uv would not find in this node's cache."""
+        """The packages that uv would not find in this node's cache."""
         return await asyncio.to_thread(receiving.missing, self._cache, packages)
 
     async def _fetch_from(self, node_id: str, lacking: list[Installed], say: Say) -> list[str]:
@@ -206,7 +199,7 @@ async def _soon(asked: Any) -> Any:
     """What a sender answers, unless it takes too long: a link may be cut, and Ray waits for it.
 
     Raises:
-        ManagerUnavailable: it does not answer, and nothing more is to be asked of it.
+        ManagerUnavailable: it does not answer; it is not asked again.
         InvalidInput: it cannot give this: another one may.
     """
     try:

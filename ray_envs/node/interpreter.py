@@ -34,7 +34,7 @@ def this_platform() -> Platform:
     """Where environments of this node are installed; the same for the life of the process."""
     libc = "".join(platform.libc_ver()) or platform.release()
     markers = {name: str(value) for name, value in default_environment().items()}
-    # The kernel's release says nothing about which wheels fit and differs from node to node.
+    # The kernel's release does not decide which wheels fit, and differs from node to node.
     markers.update(platform_release="", platform_version="")
     return Platform(
         markers=markers,

@@ -1,4 +1,4 @@
-"""What one node does with environments after they were built: check, mend, collect, prune.
+"""Checks, repairs and deletes the environments of one node, and prunes its uv cache.
 
 `agent` has the actor and builds; this works on the same store, under the same locks. Decides
 nothing about what may go: that is `planning`, and the exclusive hold.
@@ -28,20 +28,14 @@ from ray_envs.settings import Settings
 _RENEW_S = 60.0
 #: How long uv may take to answer whether it reaches the package index.
 _INDEX_TIMEOUT_S = 60.0
-#: What is damaged where nothing of an environment counts any more.
+#: The damage of an environment that has to be built again as a whole.
 _GONE = Damage(package="", path=".", kind="missing")
-#: How many damaged files are told; a wiped disk has all of them.
+#: How many damaged files are listed.
 _TOLD = 50
 
 
-class Upkeep:
-    """The upkeep of one node's store.
-
-    Args:
-        settings: the node's.
-        store: its environments.
-        builder: its uv.
-    """
+class Maintenance:
+    """Keeps the environments of one node whole."""
 
     def __init__(self, settings: Settings, store: Store, builder: Builder) -> None:
         self._settings = settings
@@ -64,13 +58,9 @@ class Upkeep:
     async def collect(self, key: str, *, planned: EnvUse) -> int:
         """Remove an environment; returns the bytes that were freed.
 
-        Args:
-            key: the environment.
-            planned: what the plan to remove it was made from.
-
         Raises:
-            EnvironmentInUse: a living process holds it, or somebody has used or built it since.
-            LockTimeout: somebody is building it.
+            EnvironmentInUse: a process holds it, or it was used or built since.
+            LockTimeout: it is being built.
         """
         async with self._store.lock(key):
             there = await asyncio.to_thread(self._store.use, key)
@@ -83,8 +73,7 @@ class Upkeep:
     async def prune_cache(self, needed: Mapping[str, list[str]]) -> dict[str, Any]:
         """Remove from uv's cache what neither `needed` nor an environment of this node has.
 
-        Raises:
-            LockTimeout: uv works for longer than we wait.
+        Raises `LockTimeout`: uv works for longer than we wait.
         """
         keep = {name: set(versions) for name, versions in needed.items()}
         for record in (await asyncio.to_thread(self._store.records)).values():
@@ -95,7 +84,7 @@ class Upkeep:
         return {"entries": entries, "freed_bytes": freed, "output": output}
 
     async def check(self, request: BuildRequest, *, repair: bool) -> dict[str, Any]:
-        """Compare an environment with its wheels' RECORDs, and mend it where that is wanted.
+        """Compare an environment with the RECORDs of its wheels and, on request, repair it.
 
         Returns:
             `is_ready`: whether it has a record. `damage`: what was found. `left`: what is still
@@ -158,7 +147,7 @@ class Upkeep:
         return sorted(others[path] for path in found)
 
     async def _mend(self, request: BuildRequest, damage: list[Damage]) -> tuple[list[Damage], bool]:
-        """Mend in place as far as that goes, else give the environment up; the caller locks.
+        """Repair in place, or discard the environment. The caller holds its lock.
 
         Returns what is left, and whether it has to be built again.
         """
@@ -213,7 +202,7 @@ class Upkeep:
                 await self._builder.compile(site, late)
 
     async def users(self, keys: list[str]) -> dict[str, list[dict[str, Any]]]:
-        """Which processes hold each key; keys that nobody holds are left out."""
+        """The processes that hold each key, without keys that are not held."""
         found = {key: await asyncio.to_thread(self._store.users, key) for key in keys}
         return {key: users for key, users in found.items() if users}
 

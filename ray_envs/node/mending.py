@@ -31,20 +31,15 @@ from ray_envs.node.wheels import (
 def mend(
     site_packages: Path, damage: Sequence[Damage], cache: UvCache
 ) -> tuple[list[Damage], list[str]]:
-    """Put good files from uv's cache in the place of missing and changed ones.
+    """Replace missing and changed files by good ones from uv's cache.
 
     A file is replaced, never written into: the cache and other environments share it. A wheel in
-    the cache gives files only where all of it is as its RECORD says; else it is forgotten. Modules
+    the cache is used only if it matches its RECORD completely; else it is forgotten. Modules
     get its byte-code, or none where it has none. Extra files stay.
-
-    Args:
-        site_packages: the folder of the environment.
-        damage: the result of `inspect`, or a part of it.
-        cache: the cache that the environment was linked from.
 
     Returns:
         What is still damaged, and the packages that uv must fetch into the cache (with a sync of
-        a scratch environment) before another call can mend more. What is damaged and is no file
+        a scratch environment) before another call can repair more. What is damaged and is no file
         of a package to fetch was made by uv at install time: the environment must be built again.
 
     Raises:
@@ -58,7 +53,7 @@ def mend(
     for each in damage:
         if each.kind != "extra":
             by_package.setdefault(each.package, []).append(each)
-    with storage_errors(f"mend the packages in {site_packages}"):
+    with storage_errors(f"repair the packages in {site_packages}"):
         with cache.in_use():
             archives = cache.archives()
             for package, broken in by_package.items():
@@ -73,14 +68,9 @@ def mend(
 
 
 def sharers(site_packages: Path, damage: Iterable[Damage], others: Iterable[Path]) -> list[Path]:
-    """Those of `others` that have the very same changed file, and so the same damage.
+    """The environments in `others` that share a changed file, and so the damage.
 
-    To be asked before `mend`, which parts them.
-
-    Args:
-        site_packages: the folder of the environment that is damaged.
-        damage: the result of `inspect`.
-        others: the site-packages folders of other environments.
+    Call it before `mend`, which gives the repaired one a file of its own.
     """
     # What belongs to no package is not from the cache: all environments share their base Python.
     changed = {each.path for each in damage if each.kind == "changed" and each.package}
@@ -103,10 +93,9 @@ def _identity(site_packages: Path, path: str) -> tuple[int, int] | None:
 def _mend(
     site_packages: Path, package: str, broken: list[Damage], archives: Mapping[str, list[Path]]
 ) -> tuple[list[Damage], list[Path], bool]:
-    """Mend one package.
+    """Repair one package.
 
-    Returns:
-        What is left, the damaged archives, and whether the cache has no good one.
+    Returns what is left, the damaged archives, and whether the cache has no good one.
     """
     infos = [info for info in dist_infos(site_packages) if package_of(info) == package]
     rows = read_record(site_packages, infos[0]) if len(infos) == 1 else "missing"
@@ -225,5 +214,5 @@ def _put(source: Path, place: Path) -> None:
             shutil.copy2(source, scratch)
         os.replace(scratch, place)
     finally:
-        # It is still there where both were the same file: then renaming does nothing.
+        # It still exists if both were the same file: then renaming does nothing.
         scratch.unlink(missing_ok=True)

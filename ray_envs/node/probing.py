@@ -21,7 +21,7 @@ from ray_envs.node.uv_entries import UV_SERIES
 
 #: Linux's ioctl that lets a file share the blocks of another one (linux/fs.h).
 _FICLONE = 0x40049409
-#: What the files of the probes begin with, for people who find one that a killed process left.
+#: The first letters of the probes' files; a killed process may leave one.
 _PREFIX = ".ray_envs-probe-"
 #: Files of the largest environments that we know, with their byte-code. A guess for all others.
 _MIN_FREE_INODES = 20_000
@@ -150,7 +150,7 @@ def _free_inodes(root: Path) -> tuple[bool, str, str]:
     if status.f_files == 0:
         return True, "this file system does not count them", ""
     if status.f_favail < _MIN_FREE_INODES:
-        hint = "remove files that nobody needs, or set RAY_ENVS_ROOT to another file system"
+        hint = "free space, or set RAY_ENVS_ROOT to another file system"
         return False, str(status.f_favail), hint
     return True, str(status.f_favail), ""
 

@@ -1,7 +1,7 @@
 """Makes one environment ready on one node: from uv's cache, from other nodes, from the index.
 
-In this order, each only for what the one before could not give. `agent` says when, and tells how
-far it is; `builder` runs uv; where anything lies is `store`'s business.
+Each source is used only for wheels that the one before does not have. `agent` decides when, `uv`
+runs the commands, `store` has the paths.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -30,44 +31,27 @@ _RETRY_PAUSE_S = 1.0
 #: How uv reports ENOSPC; uv has no exit code for it, and may have freed the space again.
 _NO_SPACE = f"os error {errno.ENOSPC}"
 
-#: Told what is being done, and the last line about it.
+#: Called with the phase of a build, and the last line about it.
 Progress = Callable[[Phase, str], None]
 How = Literal["linked", "fetched", "built"]
 
 
-class Maker:
-    """The builds of one node.
+@dataclass(eq=False)
+class Provisioning:
+    """The builds of one node."""
 
-    Args:
-        settings: retries and policy.
-        store: where environments lie.
-        builder: its uv.
-        exchange: what other nodes have.
-    """
+    _settings: Settings
+    _store: Store
+    _builder: Builder
+    _exchange: Exchange
 
-    def __init__(
-        self, settings: Settings, store: Store, builder: Builder, exchange: Exchange
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._builder = builder
-        self._exchange = exchange
-        #: What some build gets just now; set when it has it.
-        self._getting: dict[Installed, asyncio.Event] = {}
+    #: Packages that a build is fetching; the event is set when it has them.
+    _getting: dict[Installed, asyncio.Event] = field(default_factory=dict, init=False)
 
     async def make(
         self, request: BuildRequest, peers: Iterable[str], progress: Progress
     ) -> EnvRecord:
-        """Build at the final place; the caller holds the key's lock and found no record.
-
-        Args:
-            request: what to build.
-            peers: nodes that have its wheels, in the order in which to ask them.
-            progress: told each step.
-
-        Raises:
-            UvFailed, InvalidPackages, ResolutionFailed, StorageFailed: see `Builder.sync`.
-        """
+        """Build at the final place; the caller holds the key's lock and found no record."""
         key, store, builder = request.key, self._store, self._builder
         started = time.monotonic()
         venv, site = store.venv(key), store.site_packages(key, request.target.python_minor)

@@ -1,7 +1,8 @@
 """Receives wheels into this node's uv cache: all of a wheel appears there, or nothing.
 
 An ordinary offline sync links them afterwards. `InvalidInput` is about what was sent, and another
-sender may do better; `StorageFailed` is about this node's disk.
+sender may do better; `StorageFailed` is about this node's disk; `LockTimeout` means that the cache
+is being pruned.
 """
 
 from __future__ import annotations
@@ -17,44 +18,24 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from ray_envs.decisions.packs import (
-    ARCHIVE,
-    Manifest,
-    why_not,
-)
+from ray_envs.decisions.packs import ARCHIVE, Manifest, why_not
 from ray_envs.disk.files import storage_errors
 from ray_envs.errors import InvalidInput
 from ray_envs.models import Installed
 from ray_envs.node.bytecode import marker_name
 from ray_envs.node.sending import OTHER_SENDER, made_here
-from ray_envs.node.unpacked import (
-    not_as_recorded,
-)
+from ray_envs.node.unpacked import not_as_recorded
 from ray_envs.node.uv_cache import UvCache
 
 
 def missing(cache: UvCache, packages: Iterable[Installed]) -> list[Installed]:
-    """Those of `packages` whose very content uv would not find offline.
-
-    Raises:
-        LockTimeout: the cache is being pruned for longer than it waits.
-        StorageFailed: it cannot be read.
-    """
+    """The packages whose pinned content uv would not find offline."""
     with cache.in_use():
         return [package for package in packages if cache.cached(package) is None]
 
 
 def receive(cache: UvCache, manifest: Manifest, chunks: Iterable[bytes]) -> None:
-    """Put a wheel into `cache`.
-
-    Args:
-        cache: of this node.
-        manifest: what `chunks` are of.
-        chunks: the stream, in pieces of any size.
-
-    Raises:
-        InvalidInput, LockTimeout, StorageFailed: see `Receiving`.
-    """
+    """Put a wheel into `cache`."""
     with Receiving(cache, manifest) as receiving:
         for chunk in chunks:
             receiving.write(chunk)
@@ -62,14 +43,10 @@ def receive(cache: UvCache, manifest: Manifest, chunks: Iterable[bytes]) -> None
 
 
 class Receiving:
-    """A wheel on its way into a uv cache, where all or nothing of it appears.
+    """A wheel that is being received; it appears in the uv cache completely or not at all.
 
     The cache is in use during the block, as it is while uv downloads. Several may receive the same
-    at once; what a killed process leaves, uv does not see, and goes with the next pruning.
-
-    Args:
-        cache: of this node.
-        manifest: what comes.
+    at once. Uv does not see what a killed process leaves; the next pruning removes it.
 
     Raises:
         InvalidInput: a wheel for another uv, Python or platform; from `write` and `commit`: what
@@ -151,7 +128,7 @@ class Receiving:
             if parent not in self._made:
                 os.makedirs(parent, exist_ok=True)
                 self._made.add(parent)
-            # Environments link to the files of an archive: nobody is to write into them.
+            # Environments link to the files of an archive: they must not be written.
             mode = 0o444 if ARCHIVE.match(file.path) else 0o644
             mode |= 0o111 if file.is_executable else 0
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -1,5 +1,7 @@
 """Sends wheels of this node's uv cache, with their byte-code, in pieces.
 
+Raises `StorageFailed` for what has gone or is damaged, `LockTimeout` while the cache is pruned.
+
 Here is no Ray: `exchange` moves the bytes, `bundles` keeps them in a file, `packs` describes them.
 """
 
@@ -11,14 +13,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable
 
-from ray_envs.decisions.packs import (
-    CHUNK_BYTES,
-    Lead,
-    MadeFor,
-    Manifest,
-    PackedFile,
-    Wheel,
-)
+from ray_envs.decisions.packs import CHUNK_BYTES, Lead, MadeFor, Manifest, PackedFile, Wheel
 from ray_envs.disk.files import storage_errors
 from ray_envs.errors import StorageFailed
 from ray_envs.models import Installed
@@ -38,7 +33,7 @@ OTHER_SENDER = "take it from another node, or from the package index"
 
 
 def made_here() -> MadeFor:
-    """What this node can use, and what it makes."""
+    """The uv, Python and platform of this node's wheels."""
     return MadeFor(
         uv=".".join(uv_version().split(".")[:2]),
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -47,12 +42,7 @@ def made_here() -> MadeFor:
 
 
 def offers(cache: UvCache, packages: Iterable[Installed]) -> list[Wheel]:
-    """Those of `packages` that can be sent from here, complete and of the very content.
-
-    Raises:
-        LockTimeout: the cache is being pruned for longer than it waits.
-        StorageFailed: it cannot be read.
-    """
+    """The packages that this node can send, complete and with the pinned content."""
     here, found = made_here(), []
     with cache.in_use(), storage_errors("read uv's cache"):
         for package in packages:
@@ -78,12 +68,7 @@ def offers(cache: UvCache, packages: Iterable[Installed]) -> list[Wheel]:
 
 
 def manifest(cache: UvCache, wheel: Wheel, *, chunk_bytes: int = CHUNK_BYTES) -> Manifest:
-    """What there is to send of one of the `offers`; hashed once in the life of the process.
-
-    Raises:
-        LockTimeout: the cache is being pruned for longer than it waits.
-        StorageFailed: it is gone, or not as its own RECORD says: not to be sent.
-    """
+    """The manifest of one of the `offers`; files are hashed once in a process."""
     with cache.in_use(), storage_errors(f"read {wheel} in uv's cache"):
         cached = cache.cached(wheel.package)
         archives = [within(cache, path) for path in cached.archives] if cached else []
@@ -97,7 +82,7 @@ def manifest(cache: UvCache, wheel: Wheel, *, chunk_bytes: int = CHUNK_BYTES) ->
                 hashed.cache_clear()
                 raise StorageFailed(
                     f"{wheel} in uv's cache is damaged: {wrong}",
-                    hint="mend it with `ray-envs doctor --repair`",
+                    hint="repair it with `ray-envs doctor --repair`",
                 )
             files += below
         files += [packed(lead, cache.folder) for lead in cached.leads if not lead.is_symlink()]
@@ -118,22 +103,14 @@ def manifest(cache: UvCache, wheel: Wheel, *, chunk_bytes: int = CHUNK_BYTES) ->
 
 
 def read_chunk(cache: UvCache, manifest: Manifest, number: int) -> bytes:
-    """The piece `number`, from 0, of the stream; in any order, and read from the files themselves.
-
-    Raises:
-        StorageFailed: a file is gone or has become shorter.
-    """
+    """The piece `number` of the stream, counted from 0, read from the files themselves."""
     if not 0 <= number < manifest.chunk_count:
         raise ValueError(f"{manifest.wheel} has no piece {number}")
     return read_range(cache, manifest, number * manifest.chunk_bytes, manifest.chunk_bytes)
 
 
 def read_range(cache: UvCache, manifest: Manifest, offset: int, size: int) -> bytes:
-    """`size` bytes of the stream from `offset` on; fewer at its end.
-
-    Raises:
-        StorageFailed: a file is gone or has become shorter.
-    """
+    """`size` bytes of the stream from `offset` on; fewer at its end."""
     size = min(size, manifest.offsets[-1] - offset)
     index = bisect_right(manifest.offsets, offset) - 1
     parts: list[bytes] = []

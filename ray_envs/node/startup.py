@@ -14,7 +14,7 @@ from ray_envs.models import BuildRequest
 from ray_envs.settings import Settings
 from ray_envs.worker.hold import INSTALLED_AS
 
-#: What uv must not take over from the process that calls us: it names other projects and modes.
+#: Variables of this process that name other projects and modes: children must not inherit them.
 NOT_INHERITED = (
     "UV_PROJECT", "UV_PROJECT_ENVIRONMENT", "UV_WORKING_DIR", "UV_WORKING_DIRECTORY",
     "UV_FROZEN", "UV_LOCKED", "UV_NO_SYNC", "UV_ISOLATED", "UV_PYTHON", "UV_DEV", "UV_NO_DEV",
@@ -31,8 +31,7 @@ async def verify(
 
     Packages are looked up by their metadata: an import of ray takes as long as a build.
 
-    Raises:
-        UvFailed: it does not; `detail` says what is wrong.
+    Raises `UvFailed`: it does not; `detail` says what is wrong.
     """
     installed = set()
     for entry in os.scandir(site_packages):
@@ -63,8 +62,7 @@ async def verify(
 async def try_start(settings: Settings, python: Path, env_vars: dict[str, str]) -> None:
     """Start `python` with the environment variables of a worker.
 
-    Raises:
-        InvalidInput: it does not start; `detail` is its output.
+    Raises `InvalidInput`: it does not start; `detail` is its output.
     """
     ended = await run_clean(
         settings, [str(python), "-c", ""], python.parent, timeout_s=60, environ=env_vars

@@ -1,8 +1,8 @@
 """One node's environments on disk; the only module that knows a path in the store.
 
-An environment is there when its record is there: the record is written last, and a directory
-without one is rubbish. What has a record is never changed. Whoever removes a directory needs the
-exclusive hold, which no living process of that environment leaves him.
+An environment is there when its record is there: the record is written last. A directory without
+one is rubbish; one with a record is never changed. To remove a directory, the exclusive hold is
+needed, which a living process of that environment prevents.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Store:
     """The environments of one node.
 
     Layout: `store/<key>/.venv`, `store/<key>/record.json`, and beside the directory, never in it,
-    `store/<key>.lock` (who builds) and `store/<key>.hold` (who runs). `uv-cache/` is on the same
-    file system, so that uv can link; `scratch/` and `trash/` hold what nobody will miss.
+    `store/<key>.lock` (of the builder) and `store/<key>.hold` (of running processes). `uv-cache/`
+    is on the same file system, so that uv can link; `scratch/` and `trash/` may be deleted.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -44,7 +44,7 @@ class Store:
         self.root = settings.root
         self.cache = self.root / "uv-cache"
         self.folder = self.root / _STORE
-        #: Held by whoever collects; there before the disk may be too full to make it.
+        #: The lock of a collection. It is made early, before the disk may be full.
         self.gc_lock = self.root / "gc.lock"
         self._scratch = self.root / "scratch"
         self._trash = self.root / "trash"
@@ -116,7 +116,7 @@ class Store:
             return []
 
     def lock(self, key: str) -> AbstractAsyncContextManager[None]:
-        """The lock of whoever builds or removes `key`; see `files.locked` for what it promises."""
+        """The lock for building and removing `key`; see `files.locked`."""
         return locked(
             self.folder / f"{key}.lock",
             what=f"the environment {key}",
@@ -124,7 +124,7 @@ class Store:
         )
 
     def compile_lock(self) -> AbstractAsyncContextManager[None]:
-        """The lock of whoever writes byte-code into uv's cache on this node."""
+        """The lock for writing byte-code into uv's cache on this node."""
         return locked(
             self.folder / "bytecode.lock",
             what="the byte-code of uv's cache",
@@ -144,14 +144,13 @@ class Store:
             (self.folder / key).mkdir(parents=True)
 
     def discard(self, key: str) -> int | None:
-        """Move the directory of `key` away and delete it; None where there is nothing.
+        """Move the directory of `key` away and delete it; None if there is none.
 
         Returns:
             The bytes that the disk got back: files that uv's cache or another environment has too
             free none.
 
-        Raises:
-            EnvironmentInUse: a living process holds it.
+        Raises `EnvironmentInUse`: a living process holds it.
         """
         place = self.folder / key
         with storage_errors(f"remove the environment {key}"):
@@ -167,7 +166,7 @@ class Store:
                 raise exc.about(detail="\n".join(users)) from None
             _, _, there = usage.measured(doomed)
             _delete(doomed)
-            # What stays is rubbish in the trash; the next sweep, of any process, removes it.
+            # The rest is in the trash; the next sweep of any process removes it.
             _, _, left = usage.measured(doomed)
         return there - left
 
@@ -189,15 +188,14 @@ class Store:
             )
 
     def commit(self, record: EnvRecord) -> None:
-        """Declare the environment ready. Nothing of it changes after this."""
+        """Declare the environment ready. It is never changed after this."""
         with storage_errors(f"write the record of {record.key}"):
             write_atomically(self._record_file(record.key), record.model_dump_json(indent=1) + "\n")
 
     def open_hold(self, key: str) -> int:
         """An inheritable descriptor that holds `key` for as long as any process has it open.
 
-        Raises:
-            EnvironmentInUse: the environment is being removed right now.
+        Raises `EnvironmentInUse`: the environment is being removed right now.
         """
         with storage_errors(f"hold the environment {key}"):
             fd = os.open(self._hold_file(key), os.O_RDONLY | os.O_CREAT, 0o666)
@@ -245,12 +243,12 @@ class Store:
                     os.utime(hold, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def renew(self, key: str) -> None:
-        """Say of a ready environment that somebody has just asked for it."""
+        """Make now the last use of a ready environment."""
         with suppress(OSError):
             os.utime(self._hold_file(key))
 
     def renew_held(self) -> int:
-        """Make now the last use of every environment that is held; returns how many those are.
+        """Make now the last use of every held environment; returns their number.
 
         A process renews only at its start and its end: work of days must not look idle.
         """
@@ -263,24 +261,24 @@ class Store:
         return renewed
 
     def inventory(self) -> list[EnvUse]:
-        """What every directory of the store takes and when it was used, also those of no record.
+        """The size and last use of every directory of the store, also without a record.
 
         Looks at every file: for many environments that is seconds.
         """
         return [use for key in self._keys() if (use := self.use(key)) is not None]
 
     def use(self, key: str) -> EnvUse | None:
-        """What is in the place of `key`, and when it was used last; None where nothing is."""
+        """The size and last use of `key`; None if it is not there."""
         place, record = self.folder / key, self.record(key)
         size, inodes, _ = usage.measured(place)
         try:
             last_used_at = place.stat().st_mtime  # its creation: the record was written here
         except OSError:  # removed meanwhile
             return None
-        is_held = True  # where nobody can tell
+        is_held = True  # if that cannot be found out
         with suppress(OSError):
             is_held = self.is_held(key)
-        # After the hold: who comes in between has renewed it.
+        # After the hold: a process that starts in between has renewed it.
         with suppress(OSError):
             last_used_at = max(last_used_at, self._hold_file(key).stat().st_mtime)
         return EnvUse(
@@ -294,7 +292,7 @@ class Store:
         )
 
     def users(self, key: str) -> list[dict[str, Any]]:
-        """The processes that hold `key`, as far as the kernel tells: pid, command and job_id."""
+        """The processes that hold `key`, as far as the kernel shows them: pid, command, job_id."""
         return [usage.told_of(pid) for pid in usage.holders(self._hold_file(key))]
 
     @contextmanager
@@ -308,7 +306,7 @@ class Store:
                     (folder / name).write_text(text, encoding="utf-8")
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)  # what stays is swept at the next start
+            shutil.rmtree(folder, ignore_errors=True)  # the next start sweeps the rest
             os.close(lock)
 
     def _new_scratch(self) -> tuple[Path, int]:
@@ -325,7 +323,7 @@ class Store:
     def sweep(self) -> None:
         """Delete what dead processes left in scratch and trash. Doubt keeps.
 
-        A lock tells who is alive, never a pid: containers that share a root number their own.
+        A lock shows whether a process lives. A pid does not: containers have their own pids.
         Two processes may sweep at once: each deletes what the other has not.
         """
         for entry in self._entries(self._scratch):
@@ -345,8 +343,7 @@ class Store:
 def _locked_alone(path: Path, flags: int = 0) -> int:
     """A descriptor of the file or folder `path` that has the exclusive lock until it is closed.
 
-    Raises:
-        BlockingIOError: a living process has it.
+    Raises `BlockingIOError`: a living process has it.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags, 0o666)
     try:

@@ -14,9 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from ray_envs.decisions.packs import (
-    PackedFile,
-)
+from ray_envs.decisions.packs import PackedFile
 from ray_envs.node.bytecode import marker_name
 from ray_envs.node.uv_cache import UvCache
 
@@ -80,13 +78,7 @@ def packed(path: Path, cache: Path) -> PackedFile:
 
 
 def not_as_recorded(folder: Path, archive: str, files: Iterable[PackedFile]) -> str:
-    """What is wrong with an unpacked wheel by its own RECORD; "" if nothing is.
-
-    Args:
-        folder: where it is.
-        archive: what the paths of `files` begin with.
-        files: its files, hashed.
-    """
+    """The reason why an unpacked wheel does not match its RECORD; "" if it does."""
     infos = list(folder.glob("*.dist-info"))
     if len(infos) != 1:
         return f"it has {len(infos)} dist-info folders"
@@ -102,7 +94,7 @@ def not_as_recorded(folder: Path, archive: str, files: Iterable[PackedFile]) -> 
                 coded = digest.removeprefix("sha256=")
                 wanted = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).hex()
                 if have.get(path) != wanted:
-                    return f"{path} is not as its RECORD says"
+                    return f"{path} does not match its RECORD"
     except FileNotFoundError:
         return "it has no RECORD"
     except (ValueError, IndexError, csv.Error, binascii.Error) as exc:

@@ -1,4 +1,4 @@
-"""What the kernel tells of files: what a folder takes of the disk, and who has a file open."""
+"""Asks the kernel: how much disk a folder uses, and which processes have a file open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
 
-#: Where the kernel tells what other processes have open; elsewhere there is no such place.
+#: The kernel's files about processes; they exist on Linux only.
 _PROC = Path("/proc")
 #: Ray's job id of a worker that was started before any job asked for it.
 _NO_JOB = "ffffffff"
@@ -25,7 +25,7 @@ def measured(folder: Path) -> tuple[int, int, int]:
     todo = [os.fspath(folder)]
     while todo:
         path = todo.pop()
-        with suppress(OSError):  # it goes meanwhile
+        with suppress(OSError):  # it is deleted meanwhile
             stat = os.lstat(path)
             is_folder = S_ISDIR(stat.st_mode)
             links = 1 if is_folder else max(1, stat.st_nlink)
@@ -43,10 +43,11 @@ def measured(folder: Path) -> tuple[int, int, int]:
 
 
 def holders(file: Path) -> list[int]:
-    """The processes that have `file` open, as far as the kernel tells.
+    """The processes that have `file` open, as far as the kernel shows them.
 
-    /proc/locks names who took a lock, and not the child that still has it from a dead parent: so
-    the descriptors count. Those of other users are hidden, and there /proc/locks must do.
+    /proc/locks names the process that took a lock, not a child that inherited it from a dead
+    parent. So the open descriptors count. For those of other users, which are hidden, /proc/locks
+    is used.
     """
     takers: list[str] = []
     with suppress(OSError):
@@ -73,7 +74,7 @@ def _leads_to(file: Path, fd: Path) -> bool:
 
 
 def told_of(pid: int) -> dict[str, Any]:
-    """What a process says of itself: pid, command (200 characters at most) and Ray's job_id."""
+    """A process's pid, command (200 characters at most) and Ray job id."""
     command, job_id, left = [], None, 200
     with suppress(OSError):
         for word in (_PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0"):

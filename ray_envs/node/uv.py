@@ -21,13 +21,13 @@ from ray_envs.node.interpreter import base_python
 from ray_envs.node.startup import run_clean
 from ray_envs.settings import Settings
 
-#: uv's exit code where it works as meant but the answer is no: nothing satisfies the requirements.
+#: uv's exit code if no versions satisfy the requirements.
 _UV_SAYS_NO = 1
-#: What uv says in a resolution without an answer because an index did not let it in.
+#: uv's words when an index refused its credentials.
 _NOT_LET_IN = ("(401 Unauthorized)", "403 Forbidden")
-#: What uv says where a package would have to be built and may not be; it has no exit code for it.
+#: uv's words when a package would have to be built, which is forbidden. There is no exit code.
 _NO_WHEEL = "`--no-build`"
-#: What uv says where a package is known to do harm; it has no exit code for it.
+#: uv's words when a package is known malware. There is no exit code.
 _MALWARE = "Malware detected"
 _LOCK_HINT = "raise RAY_ENVS_UV_LOCK_TIMEOUT_S"
 _SYNC_HINT = "raise RAY_ENVS_UV_SYNC_TIMEOUT_S"
@@ -45,7 +45,7 @@ _FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """A resolution, and what uv said about it."""
+    """A resolution, and uv's output."""
 
     #: The text of the uv.lock.
     text: str
@@ -90,7 +90,7 @@ class Builder:
             on_line: called with each line of uv as it comes.
 
         Raises:
-            ResolutionFailed: nothing satisfies the requirements; `detail` is uv's explanation.
+            ResolutionFailed: no versions satisfy the requirements; `detail` is uv's explanation.
             UvFailed: uv could not work: index not reachable, time-out.
         """
         command = ["lock", *_newer(exclude_newer), *_no_build(only_binary)]
@@ -179,14 +179,7 @@ class Builder:
     ) -> str:
         """What the lock in `project` pins, in a form that other tools read; the same every time.
 
-        Args:
-            project: the folder with pyproject.toml and uv.lock.
-            extras: of the project, as for the environment.
-            groups: of the project; the cluster's Ray is always there.
-            format: a requirements file with hashes, or a pylock.toml (PEP 751).
-
-        Raises:
-            UvFailed: uv ended with an error.
+        Raises `UvFailed`: uv ended with an error.
         """
         # To a file: whatever uv warns of is not part of it.
         with tempfile.TemporaryDirectory() as folder:
@@ -202,12 +195,11 @@ class Builder:
             return file.read_text(encoding="utf-8")
 
     async def prune_cache(self) -> str:
-        """Remove from uv's cache what nothing there refers to; returns uv's words.
+        """Remove unreferenced entries from uv's cache; returns uv's output.
 
         Waits for every uv that uses the cache. Environments keep their links.
 
-        Raises:
-            UvFailed: uv ended with an error, or had to wait for too long.
+        Raises `UvFailed`: uv ended with an error, or had to wait for too long.
         """
         self._cache.mkdir(parents=True, exist_ok=True)
         ended = await self._run_uv(
@@ -226,8 +218,7 @@ class Builder:
 
         Ray's metadata is asked for again, whatever the cache has; nothing is written.
 
-        Raises:
-            UvFailed: it cannot, or not within `timeout_s` seconds.
+        Raises `UvFailed`: it cannot, or not within `timeout_s` seconds.
         """
         ended = await self._run_uv(
             ["lock", "--dry-run", "--refresh-package", "ray"],
@@ -255,7 +246,7 @@ class Builder:
         environ: dict[str, str] | None = None,
         has_python: bool = True,
     ) -> Ended:
-        """Run a command of uv; all but those of the cache take the interpreter of this node."""
+        """Run a command of uv, with this node's interpreter unless it is about the cache."""
         command = [*self._uv, *command, "--color", "never", "--no-progress"]
         if has_python:
             command += ["--python", base_python()]
@@ -294,7 +285,5 @@ def _selection(extras: Iterable[str], groups: Iterable[str]) -> list[str]:
 
 def _failed(command: str, ended: Ended, *, hint: str = _INDEX_HINT) -> UvFailed:
     return UvFailed(
-        f"{command} ended with exit code {ended.code}",
-        detail=last_words(ended.output),
-        hint=hint,
+        f"{command} ended with exit code {ended.code}", detail=last_words(ended.output), hint=hint
     )

@@ -1,6 +1,7 @@
 """Changes uv's cache: moves wheels in, forgets damaged or unneeded ones. Uses uv's own lock.
 
-Nothing is built or downloaded here: that is uv's work. `uv_entries` knows the layout.
+Nothing is built or downloaded here: that is uv's work. `uv_entries` knows the layout. Methods raise
+`LockTimeout` when uv works for longer than they wait, and `StorageFailed` for the disk.
 """
 
 from __future__ import annotations
@@ -44,10 +45,6 @@ class UvCache:
     """uv's cache of one node, which uv and several of our processes use at once.
 
     Calls block: for as long as uv works (up to the time-out), and for as long as deleting takes.
-
-    Args:
-        folder: uv's cache folder.
-        lock_timeout_s: how long to wait for uv to end, in seconds.
     """
 
     def __init__(self, folder: Path, *, lock_timeout_s: float = 60) -> None:
@@ -65,12 +62,9 @@ class UvCache:
         return found
 
     def cached(self, package: Installed) -> Cached | None:
-        """What there is of a package with the very content that its pin names, if it is complete.
+        """The entries of a package with its pinned content, if they are complete.
 
         Of what uv built from source, the source is left out: uv installs offline without it.
-
-        Raises:
-            StorageFailed: the cache cannot be read.
         """
         with storage_errors("read uv's cache"):
             built = (
@@ -89,10 +83,7 @@ class UvCache:
         """A new folder for what shall be moved in during the block; see `move_in`.
 
         The cache is in use meanwhile (`in_use`), as it is while uv downloads. What a killed
-        process leaves of it goes with the next `forget`, `forget_unneeded` or `uv cache prune`.
-
-        Raises:
-            LockTimeout, StorageFailed: as `in_use`.
+        process leaves is removed by the next `forget`, `forget_unneeded` or `uv cache prune`.
         """
         with self.in_use():
             folder = self.folder / f"{_ARRIVING}{uuid.uuid4().hex}"
@@ -146,12 +137,7 @@ class UvCache:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep everybody, uv too, from removing anything of the cache during the block.
-
-        Raises:
-            LockTimeout: somebody is removing for longer than we wait.
-            StorageFailed: the lock file cannot be made, or the file system has no flock.
-        """
+        """Keep everybody, uv too, from removing anything of the cache during the block."""
         with self._lock(fcntl.LOCK_SH):
             yield
 
@@ -159,13 +145,6 @@ class UvCache:
         """Drop a damaged unpacked wheel, so that uv fetches it again; gone already is fine.
 
         A wheel that uv built itself is unpacked again from uv's copy, without the network.
-
-        Args:
-            archive: one of `archives`.
-
-        Raises:
-            LockTimeout: uv works for longer than we wait.
-            StorageFailed: it cannot be removed.
         """
         if archive.parent.parent != self.folder or not archive.parent.match("archive-v*"):
             raise ValueError(f"{archive} is no unpacked wheel of {self.folder}")
@@ -178,19 +157,12 @@ class UvCache:
     def forget_unneeded(self, needed: Mapping[str, Collection[str]]) -> tuple[int, int]:
         """Drop the entries of every package and version that `needed` does not hold.
 
-        `uv cache prune` then removes the unpacked wheels that nothing leads to any more. What
-        cannot be told to be a certain package and version stays.
-
-        Args:
-            needed: the versions of each package that stay.
+        `uv cache prune` then removes unreferenced unpacked wheels. Entries of an unknown package or
+        version stay.
 
         Returns:
             How many entries went, and how many bytes that and the pruning free. Files that an
             environment has a link to do not count.
-
-        Raises:
-            LockTimeout: uv works for longer than we wait.
-            StorageFailed: something cannot be removed.
         """
         wanted = {
             (str(canonicalize_name(name)), parsed)
@@ -248,7 +220,7 @@ class UvCache:
             )
 
     def _let_go(self, archive: Path) -> None:
-        """Move `archive` away after all that leads to it: nothing ever leads nowhere."""
+        """Move `archive` away after its links and pointers: none may lead nowhere."""
         for pointer in list(pointers_to(self.folder, archive)):
             pointer.unlink(missing_ok=True)
         self._move_away(archive)
@@ -264,13 +236,13 @@ class UvCache:
             self._move_away(path)
 
     def _empty_trash(self) -> None:
-        """Delete what was moved away, by dead processes too; what stays is met again."""
+        """Delete what this and dead processes have moved away. Never raises."""
         for path in self.folder.glob(f"{_TRASH}*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _free_bytes(path: Path) -> int:
-    """The bytes of the files at or below `path` that nothing else has a link to."""
+    """The bytes of the files at or below `path` that have no other link."""
     total = 0
     below = (os.path.join(place, name) for place, _, files in os.walk(path) for name in files)
     for file in (str(path), *(() if path.is_symlink() else below)):

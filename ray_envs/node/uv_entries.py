@@ -100,7 +100,7 @@ def pointers_to(cache: Path, archive: Path) -> Iterator[Path]:
 
 
 def is_led_to(cache: Path, archive: Path) -> bool:
-    """Whether uv may use `archive`; the link of a downloaded wheel is nothing on its own."""
+    """Whether uv may use `archive`. The link of a downloaded wheel alone is not enough."""
     built = tuple(cache.glob("sdists-v*"))
     return any(
         not path.is_symlink() or any(bucket in path.parents for bucket in built)
@@ -142,7 +142,7 @@ def wheel_entries(cache: Path) -> Iterator[Entry]:
 
 
 def built_entries(cache: Path) -> Iterator[Entry]:
-    """The entries of source archives: those of an index, then those named by the wheels."""
+    """The entries of source archives, by their index or by the names of their wheels."""
     for kind in ("pypi/*/*", "index/*/*/*"):
         for folder in cache.glob(f"sdists-v*/{kind}"):
             release = _release(folder.parent.name, folder.name)
@@ -168,7 +168,7 @@ def _unpacked(link: Path) -> Path | None:
 
 
 def _built_in(folder: Path, package: Installed, pointers: tuple[Path, ...]) -> Iterator[Cached]:
-    """The entry of `folder`, where uv built from one source; nothing without a wheel of it."""
+    """The entry of `folder`, where uv built from one source, if there is a wheel of it."""
     archives: list[Path] = []
     links: list[Path] = []
     files: list[Path] = []

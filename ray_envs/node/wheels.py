@@ -56,7 +56,7 @@ class Damage(Model):
 
 
 def inspect(site_packages: Path, *, packages: Mapping[str, str] | None = None) -> list[Damage]:
-    """What is not as the wheels' RECORDs say, sorted; nothing for an environment as uv made it.
+    """The files that do not match the RECORDs of the wheels, sorted.
 
     Every file with a hash is read. An unreadable RECORD counts as one changed file: what it names
     is not known, and then no file is called extra either.
@@ -70,8 +70,7 @@ def inspect(site_packages: Path, *, packages: Mapping[str, str] | None = None) -
         packages: names and versions that must be there; without it, a package that is gone
             together with its RECORD is not missed.
 
-    Raises:
-        StorageFailed: the folder cannot be read.
+    Raises `StorageFailed`: the folder cannot be read.
     """
     with storage_errors(f"check the packages in {site_packages}"):
         found: list[Damage] = []
@@ -90,7 +89,7 @@ def inspect(site_packages: Path, *, packages: Mapping[str, str] | None = None) -
             if canonicalize_name(name) not in installed:
                 path = f"{canonicalize_name(name).replace('-', '_')}-{version}.dist-info/RECORD"
                 found.append(Damage(package=canonicalize_name(name), path=path, kind="missing"))
-        if packages is not None:  # installed by somebody, with a RECORD of its own
+        if packages is not None:  # installed by hand, with a RECORD
             locked = {canonicalize_name(name) for name in packages}
             for info in infos:
                 if package_of(info) not in locked:
@@ -187,7 +186,7 @@ def _has_hash(file: io.FileIO, content: bytes | None, digest: str) -> bool:
     """Whether the content of `file`, read already where it is small, has the hash `digest`."""
     algorithm, _, wanted = digest.partition("=")
     if algorithm not in hashlib.algorithms_guaranteed or algorithm.startswith("shake"):
-        return True  # a hash that this Python cannot make tells us nothing
+        return True  # this Python cannot compute such a hash
     made = hashlib.new(algorithm, content or b"", usedforsecurity=False)
     if content is None:
         file.seek(0)
@@ -228,8 +227,7 @@ def _is_stale(bytecode: str, source: bytes | None) -> bool:
 def _opened(place: str) -> io.FileIO:
     """The regular file `place`, open for reading; a pipe there would keep us for ever.
 
-    Raises:
-        OSError: there is none; ENXIO for what is no regular file.
+    Raises `OSError`: there is none; ENXIO for what is no regular file.
     """
     fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -239,10 +237,9 @@ def _opened(place: str) -> io.FileIO:
 
 
 def _kind_of_error(exc: OSError) -> Literal["missing", "changed"]:
-    """What it says about a file that it cannot be read.
+    """The kind of damage of a file that cannot be read.
 
-    Raises:
-        OSError: `exc`, where it says nothing about the file.
+    Raises `OSError`: `exc`, if it is no damage of the file.
     """
     if has_vanished(exc):
         return "missing"

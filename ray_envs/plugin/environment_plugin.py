@@ -47,8 +47,7 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
     def validate(runtime_env_dict: dict[str, Any]) -> None:
         """Check that our field, if there is one, is as options() made it.
 
-        Raises:
-            ValueError: it was changed.
+        Raises `ValueError`: it was changed.
         """
         try:
             wish_of(runtime_env_dict)
@@ -68,8 +67,7 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
     ) -> float:
         """Wait until the environment is ready on this node.
 
-        Raises:
-            RuntimeError: it was refused, or is late; the text says why and what to do.
+        Raises `RuntimeError`: it was refused, or is late; the text says why and what to do.
         """
         wish = wish_of(runtime_env)
         if wish is not None:

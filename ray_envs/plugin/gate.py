@@ -176,8 +176,7 @@ def field(key: str, attempt: int) -> dict[str, Any]:
 def wish_of(runtime_env: Mapping[str, Any]) -> Wish | None:
     """Return what a runtime_env needs on its node; None if it has no field of ours.
 
-    Raises:
-        InvalidInput: the field or the interpreter beside it was changed.
+    Raises `InvalidInput`: the field or the interpreter beside it was changed.
     """
     said = runtime_env.get(FIELD)
     if said is None:
@@ -218,8 +217,7 @@ def reason_in(text: str) -> str | None:
 def with_plugin(value: str | None) -> str:
     """Return the value of RAY_RUNTIME_ENV_PLUGINS with our plugin added.
 
-    Raises:
-        InvalidInput: `value` is not what Ray could read.
+    Raises `InvalidInput`: `value` is not what Ray could read.
     """
     if has_plugin(value):
         return str(value)
@@ -229,8 +227,7 @@ def with_plugin(value: str | None) -> str:
 def has_plugin(value: str | None) -> bool:
     """Whether a value of RAY_RUNTIME_ENV_PLUGINS names our plugin.
 
-    Raises:
-        InvalidInput: `value` is not what Ray could read.
+    Raises `InvalidInput`: `value` is not what Ray could read.
     """
     return any(plugin["class"] == PLUGIN for plugin in _plugins(value))
 

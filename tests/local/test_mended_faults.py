@@ -48,12 +48,7 @@ def commit(registry: Registry, number: int) -> VariantRecord:
         created_at=datetime(2026, 1, 1, tzinfo=timezone.utc),
         packages={"ray": "2.60.0"},
     )
-    return registry.commit(
-        V,
-        generation,
-        pyproject=f"project {number}",
-        uv_lock=f"lock {number}",
-    )
+    return registry.commit(V, generation, pyproject=f"project {number}", uv_lock=f"lock {number}")
 
 
 def generations(registry: Registry) -> dict[str, tuple[int, int, str]]:
@@ -135,9 +130,7 @@ def test_a_line_that_was_torn_inside_a_letter_is_cut(results: Path) -> None:
     assert results.read_bytes() == whole + line("three") + b"\n"
 
 
-def test_a_last_result_without_its_newline_counts_only_if_the_file_keeps_it(
-    results: Path,
-) -> None:
+def test_a_last_result_without_its_newline_counts_only_if_the_file_keeps_it(results: Path) -> None:
     """An editor may leave it so; what is skipped now must be known to the next `--resume` too."""
     results.write_bytes(line("one") + b"\n" + line("two"))
     with run._results_file(results, resume=True) as (_, done):

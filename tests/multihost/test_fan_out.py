@@ -184,7 +184,7 @@ def test_a_variant_for_a_label_is_prepared_and_runs_only_there(
     seen = console.ask(
         "ray.get([ray.remote(lambda: (__import__('os').uname().nodename, "
         "__import__('toolz').__version__)).options(**envs.options('only')).remote() "
-        "for _ in range(6)], timeout=100)",
+        "for _ in range(6)], timeout=100)"
     )
     assert seen == [["h2", "1.0.0"]] * 6
     assert four.index is not None

@@ -248,9 +248,7 @@ def test_a_host_that_is_added_becomes_a_node(faulty: Hosts) -> None:
 # -- without Ray
 
 
-def test_a_head_in_this_machines_network_reaches_what_the_machine_reaches(
-    namespaces: None,
-) -> None:
+def test_a_head_in_this_machines_network_reaches_what_the_machine_reaches(namespaces: None) -> None:
     with Hosts(2, with_index=False, head_in_main=True) as hosts:
         out = f"{urlsplit(upstream_index()).hostname}:443"
         assert connected(hosts.head, out) == [None]

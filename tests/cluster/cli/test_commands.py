@@ -257,9 +257,7 @@ def test_where_nothing_can_run_the_exit_code_is_that_of_the_reason(
     fresh: Shell, tmp_path: Path
 ) -> None:
     batch = write_batch(
-        tmp_path / "batch",
-        [{"id": "nowhere", "packages": ["this-package-is-nowhere-0"]}],
-        ["good"],
+        tmp_path / "batch", [{"id": "nowhere", "packages": ["this-package-is-nowhere-0"]}], ["good"]
     )
     told = fresh("run", batch)
     assert told.code == 8

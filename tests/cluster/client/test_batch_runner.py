@@ -190,9 +190,7 @@ def test_an_actor_with_options_lives_in_the_environment(cluster: RayEnvironmentP
 # -- what a payload does wrong ---------------------------------------------------------------------
 
 
-def test_a_payload_that_raises_is_a_result_with_its_own_frames_only(
-    runner: RayBatchRunner,
-) -> None:
+def test_a_payload_that_raises_is_a_result_with_its_own_frames_only(runner: RayBatchRunner) -> None:
     def fail(x: int) -> None:
         def deeper() -> None:
             raise KeyError("nothing here")
@@ -424,9 +422,7 @@ def test_a_function_of_a_local_module_goes_by_value(
     assert "only_here" not in ray.cloudpickle.list_registry_pickle_by_value()
 
 
-def test_a_module_in_the_drivers_folder_does_not_win_and_is_named(
-    runner: RayBatchRunner,
-) -> None:
+def test_a_module_in_the_drivers_folder_does_not_win_and_is_named(runner: RayBatchRunner) -> None:
     """The driver stood in a folder with a `tabulate.py` when Ray began (see `conftest`)."""
 
     def version() -> str:

@@ -280,11 +280,7 @@ make("life/sits")
 
 
 def test_what_a_detached_actor_was_given_stays_after_its_job_and_it_can_restart(
-    cluster: RayEnvironmentProvider,
-    make: Make,
-    driver: Driver,
-    store: Store,
-    processes: Processes,
+    cluster: RayEnvironmentProvider, make: Make, driver: Driver, store: Store, processes: Processes
 ) -> None:
     key, left = make("life/sits", "six==1.13.0"), make("life/left", "six==1.12.0")
     process, told = driver(DETACHED)

@@ -233,9 +233,7 @@ def test_creating_an_existing_id_replaces_it(envs: EnvironmentProvider) -> None:
     assert envs.status("v1")["generation"] == 2
 
 
-def test_replacing_under_another_address_gives_the_first_one_up(
-    envs: EnvironmentProvider,
-) -> None:
+def test_replacing_under_another_address_gives_the_first_one_up(envs: EnvironmentProvider) -> None:
     before = envs.list_environments()
     envs.create_environment("v1", {"workflow_id": "w", "node_id": "one", **OLD})
     envs.create_environment("v1", {"workflow_id": "w", "node_id": "two", **OLD})

@@ -118,9 +118,5 @@ def test_the_file_is_plain_and_the_same_for_the_same_wishes(tmp_path: Path) -> N
     wishes = again(path)
     for key in ("b", "a"):
         wishes.want(key)
-    assert json.loads(path.read_text()) == {
-        "wanted": ["a", "b"],
-        "attempts": {},
-        "epochs": {},
-    }
+    assert json.loads(path.read_text()) == {"wanted": ["a", "b"], "attempts": {}, "epochs": {}}
     assert [entry.name for entry in tmp_path.iterdir()] == ["wishes.json"]

@@ -736,10 +736,7 @@ def folder_locked(path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("locked", [database_locked, folder_locked])
 def test_a_lock_that_another_process_keeps_is_waited_for_once(
-    opened: Open,
-    path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    locked: Callable[[Path], Any],
+    opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch, locked: Callable[[Path], Any]
 ) -> None:
     first = opened().record(event())
     monkeypatch.setattr(database_module, "_PATIENCE_S", 0.2)

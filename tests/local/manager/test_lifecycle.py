@@ -221,9 +221,7 @@ def test_create_tells_the_text_that_was_locked(shared: Settings) -> None:
     assert told["pyproject_toml"] == definition_files(shared, "told")["pyproject.toml"]
 
 
-def test_every_change_says_what_uv_said_how_it_ended_and_how_long_it_took(
-    shared: Settings,
-) -> None:
+def test_every_change_says_what_uv_said_how_it_ended_and_how_long_it_took(shared: Settings) -> None:
     async def act(manager: EnvManager) -> Any:
         await created(manager, "facts", *ONE)
         added = await manager.add_deps(variant_id="facts", packages=["iniconfig==2.0.0"])
@@ -783,8 +781,7 @@ def test_what_is_no_export_is_not_imported(
         before = tree(shared)
         with pytest.raises(InvalidInput, match=words):
             await manager.import_env(
-                variant_id="broken",
-                **{"pyproject": PROJECT, "uv_lock": "version = 1\n", **texts},
+                variant_id="broken", **{"pyproject": PROJECT, "uv_lock": "version = 1\n", **texts}
             )
         assert tree(shared) == before
 

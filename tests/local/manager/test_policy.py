@@ -67,10 +67,7 @@ def refused(settings: Settings, given: dict[str, Any], **policy: Any) -> RayEnvs
 def test_repositories_and_files_are_refused_unless_the_operator_allows_them(
     settings: Settings, fake_uv: FakeUv, requirement: str, kind: str
 ) -> None:
-    for given in (
-        spec(requirement),
-        spec(pyproject=PROJECT.replace('"six"', f'"{requirement}"')),
-    ):
+    for given in (spec(requirement), spec(pyproject=PROJECT.replace('"six"', f'"{requirement}"'))):
         error = refused(settings, given)
         assert isinstance(error, InvalidPackages)
         assert f"comes from {kind}, which is not allowed" in error.message

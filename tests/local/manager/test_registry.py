@@ -51,10 +51,7 @@ def generation(number: int) -> Generation:
 
 def commit(registry: Registry, env_id: EnvId = V, number: int = 1) -> VariantRecord:
     return registry.commit(
-        env_id,
-        generation(number),
-        pyproject=f"project {number}",
-        uv_lock=f"lock {number}",
+        env_id, generation(number), pyproject=f"project {number}", uv_lock=f"lock {number}"
     )
 
 

@@ -713,9 +713,9 @@ def test_an_agent_that_stops_is_lost_and_met_again_and_nobody_waits_for_it(
         followed = Fleet(
             nodes,
             settings.to_environment(),
-            on_node=lambda info, _: joined.append(info.node_id),
-            on_final=lambda *_: None,
-            on_outdated=lambda _: None,
+            lambda info, _: joined.append(info.node_id),
+            lambda *_: None,
+            lambda _: None,
         )
         try:
             await followed.look_at_nodes()

@@ -183,12 +183,7 @@ STEPS = {
         *_BUILT,
         *_ended("EnvironmentCreated"),
     ),
-    "replace": (
-        *_STARTED,
-        *_staged(_V, 2, "link"),
-        *_SWITCHED,
-        *_ended("EnvironmentCreated"),
-    ),
+    "replace": (*_STARTED, *_staged(_V, 2, "link"), *_SWITCHED, *_ended("EnvironmentCreated")),
     "add": (
         *_BEGUN,
         *_staged(_V, 2, "link"),
@@ -205,12 +200,7 @@ STEPS = {
         *_SWITCHED,
         *_ended("DependenciesUpdated"),
     ),
-    "remove": (
-        *_BEGUN,
-        *_staged(_V, 3, "link"),
-        *_SWITCHED,
-        *_ended("DependenciesRemoved"),
-    ),
+    "remove": (*_BEGUN, *_staged(_V, 3, "link"), *_SWITCHED, *_ended("DependenciesRemoved")),
     "rollback": (*_BEGUN, *_SWITCHED, *_ended("EnvironmentRolledBack")),
     "delete": (
         *_BEGUN,
@@ -253,17 +243,8 @@ STEPS = {
         "row running #2",
         *_ended("EnvironmentCleanupCompleted"),
     ),
-    "import": (
-        *_STARTED,
-        *_LOCKED,
-        *_FIRST,
-        *_ended("EnvironmentCreated"),
-    ),
-    "pin": (
-        *_BEGUN,
-        *_written(_V),
-        *("row succeeded", "event EnvironmentLockReleased", END),
-    ),
+    "import": (*_STARTED, *_LOCKED, *_FIRST, *_ended("EnvironmentCreated")),
+    "pin": (*_BEGUN, *_written(_V), *("row succeeded", "event EnvironmentLockReleased", END)),
     "promise": ("rename leases.json", END),
 }
 
@@ -716,12 +697,7 @@ def test_a_manager_that_dies_while_uv_works_loses_nothing(
 
 @UV_STEPS
 def test_a_uv_that_is_killed_changes_nothing_and_leaves_no_process(
-    lab: Lab,
-    fake: FakeUv,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    command: str,
-    is_done: bool,
+    lab: Lab, fake: FakeUv, monkeypatch: pytest.MonkeyPatch, name: str, command: str, is_done: bool
 ) -> None:
     lab.put_back(name)
     # What fails offline is tried again online.

@@ -153,11 +153,7 @@ def test_inodes_may_run_out_or_not_be_counted(
 
 @pytest.mark.parametrize(
     ("limit", "value", "has_hint"),
-    [
-        (1024, "1024", True),
-        (4096, "4096", False),
-        (resource.RLIM_INFINITY, "unlimited", False),
-    ],
+    [(1024, "1024", True), (4096, "4096", False), (resource.RLIM_INFINITY, "unlimited", False)],
 )
 def test_a_low_limit_of_open_files_is_a_hint(
     folders: tuple[Path, Path, Path],

@@ -295,11 +295,7 @@ def test_what_is_held_and_can_only_be_built_again_stays_until_its_process_has_en
 
 @pytest.mark.parametrize(
     ("damage", "is_told"),
-    [
-        (packages_wiped, False),
-        (interpreter_gone, False),
-        (packages_wiped, True),
-    ],
+    [(packages_wiped, False), (interpreter_gone, False), (packages_wiped, True)],
     ids=["given up", "lost", "told"],
 )
 def test_who_keeps_an_environment_from_being_built_again_is_named(
@@ -358,9 +354,7 @@ def test_a_kept_generation_is_examined_and_mended_before_anybody_rolls_back_to_i
     assert (rolled_back["key"], works(shared, key)) == (key, True)
 
 
-def test_a_package_that_somebody_installed_is_found_and_gone_after_a_sync(
-    shared: Settings,
-) -> None:
+def test_a_package_that_somebody_installed_is_found_and_gone_after_a_sync(shared: Settings) -> None:
     key = key_of(shared, "one")
     info = site(shared, key) / "foreign-1.0.dist-info"
     info.mkdir()

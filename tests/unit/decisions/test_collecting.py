@@ -223,12 +223,7 @@ OLD = use("k", idle_s=100 * DAY)
         (use("k", is_ready=False), {}, True, "it has no record: nobody finished its build"),
         (OLD.model_copy(update={"is_held": True}), {}, False, "a process runs in it"),
         (OLD, {"busy": {"k"}}, False, "it is being built or changed"),
-        (
-            OLD,
-            {"wanted": {"k": "current generation 3 of x"}},
-            False,
-            "current generation 3 of x",
-        ),
+        (OLD, {"wanted": {"k": "current generation 3 of x"}}, False, "current generation 3 of x"),
         (OLD, {"wanted": {"k": ""}}, False, "wanted"),
         (OLD, {"leases": {"k": "job 01000000"}}, False, "leased to job 01000000"),
         (OLD, {"leases": {"k": ""}}, False, "leased to somebody"),

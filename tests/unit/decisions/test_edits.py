@@ -240,10 +240,7 @@ def test_an_upgrade_of_nothing_named_is_one_of_everything() -> None:
     definition = defined("six")
     nothing: Any
     for nothing in ((), [], ""):
-        assert edits.upgraded(definition, nothing, {"six": "1"}, where="update") == (
-            definition,
-            (),
-        )
+        assert edits.upgraded(definition, nothing, {"six": "1"}, where="update") == (definition, ())
 
 
 def test_an_upgrade_names_what_may_move_and_keeps_what_is_declared() -> None:
@@ -261,15 +258,13 @@ def test_an_upgrade_with_a_version_takes_the_place_of_what_is_declared() -> None
         where="update",
     )
     assert definition == Definition(
-        packages=("attrs", "six>=1.17"),
-        pyproject=PROJECT.replace('    "Six>=1.16",  # old\n', ""),
+        packages=("attrs", "six>=1.17"), pyproject=PROJECT.replace('    "Six>=1.16",  # old\n', "")
     )
     assert names == ("attrs", "six")
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"),
-    [("atrs", "did you mean 'attrs'?"), ("numpy", "add it with `ray-envs add`")],
+    ("name", "hint"), [("atrs", "did you mean 'attrs'?"), ("numpy", "add it with `ray-envs add`")]
 )
 def test_what_is_not_locked_cannot_be_upgraded(name: str, hint: str) -> None:
     with pytest.raises(InvalidPackages, match=f"'{name}' is not in this environment") as caught:

@@ -31,10 +31,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def platform(system: str, tags: list[str]) -> Platform:
-    every = [
-        *cpython_tags((3, 11), ["cp311"], tags),
-        *compatible_tags((3, 11), "cp311", tags),
-    ]
+    every = [*cpython_tags((3, 11), ["cp311"], tags), *compatible_tags((3, 11), "cp311", tags)]
     markers = {
         "implementation_name": "cpython",
         "implementation_version": "3.11.7",
@@ -258,8 +255,7 @@ def test_circles_and_edges_back_to_the_project_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "said"),
-    [("", "no project"), ("[[package]\n", "TOML"), (lock_of(""), "a is missing")],
+    ("lock", "said"), [("", "no project"), ("[[package]\n", "TOML"), (lock_of(""), "a is missing")]
 )
 def test_what_is_no_lock_is_refused(lock: str, said: str) -> None:
     with pytest.raises(InvalidInput, match=said) as caught:

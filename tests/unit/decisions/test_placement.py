@@ -286,8 +286,7 @@ def test_what_the_caller_gives_is_kept_the_environment_wins_and_no_input_is_chan
 
 
 @pytest.mark.parametrize(
-    "field",
-    ["py_executable", "pip", "uv", "conda", "container", "image_uri", "ray_envs"],
+    "field", ["py_executable", "pip", "uv", "conda", "container", "image_uri", "ray_envs"]
 )
 def test_another_environment_beside_the_variant_is_refused_by_name(field: str) -> None:
     with pytest.raises(InvalidInput, match=field) as caught:

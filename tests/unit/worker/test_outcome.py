@@ -25,8 +25,7 @@ def test_a_json_value_stays_what_it_is(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "plain"),
-    [((1, (2,)), [1, [2]]), ({1: 2}, {"1": 2}), ({None: True}, {"null": True})],
+    ("value", "plain"), [((1, (2,)), [1, [2]]), ({1: 2}, {"1": 2}), ({None: True}, {"null": True})]
 )
 def test_a_value_becomes_what_a_file_will_hold(value: Any, plain: Any) -> None:
     assert outcome.as_json(value) == plain
