@@ -43,19 +43,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "BatchSpec",
-    "BatchState",
-    "CaseSpec",
-    "EnvSpec",
-    "EnvironmentProvider",
-    "InMemoryEnvironmentProvider",
-    "ItemResult",
-    "Progress",
-    "RayBatchRunner",
-    "RayEnvironmentProvider",
-    "RayEnvsError",
-    "Settings",
-]
+    "BatchSpec", "BatchState", "CaseSpec", "EnvSpec", "EnvironmentProvider",
+    "InMemoryEnvironmentProvider", "ItemResult", "Progress", "RayBatchRunner",
+    "RayEnvironmentProvider", "RayEnvsError", "Settings",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Public test doubles: real things with stop points, never imitations of Ray.
 
-`FakeUv` is a real executable that works like uv, by handing over to the real one, except where a
-test told it to fail or to stop. What it does is written in files, so that any process may use it.
+`FakeUv` is an executable that runs the real uv, unless a test told it to fail or to stop. It logs
+to files, so that any process may use it.
 """
 
 from __future__ import annotations

@@ -83,6 +83,10 @@ class Request(Model):
 class OfVariant(Request):
     variant_id: VariantId
 
+    @property
+    def env_id(self) -> EnvId:
+        return EnvId.parse(self.variant_id)
+
 
 class ChangeOfVariant(OfVariant):
     dry_run: DryRun = False
@@ -378,15 +382,11 @@ VERBS = {
         Verb("describe", Describe),
     )
 }
-_BY_REQUEST = {verb.request: verb for verb in VERBS.values()}
+#: The verb of each kind of request.
+VERB_OF = {verb.request: verb for verb in VERBS.values()}
 
 #: Stands for "the default of the verb" in the signatures of the provider.
 DEFAULT: Any = type("Default", (), {"__repr__": lambda _: "<the verb's default>"})()
-
-
-def verb_of(request: Request) -> Verb:
-    """The verb that a request belongs to."""
-    return _BY_REQUEST[type(request)]
 
 
 def request_of(kind: type[RequestT], arguments: Mapping[str, Any]) -> RequestT:
@@ -397,4 +397,4 @@ def request_of(kind: type[RequestT], arguments: Mapping[str, Any]) -> RequestT:
         InvalidId: a variant id is not allowed.
     """
     given = {name: value for name, value in arguments.items() if value is not DEFAULT}
-    return validated(kind, given, where=_BY_REQUEST[kind].name)
+    return validated(kind, given, where=VERB_OF[kind].name)

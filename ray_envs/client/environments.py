@@ -6,7 +6,8 @@ Such a runner gives any id, reads plain paths, and expects that creating an id a
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ray_envs.client.statuses import RUNS, raise_status_error
@@ -127,8 +128,6 @@ class EnvironmentProvider(Variants):
             | (defined - set(ours.values()))
         )
 
-    # -- shared --------------------------------------------------------------------------------
-
     def _known_id(self, variant_id: str) -> EnvId | None:
         """The address behind a caller's id; None where there can be nothing of that name."""
         if variant_id in self._ids:
@@ -159,25 +158,18 @@ class EnvironmentProvider(Variants):
         given = {name: value for name, value in ids.items() if value is not None}
         return validated(EnvId, given, where=f"variant {variant_id}")
 
-    def _one_at_a_time(self, variant_id: str, timeout: float | None = None) -> _Held:
+    @contextmanager
+    def _one_at_a_time(self, variant_id: str, timeout: float | None = None) -> Iterator[None]:
+        """Make the block the only one for a variant; waits for another one `timeout` seconds."""
         with self._guard:
             lock = self._locks.setdefault(variant_id, threading.Lock())
-        return _Held(lock, variant_id, timeout)
-
-
-class _Held:
-    """A thread lock that is waited for at most `timeout` seconds."""
-
-    def __init__(self, lock: threading.Lock, variant_id: str, timeout: float | None) -> None:
-        self._lock, self._variant_id, self._timeout = lock, variant_id, timeout
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(timeout=-1 if self._timeout is None else self._timeout):
+        if not lock.acquire(timeout=-1 if timeout is None else timeout):
             raise EnvironmentNotReady(
-                f"another thread is still busy with {self._variant_id!r}",
-                variant_id=self._variant_id,
+                f"another thread is still busy with {variant_id!r}",
+                variant_id=variant_id,
                 hint="try again",
             )
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+        try:
+            yield
+        finally:
+            lock.release()

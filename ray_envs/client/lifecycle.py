@@ -36,8 +36,6 @@ class Lifecycle(ABC):
     def _address(self, variant_id: str) -> str:
         """The full id of a variant, for the id that the caller uses."""
 
-    # -- changing ---------------------------------------------------------------------------
-
     def add(self, variant_id: str, packages: Packages, *, dry_run: bool = DEFAULT) -> Answer:
         """Add packages as a new generation, which is prepared before it becomes current.
 
@@ -65,9 +63,7 @@ class Lifecycle(ABC):
     def sync(self, variant_id: str, *, dry_run: bool = DEFAULT) -> Answer:
         """Make every node match the variant's lock: check each file, repair, build.
 
-        Returns:
-            `status`, `nodes`, `checks` (what was found on each node), `stdout`, `stderr`,
-            `exit_code`, `duration_s`.
+        Returns the status and `checks`, what was found on each node.
         """
         return self._ask(verbs.SyncEnv, variant_id, dry_run=dry_run)
 
@@ -76,8 +72,7 @@ class Lifecycle(ABC):
     ) -> Answer:
         """Make the previous generation, or generation `to`, the current one.
 
-        Raises:
-            InvalidInput: there is no such generation, or it was locked for another cluster.
+        Raises `InvalidInput`: there is no such generation, or it is of another cluster.
         """
         return self._ask(verbs.RollbackEnv, variant_id, to=to, dry_run=dry_run)
 
@@ -117,13 +112,8 @@ class Lifecycle(ABC):
     ) -> Answer:
         """Delete unused environments on every node.
 
-        Args:
-            idle_hours: hours without use; by default `RAY_ENVS_IDLE_HOURS`.
-            dry_run: only say what would be deleted.
-            include_current: also those of current generations; they are built again on demand.
-
-        Returns:
-            `deleted` and `kept`, each environment with its reason, and `freed_bytes`.
+        `include_current` adds those of current generations, which are built again on demand.
+        Returns `deleted` and `kept`, each environment with its reason, and `freed_bytes`.
         """
         return self._ask(
             verbs.Cleanup, idle_hours=idle_hours, dry_run=dry_run, include_current=include_current
@@ -132,8 +122,6 @@ class Lifecycle(ABC):
     def doctor(self, *, repair: bool = DEFAULT, variant_id: str | None = None) -> Answer:
         """Examine every node and environment; with `repair`, repair what is damaged."""
         return self._ask(verbs.Doctor, variant_id, repair=repair)
-
-    # -- reading ----------------------------------------------------------------------------
 
     def deps(self, variant_id: str) -> Answer:
         """`dependencies` as declared, and `locked_versions`."""
@@ -182,10 +170,9 @@ class Lifecycle(ABC):
     ) -> Callable[[], None]:
         """Call `handler` with each event from now on, in order, in a thread of its own.
 
-        A handler that raises hurts nobody: its traceback is printed, and the next event comes.
+        If a handler raises, its traceback is printed, and it gets the next event.
 
-        Returns:
-            A function that ends the subscription.
+        Returns a function that ends the subscription.
         """
         wanted, is_over = list(kinds), threading.Event()
         position = self.events(since=-1)["next"]
@@ -195,7 +182,7 @@ class Lifecycle(ABC):
             while not is_over.is_set():
                 try:
                     told = self.events(position, kinds=wanted, timeout_s=POLL_S)
-                except Exception as exc:  # closed, or gone for good: the door has tried again
+                except Exception as exc:  # closed, or no manager any more
                     if not self._is_closed:
                         print(f"ray_envs: no more events: {exc}", file=sys.stderr)
                     return
@@ -215,8 +202,6 @@ class Lifecycle(ABC):
                 thread.join(2 * POLL_S)
 
         return end
-
-    # -- shared -----------------------------------------------------------------------------
 
     def _ask(
         self, kind: type[verbs.Request], variant_id: str | None = None, **arguments: Any

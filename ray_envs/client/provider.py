@@ -117,7 +117,7 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
             ManagerUnavailable: it did not answer within the time of the verb.
             RayEnvsError: an error of the verb; see `verbs.VERBS`.
         """
-        verb = verbs.verb_of(request)
+        verb = verbs.VERB_OF[type(request)]
         arguments = request.model_dump(exclude_unset=True)
         if "operation_id" in type(request).model_fields:
             # The connection repeats a request whose answer was lost: it must not be done twice.

@@ -52,8 +52,6 @@ class Variants(ABC):
         self._ids: dict[str, EnvId] = {}
         self._guard = threading.Lock()
 
-    # -- what the two providers do in their own way ----------------------------------------------
-
     @abstractmethod
     def _create(self, request: CreateEnv, definition: Definition) -> Any:
         """Define a variant; returns its status. `definition` is the spec of the request."""
@@ -80,9 +78,7 @@ class Variants(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of whatever the provider holds; twice is fine."""
-
-    # -- ours ----------------------------------------------------------------------------------
+        """End the connection. May be called twice."""
 
     def create(
         self,
@@ -141,8 +137,8 @@ class Variants(ABC):
 
         Raises:
             NotFound: a variant is not defined.
-            EnvironmentNotReady: the time is over.
-            RayEnvsError: with `strict`, what kept an environment from being built.
+            EnvironmentNotReady: that took too long.
+            RayEnvsError: with `strict`, why an environment could not be built.
         """
         if not variant_ids:
             return {}
@@ -189,8 +185,8 @@ class Variants(ABC):
         """Paths, versions and ready nodes of a variant.
 
         Raises:
-            NotFound, EnvironmentNotReady: there is nothing to run in.
-            RayEnvsError: what kept it from being built.
+            NotFound, EnvironmentNotReady: no node has it.
+            RayEnvsError: why it could not be built.
         """
         env_id = self._id(variant_id)
         environment = self._environment(env_id)
@@ -216,18 +212,10 @@ class Variants(ABC):
     def delete(
         self, variant_id: str, *, force: bool = DEFAULT, dry_run: bool = DEFAULT
     ) -> dict[str, Any]:
-        """Forget a variant. Its environment goes when nobody wants or holds it any more.
+        """Delete the definition of a variant, if it is defined. `gc` deletes its environment later.
 
-        Args:
-            variant_id: the variant; nothing happens where it is not defined.
-            force: also while somebody uses it: what he runs in stays until he has ended.
-            dry_run: only say whether it would be deleted.
-
-        Returns:
-            `variant_id` and `deleted`; with `dry_run`, `would_delete`.
-
-        Raises:
-            EnvironmentInUse: somebody uses it; `detail` lists who.
+        Returns `variant_id` and `deleted`; with `dry_run`, `would_delete`. Raises
+        `EnvironmentInUse`, with the users in `detail`, unless `force`: tasks keep what they run in.
         """
         return self._deleted(self._id(variant_id), force=force, dry_run=dry_run)
 
@@ -270,8 +258,6 @@ class Variants(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    # -- shared --------------------------------------------------------------------------------
 
     def _id(self, variant_id: str) -> EnvId:
         return self._ids.get(variant_id) or EnvId.parse(variant_id)

@@ -1,7 +1,7 @@
 """Describes the wheels that nodes send to each other and that bundles contain.
 
 A peer or a bundle may be wrong or hostile, so every description is checked: paths stay below the
-cache, and sizes add up. `node.transfer` sends and receives.
+cache, and sizes add up. `node.sending` and `node.receiving` move them.
 """
 
 from __future__ import annotations

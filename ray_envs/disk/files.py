@@ -1,8 +1,7 @@
-"""Reads files that users name; writes and locks our own files. Knows no layout.
+"""Reads the files that people name, and writes and locks our own durably. Knows no layout.
 
-A path that a user names may be anything: the error names it, and nothing is opened that could
-block for ever. A process that dies while it writes one of our files leaves the old or the new
-content.
+A named file may be anything: reading never waits for ever, and an error names the file. A process
+that dies on any line of a write leaves either the old content or the new one.
 """
 
 from __future__ import annotations
@@ -48,9 +47,6 @@ _NEVER_SOFT: dict[str, Any] = (
 
 #: How often a waiter tries a lock again. Short against a build, long against the cost of a try.
 _POLL_S = 0.05
-
-
-# -- files that people name
 
 
 def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
@@ -136,9 +132,6 @@ def unreadable(path: Path, err: OSError) -> InvalidInput:
         detail=err.strerror or str(err),
         hint="give yourself the permission to read it",
     )
-
-
-# -- durable files
 
 
 @contextmanager

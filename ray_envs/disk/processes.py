@@ -1,8 +1,7 @@
 """Runs one child process to its end.
 
-A child has a time-out, its own process group and a low priority, and dies with this process. Its
-output comes line by line, without credentials. Callers in `node` know the commands and what their
-exit codes mean.
+A child has a time limit, a process group and a low priority, and dies with this process. Its output
+comes line by line, without credentials. `uv` and `bytecode` know the commands and their exit codes.
 """
 
 from __future__ import annotations

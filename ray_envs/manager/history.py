@@ -119,8 +119,6 @@ class History:
         """Why the last write failed, and what was put aside since the start; "" if all is well."""
         return self._database.problem
 
-    # -- events
-
     def record(self, event: EnvEvent) -> EnvEvent | None:
         """Store `event`; returns it as stored, with its number, or None where that failed."""
         row = _row_of(event)
@@ -172,8 +170,6 @@ class History:
     def last_number(self) -> int:
         """The number of the last event that was ever recorded here; 0 before the first."""
         return self._database.read(_last_number) or 0
-
-    # -- operations
 
     def begin(self, operation: Operation) -> None:
         """Store that `operation` runs."""
@@ -284,9 +280,6 @@ class History:
 
 def _last_number(connection: sqlite3.Connection) -> int:
     return int(connection.execute(_LAST_NUMBER).fetchone()[0])
-
-
-# -- rows
 
 
 def _row_of(model: Model) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ray_envs.manager.chores import Chores
 from ray_envs.manager.handing_out import HandingOut
 from ray_envs.manager.serving import Sharing, moment, serves, word
 from ray_envs.manager.wiring import wired
-from ray_envs.models import Definition, EnvId, Generation
+from ray_envs.models import EnvId, Generation
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
 from ray_envs.validation import nearest_hint
@@ -36,11 +36,8 @@ Answer = dict[str, Any]
 class EnvManager:
     """The variants of one cluster. All methods are keyword-only; they take and return plain data.
 
-    `verbs.VERBS` describes each method: its arguments, its time and its errors.
-
-    Args:
-        settings: as `Settings.to_environment` writes them.
-        nodes: answers questions about the cluster; by default the Ray cluster of this process.
+    `verbs.VERBS` describes each method: its arguments, its time and its errors. `settings` come
+    from `Settings.to_environment`; `nodes` are by default those of the Ray cluster of this process.
     """
 
     def __init__(self, *, settings: dict[str, str], nodes: Nodes | None = None) -> None:
@@ -54,8 +51,6 @@ class EnvManager:
         self._handing_out = HandingOut(parts)
         #: Changes at each start of a manager, so that clients know to repeat their requests.
         self._life = uuid.uuid4().hex
-
-    # -- reading ----------------------------------------------------------------------------
 
     @serves
     async def describe(self, _: verbs.Describe) -> Answer:
@@ -150,8 +145,6 @@ class EnvManager:
     async def explain(self, asked: verbs.Explain) -> Answer:
         return await self._parts.inspector.explain(self._variants.get(asked.variant_id))
 
-    # -- history ----------------------------------------------------------------------------
-
     @serves
     async def events(self, asked: verbs.Events) -> Answer:
         if asked.since < 0:
@@ -188,34 +181,29 @@ class EnvManager:
             raise StorageFailed("the history cannot be changed now", detail=self._history.problem)
         return {"deleted": count}
 
-    # -- changing ---------------------------------------------------------------------------
-
     @serves
     async def create_env(self, asked: verbs.CreateEnv) -> Answer:
-        definition = self._checked(asked.variant_id, asked.spec)
-        return await self._create(
-            asked, definition, asked.model_copy(update={"spec": _plain(definition)}), "create"
-        )
+        return await self._create("create", asked, asked.spec, "spec")
 
     @serves
     async def import_env(self, asked: verbs.ImportEnv) -> Answer:
         spec = {**(asked.options or {}), "pyproject": asked.pyproject, "uv_lock": asked.uv_lock}
-        definition = self._checked(asked.variant_id, spec)
-        return await self._create(
-            asked, definition, asked.model_copy(update={"options": _plain(definition)}), "import"
-        )
+        return await self._create("import", asked, spec, "options")
 
     async def _create(
         self,
-        asked: verbs.CreateEnv | verbs.ImportEnv,
-        definition: Definition,
-        same: verbs.Request,
         made_by: str,
+        asked: verbs.CreateEnv | verbs.ImportEnv,
+        spec: Mapping[str, Any],
+        field: str,
     ) -> Answer:
+        """Define a variant. Requests are equal if their definitions are; `field` takes it."""
+        where = f"variant {asked.variant_id}"
+        definition = self._parts.resolver.checked(spec, where=where)
         return await self._sharing.once(
-            same,
+            asked.model_copy(update={field: definition.model_dump(mode="json")}),
             lambda: self._changes.create(
-                EnvId.parse(asked.variant_id),
+                asked.env_id,
                 definition,
                 replace=asked.replace,
                 wait_s=asked.wait_s,
@@ -243,7 +231,7 @@ class EnvManager:
             asked,
             lambda: self._changes.edit(
                 operation,
-                EnvId.parse(asked.variant_id),
+                asked.env_id,
                 asked.packages,
                 dry_run=asked.dry_run,
                 operation_id=asked.operation_id,
@@ -255,10 +243,7 @@ class EnvManager:
         return await self._sharing.once(
             asked,
             lambda: self._changes.rollback(
-                EnvId.parse(asked.variant_id),
-                asked.to,
-                dry_run=asked.dry_run,
-                operation_id=asked.operation_id,
+                asked.env_id, asked.to, dry_run=asked.dry_run, operation_id=asked.operation_id
             ),
         )
 
@@ -267,22 +252,19 @@ class EnvManager:
         return await self._sharing.once(
             asked,
             lambda: self._changes.delete(
-                EnvId.parse(asked.variant_id),
-                force=asked.force,
-                job_id=asked.job_id,
-                dry_run=asked.dry_run,
+                asked.env_id, force=asked.force, job_id=asked.job_id, dry_run=asked.dry_run
             ),
         )
 
     @serves
     async def pin_env(self, asked: verbs.PinEnv) -> Answer:
-        return await self._changes.pin(EnvId.parse(asked.variant_id), is_pinned=asked.is_pinned)
+        return await self._changes.pin(asked.env_id, is_pinned=asked.is_pinned)
 
     @serves
     async def sync_env(self, asked: verbs.SyncEnv) -> Answer:
-        env_id = EnvId.parse(asked.variant_id)
         return await self._sharing.once(
-            asked, lambda: self._parts.inspector.sync(env_id, self._changes, dry_run=asked.dry_run)
+            asked,
+            lambda: self._parts.inspector.sync(asked.env_id, self._changes, dry_run=asked.dry_run),
         )
 
     @serves
@@ -327,11 +309,6 @@ class EnvManager:
         """End the loop and, where the agent lives in this process, its builds."""
         await self._chores.stop()
 
-    # -- shared -----------------------------------------------------------------------------
-
-    def _checked(self, variant_id: str, spec: Mapping[str, Any]) -> Definition:
-        return self._parts.resolver.checked(spec, where=f"variant {variant_id}")
-
     async def _handed_out(self, asked: verbs.GetEnvironment | verbs.GetOptions) -> Answer:
         record = self._variants.get(asked.variant_id)
         return await self._handing_out.environment(record, asked.job_id)
@@ -357,7 +334,3 @@ class EnvManager:
                 await self._fleet.announce()
 
         self._variants.relocking[name] = asyncio.create_task(relock())
-
-
-def _plain(definition: Definition) -> dict[str, Any]:
-    return definition.model_dump(mode="json")

@@ -269,8 +269,6 @@ class Operations:
     def _gc_lock(self, timeout_s: float) -> AbstractAsyncContextManager[None]:
         return locked(self._paths.gc_lock, what="the environments' store", timeout_s=timeout_s)
 
-    # -- what dead processes left -----------------------------------------------------------
-
     async def settle_all(self) -> None:
         """Settle the rows of processes that died. A taken lock means that its process lives."""
         for row in self._running_rows():

@@ -1,8 +1,7 @@
-"""The loop that makes the nodes have the environments that are wanted.
+"""The loop that has the wanted environments built on the nodes.
 
-Verbs only record what is wanted; only this loop tells agents to build. The state after a restart is
-the registry and a new look at the agents: start and recovery are the same code. What to build where
-is decided by `planning`.
+Verbs only record what is wanted; only this loop tells agents to build. Start and recovery are the
+same code: the registry and a new look at the agents. `planning` decides what to build where.
 """
 
 from __future__ import annotations
@@ -100,8 +99,6 @@ class Reconciler:
                 await self.fleet.news(seen, left_s)
         finally:
             self.awaited[generation.key] -= 1
-
-    # -- the loop ---------------------------------------------------------------------------
 
     async def awake(self, chore: Callable[[], Any]) -> None:
         """Start the loop with the first verb: an actor's constructor has no running loop."""

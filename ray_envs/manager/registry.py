@@ -155,23 +155,6 @@ class Registry:
             hint="restore it; the other generations are not concerned",
         )
 
-    def commit(
-        self,
-        env_id: EnvId,
-        generation: Generation,
-        *,
-        pyproject: str,
-        uv_lock: str,
-        same_lock: VariantRecord | None = None,
-    ) -> VariantRecord:
-        """Make `generation` the current one of `env_id` at once: `stage`, then `switch`."""
-        self.stage(env_id, generation, pyproject=pyproject, uv_lock=uv_lock, same_lock=same_lock)
-        try:
-            return self.switch(env_id, generation, pyproject=pyproject, uv_lock=uv_lock)
-        except StorageFailed:
-            self.unstage(env_id, generation.number)
-            raise
-
     def stage(
         self,
         env_id: EnvId,

@@ -1,8 +1,6 @@
 """From a definition to a generation: checks, uv's resolution, and the key. Writes nothing.
 
-`manager` decides when; `resolving` and `locks` say what the texts mean; uv runs on the head node's
-agent. Equal resolutions are asked for once: at the same time they share one uv, later they reuse
-the lock that a variant has.
+uv runs on the head node's agent. Equal resolutions share one run of uv, or reuse a known lock.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The `.venv` beside a definition: shows people the packages of the current generation.
 
-It has its own `pyvenv.cfg` and folder: a stray `uv sync` or `pip install` there changes this view,
-never the store. Programs use the store's own interpreter.
+It has its own folder, so that a stray `uv sync` there never changes the store, which programs use.
 """
 
 from __future__ import annotations

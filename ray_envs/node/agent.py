@@ -38,10 +38,7 @@ _ATTEND_S = 0.3
 class NodeAgent:
     """The environments of one node. All methods are keyword-only and return plain data.
 
-    Args:
-        settings: as `Settings.to_environment` writes them.
-        node_id: the Ray node this runs on, or "local" without a cluster.
-        ray_version: the cluster's.
+    `settings` come from `Settings.to_environment`; `node_id` is "local" without a cluster.
     """
 
     def __init__(self, *, settings: dict[str, str], node_id: str, ray_version: str) -> None:
@@ -201,8 +198,6 @@ class NodeAgent:
                 self._gate.refuse(key, asked[key], reason)
                 self._gate.withdraw(key)
 
-    # -- wheels for other nodes --------------------------------------------------------------
-
     async def offers(self, *, packages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The packages that this node can send; see `Exchange`."""
         return await self._exchange.offers(packages)
@@ -214,8 +209,6 @@ class NodeAgent:
     async def chunk(self, *, wheel: dict[str, Any], identity: str, number: int) -> list[Any]:
         """A piece of what the manifest of that identity describes, as a reference."""
         return await self._exchange.chunk(wheel, identity, number)
-
-    # -- maintenance --------------------------------------------------------------------------
 
     async def try_start(self, *, key: str, env_vars: dict[str, str]) -> None:
         """Start the interpreter of `key` with these variables.

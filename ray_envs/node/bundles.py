@@ -1,8 +1,7 @@
-"""An environment's wheels in one file, for clusters without any way to a package index.
+"""An environment's wheels in one file, for clusters without a way to a package index.
 
-A tar file that every tar lists: `bundle.json` (what is in it, for what), the texts of the project,
-a stream for each wheel (`transfer`, below, makes and takes them), and `bundle.sha256` at the end.
-No file is extracted by a name in it. `exports` chooses the texts.
+A tar file: `bundle.json` (its content and platform), the texts of the project, a stream for each
+wheel (`sending`, `receiving`), and `bundle.sha256`. No file is extracted by a name in it.
 """
 
 from __future__ import annotations
@@ -253,6 +252,3 @@ class _Stream(io.RawIOBase):
         view[: len(part)] = part
         self._offset += len(part)
         return len(part)
-
-
-__all__ = ["FORMAT", "Bundle", "read_bundle", "write_bundle"]

@@ -1,7 +1,6 @@
-"""Byte-code in uv's cache: which wheels lack it, and making it there once for all environments.
+"""Byte-code in uv's cache: finds wheels without it, and compiles it for all environments.
 
-Environments link to the cache's files, so what is compiled there is ready in every later one. When
-that is done is for `agent` to say; `processes`, below, runs the compiler.
+Environments link to the cache's files, so that byte-code there is ready in every later one.
 """
 
 from __future__ import annotations
@@ -146,6 +145,3 @@ def _is_linked(archive: Path, site_packages: Path, dist_info: str) -> bool:
         return os.path.samefile(archive / dist_info / "WHEEL", site_packages / dist_info / "WHEEL")
     except OSError:
         return False
-
-
-__all__ = ["compile_wheels", "marker_name", "without_bytecode"]

@@ -1,7 +1,7 @@
-"""Wheels from node to node: one agent sends, others receive, in pieces, through Ray's objects.
+"""Wheels from node to node: one agent sends, others receive, in pieces, through Ray objects.
 
-What a pack is says `packs`, and whether what came is what was sent, `transfer`. Here is who is
-asked, in which order, and what becomes of a sender that dies in the middle.
+Decides which peers are asked in which order, also when a sender dies in the middle. `packs`
+describes what is sent, `sending` and `receiving` read and write it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,6 @@ class Exchange:
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
         self._chunks: OrderedDict[tuple[str, int], asyncio.Task[Any]] = OrderedDict()
 
-    # -- giving -----------------------------------------------------------------------------
-
     async def offers(self, packages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The packages that this node can send."""
         asked = [Installed.model_validate(package) for package in packages]
@@ -97,8 +95,6 @@ class Exchange:
     async def _put(self, made: Manifest, number: int) -> Any:
         data = await asyncio.to_thread(sending.read_chunk, self._cache, made, number)
         return await self._peers.put(data)
-
-    # -- taking -----------------------------------------------------------------------------
 
     async def fetch(
         self, packages: Iterable[Installed], peers: Iterable[str], say: Say

@@ -1,7 +1,7 @@
 """Checks, repairs and deletes the environments of one node, and prunes its uv cache.
 
-`agent` has the actor and builds; this works on the same store, under the same locks. Decides
-nothing about what may go: that is `planning`, and the exclusive hold.
+Works under the same locks as the builds of `agent`. What may be deleted is decided by the manager
+(`collecting`) and by the exclusive hold.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What a node can do for environments, found out by doing it; the neighbour of `wheels`.
-
-Every probe is an answer and never raises: a node that cannot do something must be able to say so.
-Paths and versions are given: this module knows neither the layout of the store nor Ray.
-"""
+"""Tests what a node can do for environments, for `doctor`. A probe never raises."""
 
 from __future__ import annotations
 
@@ -103,9 +99,6 @@ def _hint_for(exc: Exception) -> str:
     return _OTHER_DISK
 
 
-# -- the disk
-
-
 def _root(root: Path) -> tuple[bool, str, str]:
     with _scratch(root) as file:
         file.write_bytes(b"x")
@@ -195,9 +188,6 @@ def _scratch(folder: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
-# -- the rest of the node
-
-
 def _open_files() -> tuple[bool, str, str]:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
@@ -223,6 +213,3 @@ def _version(name: str, actual: str, expected: str | None) -> Probe:
         hint = f"the cluster has {expected}: install that on this node"
         return Probe(name=name, ok=False, value=actual, hint=hint)
     return Probe(name=name, ok=True, value=actual)
-
-
-__all__ = ["Probe", "probe"]

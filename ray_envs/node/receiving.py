@@ -1,8 +1,7 @@
-"""Receives wheels into this node's uv cache: all of a wheel appears there, or nothing.
+"""Receives wheels into this node's uv cache: a wheel appears there completely or not at all.
 
-An ordinary offline sync links them afterwards. `InvalidInput` is about what was sent, and another
-sender may do better; `StorageFailed` is about this node's disk; `LockTimeout` means that the cache
-is being pruned.
+`InvalidInput` is about what was sent: ask another sender. `StorageFailed` is about this node's
+disk; `LockTimeout` means that the cache is being pruned.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Sends wheels of this node's uv cache, with their byte-code, in pieces.
+"""Sends wheels of this node's uv cache, with their byte-code, in pieces. Does not use Ray.
 
 Raises `StorageFailed` for what has gone or is damaged, `LockTimeout` while the cache is pruned.
-
-Here is no Ray: `exchange` moves the bytes, `bundles` keeps them in a file, `packs` describes them.
 """
 
 from __future__ import annotations

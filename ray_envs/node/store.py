@@ -1,8 +1,7 @@
 """One node's environments on disk; the only module that knows a path in the store.
 
-An environment is there when its record is there: the record is written last. A directory without
-one is rubbish; one with a record is never changed. To remove a directory, the exclusive hold is
-needed, which a living process of that environment prevents.
+An environment is there when its record is there, which is written last. A directory without one is
+rubbish; one with a record is never changed, and is removed under the exclusive hold only.
 """
 
 from __future__ import annotations

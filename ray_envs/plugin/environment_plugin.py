@@ -1,8 +1,7 @@
-"""The Ray plugin that makes a task wait for its environment, or fails it with the reason.
+"""The Ray plugin: a task starts when its environment is ready, or fails with the reason.
 
-It runs in Ray's runtime-env agent, one for all jobs of a node: a call that blocks would stop every
-environment there, and an import that fails would keep the node from starting. So it imports only
-Ray's plugin class, `errors` and `gate`. Our agent builds the environment.
+It runs in Ray's runtime-env agent, one for all jobs of a node: a blocking call would stop every
+environment, and a failing import would stop the node. So it imports Ray's class and `gate` only.
 """
 
 from __future__ import annotations

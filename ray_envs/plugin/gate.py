@@ -1,9 +1,7 @@
-"""The small files through which Ray's runtime-env agent and our agent of the same node talk.
+"""The files through which the plugin and our agent on the same node communicate.
 
-The plugin in Ray's agent is no Ray client: it asks for an environment with a file, and the answer
-is the environment's record or a refusal. Each import here also runs in Ray's process on every
-node, where a failure keeps the node from starting: the standard library and `errors` only.
-`store` writes the records, `environment_plugin` waits, `agent` reads the requests.
+The plugin is no Ray client: it asks for an environment with a file. The answer is the environment's
+record, or a refusal. Standard library only: a failing import in Ray's process would stop the node.
 """
 
 from __future__ import annotations
@@ -68,8 +66,6 @@ class Gate:
         self._wanted = root / "wanted"
         self._store = root / "store"
 
-    # -- the plugin's side
-
     def ask(self, key: str, attempt: int) -> None:
         """Request `key`, or renew the request.
 
@@ -110,8 +106,6 @@ class Gate:
             return max(0.0, time.time() - (self._wanted / _SERVED).stat().st_mtime)
         except OSError:
             return None
-
-    # -- the agent's side
 
     def asked(self) -> dict[str, int]:
         """Return the latest attempt of every requested key; empty if the root cannot be read.
@@ -165,9 +159,6 @@ class Gate:
         return self._wanted / f"{_checked(key)}{_REFUSED}"
 
 
-# -- what a runtime_env says
-
-
 def field(key: str, attempt: int) -> dict[str, Any]:
     """Return the value of `FIELD` for a runtime_env."""
     return {"key": _checked(key), "attempt": attempt}
@@ -211,9 +202,6 @@ def reason_in(text: str) -> str | None:
     return reason.strip() if found else None
 
 
-# -- whether a node has the plugin
-
-
 def with_plugin(value: str | None) -> str:
     """Return the value of RAY_RUNTIME_ENV_PLUGINS with our plugin added.
 
@@ -244,9 +232,6 @@ def _plugins(value: str | None) -> list[dict[str, Any]]:
         where=PLUGINS_VARIABLE,
         hint=f"""unset it, or write '[{{"class": "{PLUGIN}"}}]'""",
     )
-
-
-# -- files
 
 
 def _checked(key: str) -> str:

@@ -27,6 +27,7 @@ from ray_envs.cluster.actors import find_manager
 from ray_envs.manager.registry import Registry
 from ray_envs.models import EnvId, VariantRecord
 from ray_envs.node.store import Store
+from tests import definitions
 
 LOCKS = 100
 #: How many calls of a pipelined round are on their way at once.
@@ -48,7 +49,7 @@ def populate(settings: Settings, count: int) -> None:
             update={"key": f"{number:032x}", "fingerprint": f"fingerprint {number}"}
         )
         env_id = EnvId(workflow_id="many", node_id=f"v{number}")
-        registry.commit(env_id, generation, pyproject=pyproject, uv_lock=uv_lock)
+        definitions.commit(registry, env_id, generation, pyproject=pyproject, uv_lock=uv_lock)
     made: dict[int, VariantRecord] = {
         number: registry.get(EnvId(workflow_id="many", node_id=f"v{number}"))  # type: ignore[misc]
         for number in range(LOCKS)

@@ -29,6 +29,7 @@ from ray_envs.manager.registry import Registry
 from ray_envs.models import Definition, EnvId, Generation, Target, VariantRecord
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
+from tests import definitions
 
 V = EnvId.parse("v")
 
@@ -48,7 +49,9 @@ def commit(registry: Registry, number: int) -> VariantRecord:
         created_at=datetime(2026, 1, 1, tzinfo=timezone.utc),
         packages={"ray": "2.60.0"},
     )
-    return registry.commit(V, generation, pyproject=f"project {number}", uv_lock=f"lock {number}")
+    return definitions.commit(
+        registry, V, generation, pyproject=f"project {number}", uv_lock=f"lock {number}"
+    )
 
 
 def generations(registry: Registry) -> dict[str, tuple[int, int, str]]:

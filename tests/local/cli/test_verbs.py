@@ -30,6 +30,7 @@ from ray_envs.manager.registry import Registry
 from ray_envs.models import RAY_GROUP, Definition, EnvId, Generation, Target
 from ray_envs.node.store import Store
 from ray_envs.settings import Settings
+from tests import definitions
 from tests.cluster.cli_tools import BIN, Ended, Shell, WatchedUv, ended, wait_until
 
 PROFILED = {"PYTHONPROFILEIMPORTTIME": "1"}
@@ -103,7 +104,9 @@ def define(root: Path, name: str, *generations: Generation) -> None:
     """Write a definition by hand, where nobody will build or lock it."""
     registry = Registry(Settings(root=root))
     for each in generations or (generation(),):
-        registry.commit(EnvId.parse(name), each, pyproject="[project]\n", uv_lock="version = 1\n")
+        definitions.commit(
+            registry, EnvId.parse(name), each, pyproject="[project]\n", uv_lock="version = 1\n"
+        )
 
 
 def ok(told: Ended) -> Ended:

@@ -22,6 +22,7 @@ from ray_envs.manager.reconciler import build_request
 from ray_envs.manager.registry import Registry
 from ray_envs.models import Definition, EnvId, Generation, Target, VariantRecord
 from ray_envs.settings import Settings
+from tests import definitions
 
 V = EnvId.parse("v")
 
@@ -50,8 +51,12 @@ def generation(number: int) -> Generation:
 
 
 def commit(registry: Registry, env_id: EnvId = V, number: int = 1) -> VariantRecord:
-    return registry.commit(
-        env_id, generation(number), pyproject=f"project {number}", uv_lock=f"lock {number}"
+    return definitions.commit(
+        registry,
+        env_id,
+        generation(number),
+        pyproject=f"project {number}",
+        uv_lock=f"lock {number}",
     )
 
 
