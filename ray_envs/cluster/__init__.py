@@ -1,16 +1,16 @@
 """Runs wherever Ray is asked something: nodes, actors, connections, and Ray's errors.
 
 In: a cluster's address, actor classes. Out: handles, facts about nodes, errors of ours.
-The only folder, besides the plugin, that uses Ray's own modules. It must never depend on variants
+Besides the plugin, the only folder that uses Ray's private modules. It never deals with variants
 or environments.
 
-To change …                                           go to
-nodes, agents, jobs and detached actors of a cluster  nodes
-how an actor is made, found, ended                    actors
-what is sent by value with each actor                 actor_shell
-time limits of calls, and Ray's errors                calls
-how a process connects, or embeds a Ray               connecting
-agents of other nodes, and Ray objects                peers
-what is packed for nodes without ray_envs; warnings   bootstrap
-what runs on such a node                              bare_node
+To change …                                                        go to
+which nodes, agents, jobs and detached actors the manager sees     nodes
+how agents of two nodes call each other and exchange data          peers
+how a process connects to a cluster or starts an embedded one      connecting
+how the manager and the agents start, are found and end            actors
+how long a call may take, and which error the caller gets          calls
+the class that Ray runs in place of an actor of ours               actor_shell
+what runs on a node that lacks ray_envs                            bare_node
+what is sent to such a node, and warnings about nodes              bootstrap
 """

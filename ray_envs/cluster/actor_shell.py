@@ -1,4 +1,4 @@
-"""Sent by value with our actors: imports the real class only where the actor runs."""
+"""The class that Ray runs in place of an actor of ours. Sent by value."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ray_envs.worker.paths import put_foreign_paths_last
 
 
 def actor_shell(module: str, name: str, verbs: Iterable[str]) -> type:
-    """A class that is `module.name` for Ray, and imports it only where it runs.
+    """Return a class that imports `module.name` in the actor's process and calls its verbs.
 
-    Sent by value to a worker of the cluster's own Python. Ray puts the folders of the job that
-    creates an actor before its packages: a `tomlkit.py` there would end the actor. So they go
-    behind first. And an error of ours would need ray_envs where it arrives, so that each verb
-    turns it into a `RuntimeError` of its text and a plain dict.
+    Ray puts the folders of the job that creates an actor before the packages, and a `tomlkit.py`
+    there would break the actor: so they are moved to the end first. An error of ours could only
+    be unpickled by a process that has ray_envs: so each verb raises a `RuntimeError` with its text
+    and a plain dict instead.
     """
 
     def __init__(self: Any, **arguments: Any) -> None:
@@ -23,7 +23,7 @@ def actor_shell(module: str, name: str, verbs: Iterable[str]) -> type:
 
         self._actor = getattr(importlib.import_module(module), name)(**arguments)
 
-    def travelling(verb: str) -> Callable[..., Any]:
+    def forwarding(verb: str) -> Callable[..., Any]:
         async def call(self: Any, **arguments: Any) -> Any:
             try:
                 return await getattr(self._actor, verb)(**arguments)
@@ -35,4 +35,4 @@ def actor_shell(module: str, name: str, verbs: Iterable[str]) -> type:
         call.__name__ = call.__qualname__ = verb
         return call
 
-    return type(name, (), {"__init__": __init__, **{verb: travelling(verb) for verb in verbs}})
+    return type(name, (), {"__init__": __init__, **{verb: forwarding(verb) for verb in verbs}})

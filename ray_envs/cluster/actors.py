@@ -1,4 +1,4 @@
-"""Makes, finds and ends our actors: the EnvManager of a cluster and the NodeAgent of each node."""
+"""Starts, finds and ends the EnvManager; makes Ray actors of our classes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from typing import Any
 from ray_envs import worker
 from ray_envs.cluster import actor_shell, bare_node
 from ray_envs.cluster.connecting import NAMESPACE, UV_RUN_HOOK, is_client
-from ray_envs.errors import ManagerUnavailable, from_dict  # fmt: skip
+from ray_envs.errors import ManagerUnavailable, from_dict
 
 MANAGER = "EnvManager"
-#: How long the helper that starts the manager may take; a cold Ray import alone takes seconds.
+#: How long the helper that starts the manager may take; importing Ray alone takes seconds.
 _START_TIMEOUT_S = 120
-#: Time limit for the end of a manager, and of its agents after it.
+#: How long a manager may take to stop by itself, and then its agents.
 _END_TIMEOUT_S = 30
-#: What a helper driver must not inherit from the job that calls us: it names that job.
+#: The helper must not inherit these variables of the calling job (beginnings of their names).
 _OF_THE_JOB = ("RAY_JOB_", "RAY_RUNTIME_ENV", "RAY_CLIENT_", "RAY_OVERRIDE_", "PYTHON")
 
 
 def actor_class(cls: type, *, version: str | None = None) -> Any:
-    """`cls` as a Ray actor: see `actor_shell.actor_shell`; `unwrapped` turns its errors back."""
+    """Return `cls` as a Ray actor; see `actor_shell`. `calls.unwrapped` restores its errors.
+
+    If `version` is given, the node may lack this version of ray_envs; see `bare_node.node_shell`.
+    """
     import ray
 
     verbs = [
@@ -40,13 +43,14 @@ def actor_class(cls: type, *, version: str | None = None) -> Any:
         shell = actor_shell.actor_shell(cls.__module__, cls.__name__, verbs)
         if version is not None:
             shell = bare_node.node_shell(shell, cls.__module__, cls.__name__, version)
-        # A copy that belongs to no module: Ray pickles it later, at its first use.
+        # Ray pickles the class at its first use, when `by_value` is over: make a copy now that
+        # belongs to no module.
         return ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(shell)))
 
 
 @contextmanager
 def by_value(modules: Iterable[ModuleType]) -> Iterator[None]:
-    """Pickle functions and classes of `modules` by value in the block: workers lack them."""
+    """Pickle what is in `modules` by value in this block, because workers cannot import it."""
     from ray import cloudpickle
 
     registered = []
@@ -62,7 +66,7 @@ def by_value(modules: Iterable[ModuleType]) -> Iterator[None]:
 
 
 def find_manager() -> Any | None:
-    """The handle of the cluster's EnvManager, or None where none lives."""
+    """Return the handle of the cluster's EnvManager, or None if there is none."""
     import ray
 
     try:
@@ -72,7 +76,7 @@ def find_manager() -> Any | None:
 
 
 def create_manager(manager_class: type, settings: dict[str, str]) -> Any:
-    """Create the detached EnvManager on the head node, or find the one that was first."""
+    """Create the detached EnvManager on the head node, or return the one that is there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -99,13 +103,13 @@ def create_manager(manager_class: type, settings: dict[str, str]) -> Any:
 
 
 def start_manager(settings: dict[str, str]) -> Any:
-    """Start the EnvManager from a short helper driver, and return its handle.
+    """Start the EnvManager from a short helper process, and return its handle.
 
-    A detached actor inherits working_dir and env_vars of the job that creates it, and nothing
-    unsets them: the user's job must not be that job. The helper has an isolated interpreter, `/`
-    as its folder and none of the job's variables.
+    A detached actor keeps the working_dir and env_vars of the job that creates it, so the user's
+    job must not create it. The helper is another job: an isolated interpreter in the folder `/`,
+    without the variables of the user's job.
 
-    Raises `ManagerUnavailable`: the helper failed; its last lines are in `detail`.
+    Raises `ManagerUnavailable`: the helper failed; `detail` has its last lines.
     """
     import ray
 
@@ -147,11 +151,11 @@ def start_manager(settings: dict[str, str]) -> Any:
 
 
 def end_manager() -> list[str]:
-    """End the cluster's EnvManager and its agents for good; what is on the disks stays.
+    """End the cluster's EnvManager and its agents; all files stay.
 
-    Returns the names of the actors that ended: none where no manager lived.
+    Returns the names of the actors that ended; empty if there was no manager.
 
-    Raises `ManagerUnavailable`: some are still there.
+    Raises `ManagerUnavailable`: some actors still run.
     """
     import ray
 
@@ -159,14 +163,14 @@ def end_manager() -> list[str]:
     if handle is None:
         return []
     names = _our_actors()
-    with suppress(Exception):  # one that hangs, or dies at this moment, is ended all the same
+    with suppress(Exception):  # if it hangs or dies at this moment, it is killed below
         ray.get(handle.stop.remote(), timeout=_END_TIMEOUT_S)
     ray.kill(handle, no_restart=True)
     deadline = time.monotonic() + _END_TIMEOUT_S
     while left := _our_actors() & names:  # the agents end with the manager that owns them
         if time.monotonic() >= deadline:
             raise ManagerUnavailable(
-                f"still there after {_END_TIMEOUT_S} s: {', '.join(sorted(left))}",
+                f"still running after {_END_TIMEOUT_S} s: {', '.join(sorted(left))}",
                 hint="try again, or read Ray's logs of these actors",
             )
         time.sleep(0.1)
@@ -174,7 +178,7 @@ def end_manager() -> list[str]:
 
 
 def _our_actors() -> set[str]:
-    """The names of the manager and the agents that live."""
+    """Return the names of the manager and the agents that run."""
     from ray.util import list_named_actors
 
     rows = list_named_actors(all_namespaces=True)

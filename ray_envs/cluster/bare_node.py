@@ -1,7 +1,7 @@
-"""Sent by value to a node that has Ray but not ray_envs. Standard library only.
+"""Runs in the agent of a node that has Ray but not ray_envs. Sent by value; standard library only.
 
-The actor starts there, tells what is missing, and can unpack what `bootstrap` sends. What is
-unpacked is on the sys.path of that agent alone: no environment sees it.
+The agent starts, says what is missing, and can unpack what `bootstrap` sends. Only the agent has
+the unpacked folder on its sys.path: no environment sees it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ray_envs.worker.paths import put_foreign_paths_last
 
 
 def node_shell(shell: type, module: str, name: str, version: str) -> type:
-    """`shell`, which is an `actor_shell.actor_shell` of `module.name`, for a node that may lack us.
+    """Return `shell` (the `actor_shell` of `module.name`) for a node that may lack ray_envs.
 
-    Its process does not fail there: each verb raises `WrongEnvironment` with what is missing and
-    the line that adds it, until `equip` has brought it. ray_envs must be of `version`, unless that
-    is empty.
+    There the actor starts, but each verb raises `WrongEnvironment` with what is missing and the
+    command that installs it, until `equip` has unpacked it. ray_envs must have this `version`,
+    unless that is empty.
     """
     verbs = [verb for verb in vars(shell) if not verb.startswith("_")]
 
@@ -39,7 +39,7 @@ def node_shell(shell: type, module: str, name: str, version: str) -> type:
         try:
             self._actor = _imported(module, name, version)(**self._arguments)
         except Exception as exc:
-            self._lack = _travelling(exc)
+            self._lack = _sendable(exc)
             self._actor = SimpleNamespace(**dict.fromkeys(verbs, _refusing(self._lack)))
 
     def __init__(self: Any, **arguments: Any) -> None:
@@ -48,7 +48,7 @@ def node_shell(shell: type, module: str, name: str, version: str) -> type:
         begin(self)
 
     async def equip(self: Any, **pack: Any) -> None:
-        """Unpack what `packed` made, unless that was done before, and begin again with it."""
+        """Unpack what `packed` made, unless that was done before, and start the real actor."""
         if self._lack is None:
             return
         if pack["site"] != python_site():
@@ -57,14 +57,14 @@ def node_shell(shell: type, module: str, name: str, version: str) -> type:
             )
         base = os.path.join(self._arguments["settings"]["RAY_ENVS_ROOT"], "bootstrap")
         try:
-            # Where it is there already, nothing is fetched.
+            # If the folder is there already, the data is not fetched.
             is_there = os.path.isdir(os.path.join(base, pack["sha256"]))
             data = b"" if is_there else await pack["data"][0]
             folder, self._hold = await asyncio.get_running_loop().run_in_executor(
                 None, _unpacked, base, pack["sha256"], data
             )
         except OSError as exc:
-            raise _told("StorageFailed", f"cannot unpack ray_envs below {base}: {exc}") from None
+            raise _error("StorageFailed", f"cannot unpack ray_envs below {base}: {exc}") from None
         _prefer(folder)
         begin(self)
 
@@ -78,19 +78,19 @@ def _refusing(lack: RuntimeError) -> Callable[..., Any]:
     return refuse
 
 
-# No classes here: pickle would send one that this process knows by name.
-def _told(type_name: str, message: str, **fields: str) -> RuntimeError:
-    """An error of ours, as `actor_shell.actor_shell` lets it travel."""
+# No error class: pickle would send it by name, and the node could not import it.
+def _error(type_name: str, message: str, **fields: str) -> RuntimeError:
+    """Return an error of ours in the form that `actor_shell` gives it."""
     return RuntimeError(message, {"type": type_name, "message": message, **fields})
 
 
-def _travelling(exc: Exception) -> RuntimeError:
-    """Why an actor could not be made."""
+def _sendable(exc: Exception) -> RuntimeError:
+    """Return the error that says why the actor could not be made."""
     if isinstance(exc, RuntimeError) and len(exc.args) == 2:
         return exc
     if hasattr(exc, "to_dict"):
         return RuntimeError(str(exc), exc.to_dict())
-    return _told("RayEnvsError", f"{type(exc).__name__}: {exc}")
+    return _error("RayEnvsError", f"{type(exc).__name__}: {exc}")
 
 
 def _imported(module: str, name: str, version: str) -> Any:
@@ -99,7 +99,7 @@ def _imported(module: str, name: str, version: str) -> Any:
     except importlib.metadata.PackageNotFoundError:
         if importlib.util.find_spec("ray_envs") is None:
             raise _lack("has Ray but not ray_envs", version) from None
-        found = version  # a folder on PYTHONPATH says no version
+        found = version  # a folder on PYTHONPATH has no version
     if version and found != version:
         raise _lack(f"has ray_envs {found}, but the manager is {version}", version)
     try:
@@ -115,37 +115,37 @@ def _imported(module: str, name: str, version: str) -> Any:
 
 
 def _lack(what: str, version: str) -> RuntimeError:
-    """`WrongEnvironment`: this node `what`; with the line that mends it."""
+    """Return a `WrongEnvironment` that says what this node lacks, and how to install it."""
     ray = sys.modules["ray"]
     node_id = ray.get_runtime_context().get_node_id()
     wanted = f"ray-envs=={version}" if version else "ray-envs"
-    return _told(
+    return _error(
         "WrongEnvironment",
         f"node {node_id[:12]} ({ray.util.get_node_ip_address()}) {what}",
         hint=f"run there: {sys.executable} -m pip install {wanted}\n"
-        "or start the EnvManager with RAY_ENVS_BOOTSTRAP=1, which brings it to such nodes",
+        "or start the EnvManager with RAY_ENVS_BOOTSTRAP=1, which sends it to such nodes",
         node_id=node_id,
     )
 
 
 def python_site() -> str:
-    """What compiled packages must match, as far as one process can say it of itself."""
+    """Return what compiled packages must match: Python's version, platform and C library."""
     libc = platform.libc_ver()[0]
     return f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}{libc and '-' + libc}"
 
 
 def _unpacked(base: str, sha256: str, data: bytes) -> tuple[str, int]:
-    """The folder with a pack, and the open file whose shared lock keeps it.
+    """Unpack a pack if needed; return its folder, and the open file whose shared lock keeps it.
 
-    The folder gets its name when it is complete. Folders that no process holds are deleted: they
-    are of another version, or half a pack.
+    A folder gets its name when it is complete. Folders that no process holds are deleted: they
+    are of another version, or half unpacked.
     """
     import fcntl
 
     os.makedirs(base, exist_ok=True)
     folder, part = os.path.join(base, sha256), os.path.join(base, sha256 + ".part")
     with open(os.path.join(base, ".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until this process has its hold, no other one deletes
+        fcntl.flock(lock, fcntl.LOCK_EX)  # so that no other agent deletes it before it is held
         for name in os.listdir(base):
             if name not in (".lock", sha256) and not _is_held(os.path.join(base, name)):
                 shutil.rmtree(os.path.join(base, name))
@@ -179,8 +179,8 @@ def _prefer(folder: str) -> None:
     """Let this process import from `folder` first, and use the uv that is there."""
     sys.path.insert(0, folder)
     for name in [name for name in sys.modules if name.split(".")[0] in ("ray_envs", "uv")]:
-        del sys.modules[name]  # of an installation that is not complete, or another version
+        del sys.modules[name]  # of an incomplete installation or another version
     importlib.invalidate_caches()
     executable = os.path.join(folder, "bin", "uv")
-    # It would take one that stands beside this Python first, whatever its version.
+    # uv would prefer an executable beside this Python, of any version.
     importlib.import_module("uv").find_uv_bin = lambda: executable  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Packs ray_envs and uv for nodes that lack them, and tells people which nodes these are.
+"""Packs ray_envs and uv for nodes that lack them, and warns users about such nodes.
 
-Runs beside the manager and in the user's program. `bare_node` is the half that runs on the node.
+Runs in the manager and in the user's program. `bare_node` runs on the node.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ray_envs.cluster.bare_node import python_site
 from ray_envs.errors import RayEnvsError, RayEnvsWarning, from_dict
 
 _DISTRIBUTION = "ray-envs"
-#: Every node has it and what it requires: our closure ends there.
+#: Every node has it and its dependencies, so they are not packed.
 _ON_EVERY_NODE = "ray"
-#: How many nodes are named one by one.
+#: How many nodes are named; the others are counted.
 _NAMED = 8
-#: Two thirds of a pack are uv's executable; the default saves a tenth and takes four times longer.
+#: Two thirds of a pack are uv's executable: zip's default saves 10 % and takes four times longer.
 _ZIP_LEVEL = 1
-#: All members have the same time: equal packages give equal bytes.
+#: One time for all files, so that equal packages give equal bytes.
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _GATE_NOTE = """\
 {where} without the plugin of ray_envs: tasks are placed only on nodes that are ready when \
-they are submitted, and nodes that join later wait for the next call of options().
+they are submitted, and nodes that join later are used from the next call of options() on.
 To load it, on every node where ray_envs is installed, before `ray start`:
 export RAY_RUNTIME_ENV_PLUGINS='[{{"class": "ray_envs.plugin.EnvironmentPlugin"}}]'"""
-#: The warnings that this process has given already.
+#: What this process has already warned about.
 _said: set[str] = set()
 
 
@@ -49,7 +49,7 @@ class Pack:
 
 
 def own_version() -> str:
-    """The version of ray_envs in this process; empty where it is not installed."""
+    """Return the version of ray_envs in this process; empty if it is not installed."""
     try:
         return importlib.metadata.version(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -57,9 +57,9 @@ def own_version() -> str:
 
 
 def packed() -> Pack:
-    """What a bare node needs. No package index takes part; an editable install of ours will do.
+    """Return what a bare node needs. Uses no package index; ray_envs may be an editable install.
 
-    Raises `RayEnvsError`: a package is installed in a way that does not tell its files.
+    Raises `RayEnvsError`: a package is missing, or has no list of its files.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as pack:
@@ -72,7 +72,7 @@ def packed() -> Pack:
 
 
 def _files() -> Iterator[tuple[str, Path]]:
-    """Where each file of a pack is now, by its name in the pack."""
+    """Yield each file of the pack: its name in the pack, and its path here."""
     import uv
 
     yield "bin/uv", Path(uv.find_uv_bin())
@@ -80,28 +80,28 @@ def _files() -> Iterator[tuple[str, Path]]:
     for path in ours.rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
             yield f"{ours.name}/{path.relative_to(ours).as_posix()}", path
-    for distribution in _closure():
-        is_ours = _canonical(distribution.metadata["Name"]) == _DISTRIBUTION
+    for name, distribution in _closure().items():
         if distribution.files is None:
             raise RayEnvsError(
-                f"cannot pack {distribution.metadata['Name']}: it has no list of its files",
+                f"cannot pack {name}: it has no list of its files",
                 hint="install ray_envs with pip or uv on the head node",
             )
         for file in distribution.files:
-            # `../../../bin/…` are scripts of this environment; `.pth` of an editable install.
+            # Not the scripts (`../../../bin/…`), and not the `.pth` of an editable install.
             is_kept = file.parts[0] != ".." and "__pycache__" not in file.parts
-            if is_kept and (not is_ours or file.name == "METADATA"):
+            if is_kept and (name != _DISTRIBUTION or file.name == "METADATA"):
                 yield file.as_posix(), Path(str(file.locate()))
 
 
-def _closure() -> list[importlib.metadata.Distribution]:
-    """The distributions of ray_envs and of what it requires on this platform, but Ray's."""
+def _closure() -> dict[str, importlib.metadata.Distribution]:
+    """Return ray_envs and its dependencies, without Ray's, by name."""
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     found: dict[str, importlib.metadata.Distribution] = {}
     names = [_DISTRIBUTION]
     while names:
-        name = _canonical(names.pop())
+        name = canonicalize_name(names.pop())
         if name in found or name == _ON_EVERY_NODE:
             continue
         try:
@@ -115,17 +115,11 @@ def _closure() -> list[importlib.metadata.Distribution]:
             requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 names.append(requirement.name)
-    return list(found.values())
-
-
-def _canonical(name: str) -> str:
-    from packaging.utils import canonicalize_name
-
-    return str(canonicalize_name(name))
+    return found
 
 
 def warn_of_bare(nodes: Mapping[str, Mapping[str, Any]], *, stacklevel: int) -> None:
-    """Warn, once in a process, of each node that gets no environment, with the line that helps."""
+    """Warn once about each node that gets no environments, with the command that helps."""
     texts = [_named(name, node) for name, node in sorted(nodes.items()) if node["error"]]
     fresh = [text for text in texts if text not in _said]
     _said.update(fresh)
@@ -137,7 +131,7 @@ def warn_of_bare(nodes: Mapping[str, Mapping[str, Any]], *, stacklevel: int) -> 
 
 
 def _named(node_id: str, node: Mapping[str, Any]) -> str:
-    """The error of a node, with the node's name."""
+    """Return the error of a node, with the node's name."""
     text = str(from_dict(node["error"]))
     if node_id[:12] in text:
         return text
@@ -145,14 +139,14 @@ def _named(node_id: str, node: Mapping[str, Any]) -> str:
 
 
 def note_missing_gate(nodes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Tell, once a process, that nodes have been started without our plugin.
+    """Log once that some nodes were started without our plugin.
 
-    Not a warning: placement alone works, too.
+    This is no warning: without the plugin, tasks are placed on ready nodes, which may be enough.
     """
     without = sorted(
         name[:12]
         for name, node in nodes.items()
-        if not node["error"] and node.get("has_gate") is False  # others have been told of
+        if not node["error"] and node.get("has_gate") is False  # else see `warn_of_bare`
     )
     if without and "gate" not in _said:
         _said.add("gate")

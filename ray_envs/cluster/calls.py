@@ -1,4 +1,4 @@
-"""Calls of actors: time limits, and the errors of ours that Ray carries back."""
+"""Calls of actors: their time limits, and our errors as Ray carries them back."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from ray_envs.errors import ManagerUnavailable, from_dict  # fmt: skip
+from ray_envs.errors import ManagerUnavailable, from_dict
 
 Call = Callable[..., Awaitable[Any]]
-#: Time limits of verbs: of one that only reads or notes something (besides the time that it is
-#: the verb is given to wait; over the first one it is asked, on a busy machine; and before it is
-#: asked whether it is alive, over one that examines, makes or removes something. Guesses.
+#: How long an agent may take; guesses. For a verb that only reads or notes something, in addition
+#: to the time that the verb itself waits:
 _QUICK_S = 15.0
+#: For the first verb, on a busy machine:
 _FIRST_S = 30.0
+#: For each other verb, before the agent is asked whether it is alive:
 _LONG_S = 60.0
 _LIMITS_S = {"describe": _FIRST_S, **dict.fromkeys(("watch", "ensure", "refuse"), _QUICK_S)}
 
 
 async def in_time(handle: Any, who: str, verb: str, arguments: dict[str, Any]) -> Any:
-    """What an agent answers; `ManagerUnavailable` where it has stopped to answer anything."""
+    """Call a verb of an agent and return its answer; see `answered` for what it raises."""
 
     async def is_alive() -> None:
-        with suppress(Exception):  # that is an answer, too
+        with suppress(Exception):  # an error is an answer, too
             await handle.watch.remote(seen=-1, timeout_s=0)
 
     asked = getattr(handle, verb).remote(**arguments)
@@ -39,11 +40,11 @@ async def answered(
     *,
     is_alive: Callable[[], Awaitable[object]] | None = None,
 ) -> Any:
-    """What an actor answers within `within_s` seconds; with `is_alive`, whenever it answers.
+    """Wait for the answer of an actor: `within_s` seconds, or with `is_alive` while it lives.
 
-    Raises:
-        ManagerUnavailable: it did not answer: its process may be stopped, or have no share of a
-            busy machine.
+    `is_alive` calls a short verb of the actor; its answer starts the time limit again.
+
+    Raises `ManagerUnavailable`: no answer: the actor's process may be stopped, or get no CPU time.
     """
     answer = asyncio.ensure_future(asked)
     short: asyncio.Future[object] | None = None
@@ -58,7 +59,7 @@ async def answered(
             if not ended:
                 raise ManagerUnavailable(
                     f"{who} did not answer within {within_s:g} s",
-                    hint="it is met again by itself, unless its process is stopped",
+                    hint="ray_envs tries again by itself; check that its process is not stopped",
                 )
         return answer.result()
     finally:
@@ -67,17 +68,12 @@ async def answered(
 
 
 def unwrapped(exc: BaseException, who: str = "the EnvManager") -> BaseException:
-    """The error that our actor raised, freed from Ray's wrapping; any other error as it is."""
+    """Return the error that our actor raised, without Ray's wrapping; other errors unchanged."""
     from ray import exceptions
 
-    if isinstance(exc, exceptions.RayTaskError):
-        cause = exc.cause
-        if (
-            isinstance(cause, RuntimeError)
-            and len(cause.args) == 2
-            and isinstance(cause.args[1], dict)
-        ):
-            return from_dict(cause.args[1])
+    match exc:
+        case exceptions.RayTaskError(cause=RuntimeError(args=(_, dict() as fields))):
+            return from_dict(fields)
     lost = (exceptions.RayActorError, exceptions.GetTimeoutError, exceptions.ObjectLostError)
     if isinstance(exc, lost):
         return ManagerUnavailable(

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
-from ray_envs.errors import InvalidInput, ManagerUnavailable  # fmt: skip
+from ray_envs.errors import InvalidInput, ManagerUnavailable
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, with_plugin
 
 #: The namespace of Ray that holds our actors.
@@ -24,19 +24,21 @@ UV_RUN_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 
 
 def is_client() -> bool:
-    """Whether this process speaks to its cluster through Ray Client."""
+    """Whether this process is connected to its cluster through Ray Client."""
     import ray
 
     return bool(ray.util.client.ray.is_connected())
 
 
 def connect(address: str | None) -> bool:
-    """Connect this process to Ray; returns whether that started an embedded, local Ray.
+    """Connect this process to Ray. Return whether that started an embedded, local Ray.
 
     Without an address: the cluster of `RAY_ADDRESS` or of a `ray start` on this machine, else an
     embedded Ray that ends with this process.
 
-    Raises `ManagerUnavailable`: no cluster answers at the address.
+    Raises:
+        InvalidInput: it is an address of Ray Client.
+        ManagerUnavailable: no cluster answers at the address.
     """
     import ray
     from ray._private import ray_constants
@@ -45,12 +47,12 @@ def connect(address: str | None) -> bool:
         return False
     _check_answers(address)
     quiet: dict[str, Any] = {"logging_level": "ERROR", "namespace": NAMESPACE}
-    # A driver under `uv run` would otherwise upload its folder and start every worker, also those
-    # of the manager, with `uv run`. Ray has read the variable at its import, which may be past.
+    # Otherwise Ray uploads the folder of a driver under `uv run`, and starts every worker, also
+    # the manager, with `uv run`. Ray reads the variable at its import, so set its constant too.
     os.environ.setdefault(UV_RUN_HOOK, "0")
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ[UV_RUN_HOOK] not in ("0", "false")
     try:
-        with warnings.catch_warnings():  # of changes to come in Ray's own defaults
+        with warnings.catch_warnings():  # about future defaults of Ray
             warnings.simplefilter("ignore", FutureWarning)
             # Without an address, Ray finds what `ray start` started. "auto" would also find the
             # embedded Ray of another process, which ends with that process.
@@ -67,9 +69,9 @@ def connect(address: str | None) -> bool:
 
 @contextmanager
 def _plugin_loaded() -> Iterator[None]:
-    """A Ray that is started in the block loads our plugin; what is started later need not.
+    """Make a Ray that starts in this block load our plugin, if ray_envs is installed.
 
-    Only where ray_envs is installed: a plugin that Ray cannot import keeps it from starting.
+    A plugin that Ray cannot import keeps it from starting.
     """
     before = os.environ.get(PLUGINS_VARIABLE)
     if _is_installed():
@@ -83,7 +85,7 @@ def _plugin_loaded() -> Iterator[None]:
 
 
 def _is_installed() -> bool:
-    """Whether every process of this interpreter finds ray_envs, whatever its folder."""
+    """Whether every process of this interpreter can import ray_envs, in any folder."""
     try:
         place = os.path.realpath(str(distribution("ray-envs").locate_file("")))
     except PackageNotFoundError:
@@ -95,7 +97,7 @@ def _is_installed() -> bool:
 
 
 def is_own() -> bool:
-    """Whether this process has started the Ray that it is connected to: it ends with it."""
+    """Whether this process started the Ray that it is connected to; both end together."""
     import ray
 
     node = ray._private.worker._global_node
@@ -103,12 +105,12 @@ def is_own() -> bool:
 
 
 def embeds(address: str | None) -> bool:
-    """Whether `connect` would start an embedded Ray, since no cluster is named."""
+    """Whether `connect` would start an embedded Ray, because nothing names a cluster."""
     return address == "local" or (address != "auto" and not _address_of(address))
 
 
 def _address_of(address: str | None) -> str:
-    """The address that Ray would use: given, from the environment, or left by `ray start`."""
+    """Return the address that Ray would use: `address`, RAY_ADDRESS, or that of `ray start`."""
     from ray._private.utils import read_ray_address
 
     given = "" if address == "auto" else address
@@ -116,15 +118,15 @@ def _address_of(address: str | None) -> str:
 
 
 def _check_answers(address: str | None) -> None:
-    """Refuse an address where nothing listens: Ray itself would try for minutes.
+    """Check that something listens at the address: Ray itself would try for minutes.
 
     Raises:
-        InvalidInput: an address of Ray Client, which cannot name nodes of the cluster.
-        ManagerUnavailable: nothing answers there.
+        InvalidInput: it is an address of Ray Client, which cannot tell the cluster's nodes.
+        ManagerUnavailable: nothing listens there.
     """
     named = _address_of(address)
     if address == "auto" and not named:
-        raise _no_answer("", "`ray start` has not started one here")
+        raise _no_answer("", "no `ray start` has started one on this machine")
     if named.startswith("ray://"):
         raise InvalidInput(
             f"{named} is an address of Ray Client, which ray_envs does not support",
@@ -135,7 +137,7 @@ def _check_answers(address: str | None) -> None:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError, OverflowError) as exc:  # no host has such a name, or such a port
+    except (OSError, ValueError, OverflowError) as exc:  # also: no such host or port can exist
         raise _no_answer(named, str(exc)) from exc
 
 
@@ -145,5 +147,5 @@ def _no_answer(address: str, reason: str) -> ManagerUnavailable:
         f"no Ray cluster answers at {address or 'this machine'}",
         detail=lines[-1],
         hint="check --address and RAY_ADDRESS (a cluster with tokens needs RAY_AUTH_MODE=token and "
-        "the same token); `--address local` uses a local Ray; `ray stop` forgets a crashed one",
+        "the same token); `--address local` uses a local Ray; `ray stop` clears a crashed one",
     )

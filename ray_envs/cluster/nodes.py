@@ -1,6 +1,6 @@
-"""The nodes of a cluster, with their agents, and the jobs and actors that live on it.
+"""The nodes of a cluster, their agents, and the jobs and detached actors that run on it.
 
-`RayNodes` asks Ray. `LocalNodes` answers the same questions for this machine alone, without Ray.
+`RayNodes` asks Ray. `LocalNodes` answers for this machine alone, without Ray.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ray_envs.cluster import bootstrap
 from ray_envs.cluster.actors import actor_class
 from ray_envs.cluster.calls import Call, in_time, unwrapped
 from ray_envs.cluster.connecting import NAMESPACE
-from ray_envs.errors import RayEnvsError, WrongEnvironment  # fmt: skip
+from ray_envs.errors import RayEnvsError, WrongEnvironment
 from ray_envs.settings import Settings
 
-#: How long a node that lacks ray_envs is left alone: each look there starts a process.
+#: How long to wait before the next try on a node without ray_envs: each try starts a process.
 _BARE_PAUSE_S = 30
 
 
@@ -35,33 +35,33 @@ class NodeInfo:
 
 
 class Nodes(Protocol):
-    """What the manager needs to know of a cluster."""
+    """What the manager asks about a cluster."""
 
     async def alive(self) -> list[NodeInfo]: ...
 
     def agent(self, node_id: str, *, settings: dict[str, str]) -> Call:
-        """A function that calls a verb of the node's agent: `await agent("describe")`."""
+        """Return a function that calls a verb of the agent: `await call("describe")`."""
 
     def ray_version(self) -> str: ...
 
     def address(self) -> str:
-        """Where other processes find the cluster; empty where there is none to find."""
+        """Return the cluster's address for other processes; empty if there is none."""
 
     async def living_jobs(self) -> set[str]:
-        """`session/job` of every running job."""
+        """Return `session/job` of every running job."""
 
     async def given_to_detached(self) -> list[str]:
-        """The runtime_envs, as Ray keeps them, of detached actors that live or may restart."""
+        """Return the serialized runtime_envs of detached actors that run or may restart."""
 
     def session(self) -> str:
-        """The name of this Ray session, different for each start of a cluster."""
+        """Return the name of this run of the cluster; each start has another one."""
 
     async def stop(self) -> None:
-        """End what lives in this process only."""
+        """Stop an agent that runs in this process."""
 
 
 class LocalNodes:
-    """This machine as the only node, without Ray; the agent lives in this process."""
+    """This machine as the only node, without Ray; the agent runs in this process."""
 
     def __init__(self, agent_class: type) -> None:
         self._agent_class = agent_class
@@ -107,9 +107,9 @@ class RayNodes:
     def __init__(self, agent_class: type) -> None:
         self._agent_class = agent_class
         self._handles: dict[str, Any] = {}
-        #: What bare nodes lack, and until when they are left alone.
+        #: By bare node: the error of its agent, and when to try again.
         self._bare: dict[str, tuple[WrongEnvironment, float]] = {}
-        #: What is brought to them; made for the first one.
+        #: The arguments of `equip`; made for the first bare node.
         self._pack: dict[str, Any] = {}
         self._packing = asyncio.Lock()
 
@@ -135,13 +135,12 @@ class RayNodes:
         return found
 
     def agent(self, node_id: str, *, settings: dict[str, str]) -> Call:
-        """See `Nodes.agent`; of a node that lacks ray_envs, each verb raises `WrongEnvironment`."""
+        """See `Nodes.agent`. On a node without ray_envs each verb raises `WrongEnvironment`."""
         error, until = self._bare.get(node_id, (None, 0.0))
         if error is not None and time.monotonic() < until:
-            told = error  # the name of a caught exception ends with its block
 
             async def refuse(verb: str, **arguments: Any) -> Any:  # noqa: ARG001 - as `call`
-                raise told
+                raise error
 
             return refuse
         if node_id not in self._handles:
@@ -151,15 +150,15 @@ class RayNodes:
 
         async def call(verb: str, **arguments: Any) -> Any:
             try:
-                return await self._say(node_id, handle, verb, arguments)
+                return await self._call(node_id, handle, verb, arguments)
             except WrongEnvironment as exc:
                 try:
                     if not may_equip:
                         raise
-                    await self._say(node_id, handle, "equip", await self._packed())
-                    return await self._say(node_id, handle, verb, arguments)
+                    await self._call(node_id, handle, "equip", await self._packed())
+                    return await self._call(node_id, handle, verb, arguments)
                 except WrongEnvironment as last:
-                    self._leave_alone(node_id, last)
+                    self._try_later(node_id, last)
                     raise last from exc
 
         return call
@@ -180,7 +179,7 @@ class RayNodes:
             .remote(settings=settings, node_id=node_id, ray_version=self.ray_version())
         )
 
-    async def _say(self, node_id: str, handle: Any, verb: str, arguments: dict[str, Any]) -> Any:
+    async def _call(self, node_id: str, handle: Any, verb: str, arguments: dict[str, Any]) -> Any:
         from ray.exceptions import ActorDiedError
 
         who = f"the NodeAgent of node {node_id[:12]}"
@@ -189,18 +188,18 @@ class RayNodes:
         except RayEnvsError:
             raise
         except Exception as exc:
-            if isinstance(exc, ActorDiedError):  # for good: the next call makes a new one
+            if isinstance(exc, ActorDiedError):  # it never restarts: the next call makes a new one
                 self._handles.pop(node_id, None)
             raise unwrapped(exc, who) from exc
 
     async def _packed(self) -> dict[str, Any]:
-        """What `equip` takes. The packages stay in Ray's object store as long as this process."""
+        """Return the arguments of `equip`. Ray keeps the packages as long as this process runs."""
         import ray
 
         async with self._packing:
             if not self._pack:
                 pack = await asyncio.to_thread(bootstrap.packed)
-                # Within a list Ray does not fetch it for the actor, which may have it already.
+                # In a list, Ray does not fetch it for the actor, which may have it already.
                 self._pack = {
                     "sha256": pack.sha256,
                     "site": pack.site,
@@ -208,8 +207,8 @@ class RayNodes:
                 }
         return self._pack
 
-    def _leave_alone(self, node_id: str, error: WrongEnvironment) -> None:
-        """Begin again later, with a new process: only that sees what is installed meanwhile."""
+    def _try_later(self, node_id: str, error: WrongEnvironment) -> None:
+        """Try again later with a new process, which sees what was installed meanwhile."""
         import ray
 
         self._bare[node_id] = (error, time.monotonic() + _BARE_PAUSE_S)
@@ -250,11 +249,11 @@ class RayNodes:
         return str(ray._private.worker._global_node.session_name)
 
     async def stop(self) -> None:
-        """Do nothing: the agents end with the manager that owns them."""
+        """Do nothing: Ray ends the agents with the manager, which owns them."""
 
 
 def _state() -> Any:
-    """Ray's own view of its tables; the public one needs the dashboard."""
+    """Return Ray's private view of its tables; the public one needs the dashboard."""
     from ray._private import state
 
     return state.state

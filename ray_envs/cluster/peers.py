@@ -1,4 +1,4 @@
-"""The agents of other nodes, and Ray objects as the way between them."""
+"""How agents of two nodes call each other and exchange data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from ray_envs.cluster.calls import Call, unwrapped
 from ray_envs.cluster.connecting import NAMESPACE
-from ray_envs.errors import ManagerUnavailable, RayEnvsError  # fmt: skip
+from ray_envs.errors import ManagerUnavailable, RayEnvsError
 
 
 class RayPeers:
-    """The agents of other nodes, and Ray's objects between them; see `exchange.Peers`."""
+    """Calls the agents of other nodes, and sends bytes as Ray objects; see `exchange.Peers`."""
 
     def peer(self, node_id: str) -> Call:
         who = f"the NodeAgent of node {node_id[:12]}"
@@ -22,7 +22,7 @@ class RayPeers:
             try:
                 handle = ray.get_actor(f"NodeAgent:{node_id}", namespace=NAMESPACE)
             except ValueError:
-                raise ManagerUnavailable(f"{who} is not there") from None
+                raise ManagerUnavailable(f"{who} is not running") from None
             try:
                 return await getattr(handle, verb).remote(**arguments)
             except Exception as exc:
@@ -43,9 +43,9 @@ class RayPeers:
 
 
 def _of_peer(exc: Exception, who: str) -> BaseException:
-    """What another node raised, as an error of ours."""
+    """Return what another node raised, as an error of ours."""
     error = unwrapped(exc, who)
     if isinstance(error, RayEnvsError):
         return error
-    # A bad disk or a full object store, say: another node's is well.
+    # Such as a bad disk or a full object store: another node may work.
     return ManagerUnavailable(f"{who} failed: {getattr(exc, 'cause', exc)!r}")

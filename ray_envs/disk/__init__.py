@@ -3,7 +3,7 @@
 In: paths and bytes, command lines. Out: durable files, locks, ended processes. It knows no variant
 and no environment; it never leaves a half-written file or a child that outlives its parent.
 
-To change …                                        go to
-atomic writes, locks, reading with errors of ours  files
-how a child process is run and ended               processes
+To change …                                                        go to
+how files are read, written and locked                             files
+how a child process is started, read, timed out and ended          processes
 """

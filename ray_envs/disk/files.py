@@ -37,8 +37,8 @@ _HINTS = {
     errno.ENOSYS: "this file system has no flock: set RAY_ENVS_ROOT to a local disk",
 }
 
-#: filelock would otherwise put a lock file in the place of a missing flock. Releases that cannot be
-#: told (those for Python 3.10) are covered by `Store.set_up`, which takes a flock of its own.
+#: Without it, filelock uses a plain lock file where flock is missing. Its releases for Python 3.10
+#: do not know the option; there `Store.set_up` finds the fault, because it takes a flock itself.
 _NEVER_SOFT: dict[str, Any] = (
     {"fallback_to_soft": False}
     if "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
@@ -50,7 +50,7 @@ _POLL_S = 0.05
 
 
 def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
-    """What `path` leads to; "missing" also where it cannot be a path at all."""
+    """Return what `path` leads to; "missing" also if it cannot be a path."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as err:
@@ -68,9 +68,9 @@ def is_file(path: Path) -> bool:
 
 
 def check_folder(folder: Path, what: str, *, where: str, if_file: str = "name a folder") -> None:
-    """Raise an error if `folder` is not a folder.
+    """Check that `folder` is a folder. The message calls it `what`, as in "the project folder".
 
-    Raises `InvalidInput`: there is none, or it is no folder.
+    Raises `InvalidInput`: it does not exist, or is not a folder.
     """
     kind = kind_of(folder)
     if kind == "missing":
@@ -80,7 +80,7 @@ def check_folder(folder: Path, what: str, *, where: str, if_file: str = "name a 
 
 
 def _near_entry(path: Path) -> str:
-    """A hint that names the entry nearest to a missing `path`, or the place where it was sought."""
+    """Return a hint: the entry most like the missing `path`, or where it was looked for."""
     kind = kind_of(path.parent)
     names = [entry.name for entry in entries_of(path.parent)] if kind == "folder" else []
     near = difflib.get_close_matches(path.name, names, n=1)
@@ -89,9 +89,9 @@ def _near_entry(path: Path) -> str:
 
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries of `folder`, in any order; none if it has vanished.
+    """Return the entries of `folder`, unordered; empty if it has vanished.
 
-    Raises `InvalidInput`: it may not be read.
+    Raises `InvalidInput`: it cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
@@ -103,9 +103,9 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of the regular file `path`; a pipe or device could be waited for for ever.
+    """Return the content of the regular file `path`; a pipe or device could block for ever.
 
-    Raises `InvalidInput`: there is no such file, or it may not be read.
+    Raises `InvalidInput`: it does not exist, is not a regular file, or cannot be read.
     """
     kind = kind_of(path)
     if kind == "missing":
@@ -120,12 +120,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def has_vanished(err: OSError) -> bool:
-    """Whether `err` means that a file or folder does not exist any more."""
+    """Whether `err` says that a file or folder does not exist any more."""
     return err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def unreadable(path: Path, err: OSError) -> InvalidInput:
-    """The error for a `path` that exists but cannot be read, because of `err`."""
+    """Return the error for a `path` that exists but, as `err` says, cannot be read."""
     return InvalidInput(
         "cannot be read",
         where=str(path),
@@ -136,7 +136,7 @@ def unreadable(path: Path, err: OSError) -> InvalidInput:
 
 @contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Turn an `OSError` in the block into `StorageFailed`: "cannot <doing>: <reason>"."""
+    """Turn an `OSError` of this block into `StorageFailed`: "cannot <doing>: <reason>"."""
     try:
         yield
     except OSError as exc:
@@ -148,13 +148,13 @@ def storage_errors(doing: str) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
-    """Give `path` the content `text`: after a crash it has the old content or the new, whole.
+    """Write `text` to `path`: after a crash the file has all of the old or all of the new content.
 
     Args:
         path: the file.
         text: its content.
-        is_durable: whether it must survive the machine's crash, not only a process's; a copy of
-            something else need not wait for the disk.
+        is_durable: whether it must survive a crash of the machine, not only of the process. A copy
+            of other data need not wait for the disk.
 
     Raises `OSError`: the folder is missing or not writable, or the disk is full.
     """
@@ -176,7 +176,7 @@ def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
+    """Make the renames in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -188,8 +188,8 @@ def sync_folder(folder: Path) -> None:
 async def locked(path: Path, *, what: str, timeout_s: float) -> AsyncIterator[None]:
     """Hold the exclusive kernel lock `path` during the block, across threads and processes.
 
-    The lock ends with the process, however it ends. It never falls back to a lock file that a
-    crash would leave behind.
+    The lock ends with the process, however that ends. It is never a plain lock file, which a crash
+    would leave behind.
 
     Args:
         path: the lock file; it stays.
@@ -197,7 +197,7 @@ async def locked(path: Path, *, what: str, timeout_s: float) -> AsyncIterator[No
         timeout_s: how long to wait for another holder, in seconds.
 
     Raises:
-        LockTimeout: another process kept it; the message names the process.
+        LockTimeout: another process has kept it; the message names that process.
         StorageFailed: the lock file could not be made, or the file system has no flock.
     """
     lock = FileLock(path, thread_local=False, **_NEVER_SOFT)
@@ -214,7 +214,7 @@ async def locked(path: Path, *, what: str, timeout_s: float) -> AsyncIterator[No
             )
         await asyncio.sleep(_POLL_S)
     try:
-        with suppress(OSError):  # the name is a courtesy; the lock is what counts
+        with suppress(OSError):  # only for the message of a process that waits
             _holder_file(path).write_text(
                 json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
             )

@@ -1,4 +1,4 @@
-"""Runs one child process to its end; the only module that starts one.
+"""Runs one child process to its end.
 
 A child has a time limit, a process group and a low priority, and dies with this process. Its output
 comes line by line, without credentials. `uv` and `bytecode` know the commands and their exit codes.
@@ -32,7 +32,7 @@ class Ended:
     """How a child ended."""
 
     code: int
-    #: What it wrote to both of its streams, credentials redacted.
+    #: What it wrote to stdout and stderr, without credentials.
     output: str
 
 
@@ -52,16 +52,16 @@ async def run(
     Args:
         command: the executable and its arguments.
         cwd: the folder it works in.
-        timeout_s: after so many seconds its whole group is killed.
+        timeout_s: after so many seconds the whole process group is killed.
         niceness: added to its niceness.
-        environ: all of its variables; by default those of this process.
-        stdin: what it may read.
+        environ: all its environment variables; by default those of this process.
+        stdin: its standard input.
         on_line: called with each line as it comes.
-        hint: what to change where the time was too short.
+        hint: what to change if it did not end in time.
 
     Raises:
         StorageFailed: it cannot be started.
-        UvFailed: it did not end in time; `detail` is its last words.
+        UvFailed: it did not end in time; `detail` has its last lines.
     """
     try:
         process = await asyncio.create_subprocess_exec(
@@ -122,20 +122,20 @@ async def _talk(
 
 
 def last_words(output: str) -> str:
-    """The last lines of a child, without uv's lines about the interpreter it used."""
+    """Return the last lines of a child, without those in which uv names its interpreter."""
     lines = [line for line in output.splitlines() if line and not line.startswith("Using CPython")]
     return "\n".join(lines[-_DETAIL_LINES:])
 
 
 def _dying_with_parent(niceness: int) -> Callable[[], None]:
-    """What the child does before its command: a lower priority, and death with its parent."""
+    """Return what the child does first: it lowers its priority, and asks to die with its parent."""
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     parent = os.getpid()
 
     def prepare() -> None:
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died between fork and prctl
+            if os.getppid() != parent:  # the parent died between fork and prctl
                 os._exit(1)
         os.nice(niceness)
 

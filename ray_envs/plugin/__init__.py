@@ -1,11 +1,11 @@
 """Runs in Ray's own runtime-env agent, one process on each node.
 
 In: the `ray_envs` field of a task's runtime_env. Out: a worker whose environment is ready, or the
-reason why it cannot be. Knows no actor of ours: it speaks with the node's agent through files.
+reason why not. It never calls an actor of ours: it and the node's agent exchange files.
 
-To change …                            go to
-what Ray calls before a worker starts  environment_plugin
-the files between plugin and agent     gate
+To change …                                                        go to
+how long a task waits for its environment, and what it is told     environment_plugin
+the files that they exchange, and the field of the runtime_env     gate
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """`ray_envs.plugin.EnvironmentPlugin`, the name that `RAY_RUNTIME_ENV_PLUGINS` holds.
+    """Import `EnvironmentPlugin` at its first use: `gate` must not import Ray.
 
-    Imported at its use: other processes that need the gate's files must not pay for Ray.
+    `RAY_RUNTIME_ENV_PLUGINS` names it `ray_envs.plugin.EnvironmentPlugin`.
     """
     if name != "EnvironmentPlugin":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

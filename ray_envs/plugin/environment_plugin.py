@@ -19,17 +19,17 @@ from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 from ray_envs.errors import RayEnvsError
 from ray_envs.plugin.gate import FIELD, Gate, Wish, marked, wish_of
 
-#: How long a task may wait here for its environment. Read from the node, not from the job.
+#: How long a task may wait here for its environment. A variable of the node, not of the job.
 TIMEOUT_VARIABLE = "RAY_ENVS_GATE_TIMEOUT_S"
 _TIMEOUT_S = 480.0
-#: Ray itself gives up after 600 s, three times, with its own reason in place of ours.
+#: Ray gives up after 600 s, three times, and reports its own reason instead of ours.
 _LONGEST_S = 540.0
 _POLL_S = 0.2
-#: A request that is not renewed for a minute expires.
+#: The agent drops a request that was not renewed for a minute.
 _RENEW_S = 3.0
-#: Ray tries a failed setup twice more, a second apart; those must not wait again.
+#: Ray repeats a failed setup twice, a second apart; these must not wait again.
 _GIVEN_UP_S = 30.0
-#: An agent looks about every second: one that did not for so long does not live. A guess.
+#: An agent looks about once a second: after so long without a look it is dead. A guess.
 _SILENT_S = 30.0
 
 
@@ -39,34 +39,34 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
     name = FIELD
 
     def __init__(self) -> None:
-        #: When and why a wish was given up here.
+        #: When and why a wish was given up.
         self._given_up: dict[Wish, tuple[float, str]] = {}
 
     @staticmethod
     def validate(runtime_env_dict: dict[str, Any]) -> None:
-        """Accept a runtime_env without our field, or with the field that options() made.
+        """Check that our field, if there is one, is as options() made it.
 
-        Raises `ValueError`: the field was changed.
+        Raises `ValueError`: it was changed.
         """
         try:
             wish_of(runtime_env_dict)
         except RayEnvsError as exc:
             raise ValueError(marked(str(exc))) from None
 
-    def get_uris(self, runtime_env: Any) -> list[str]:  # noqa: ARG002  # Ray names it
-        """None: for a URI that Ray knows it would not call `create`, collected or not."""
+    def get_uris(self, runtime_env: Any) -> list[str]:  # noqa: ARG002  # Ray's name
+        """Return none: for a URI that Ray knows, deleted or not, it does not call `create`."""
         return []
 
     async def create(
         self,
-        uri: str | None,  # noqa: ARG002  # there is none, see above
+        uri: str | None,  # noqa: ARG002  # see `get_uris`
         runtime_env: Any,
         context: Any,  # noqa: ARG002
         logger: logging.Logger,
     ) -> float:
-        """Return when the environment is ready on this node.
+        """Wait until the environment is ready on this node.
 
-        Raises `RuntimeError`: it failed, or is not ready in time; with the reason and what to do.
+        Raises `RuntimeError`: it was refused, or is late; the text says why and what to do.
         """
         wish = wish_of(runtime_env)
         if wish is not None:
@@ -75,7 +75,7 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
             except OSError as exc:
                 raise _failed(
                     wish,
-                    "cannot be asked for",
+                    "cannot be requested",
                     f"{exc.filename or wish.root}: {exc.strerror or exc}",
                     "make RAY_ENVS_ROOT a folder that this node can write",
                 ) from None
@@ -113,19 +113,19 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
 
 
 async def _is_ready(gate: Gate, wish: Wish) -> bool:
-    """Whether the environment is there; raises where it was refused."""
+    """Whether the environment is ready. Raises `RuntimeError` if it was refused."""
     # In a thread: a disk may hang.
     if await asyncio.to_thread(gate.is_ready, wish.key):
         return True
     reason = await asyncio.to_thread(gate.refusal, wish.key, wish.attempt)
     if reason is not None:
         hint = "see `ray-envs status`, then take options() again: they carry a new attempt"
-        raise _failed(wish, "cannot be had", reason, "" if "hint: " in reason else hint)
+        raise _failed(wish, "is not available", reason, "" if "hint: " in reason else hint)
     return False
 
 
 def _limit_s(runtime_env: Any) -> float:
-    """How long to wait: less than Ray, whose own time-out has no reason."""
+    """Return how long to wait, in seconds: less than Ray, which gives no reason."""
     try:
         limit_s = float(os.environ.get(TIMEOUT_VARIABLE) or _TIMEOUT_S)
     except ValueError:
@@ -136,20 +136,20 @@ def _limit_s(runtime_env: Any) -> float:
 
 
 def _late(gate: Gate, wish: Wish, limit_s: float) -> RuntimeError:
-    """The error for an environment that neither came nor was refused."""
+    """Return the error for an environment that was neither ready nor refused in time."""
     served_s = gate.served_s()
     if served_s is None or served_s > min(limit_s, _SILENT_S):
-        last = "never looked" if served_s is None else f"looked last {served_s:.0f} s ago"
+        last = "never looked" if served_s is None else f"last looked {served_s:.0f} s ago"
         return _failed(
             wish,
             "was not prepared",
-            f"no agent of ray_envs answered in {limit_s:.0f} s; one {last} into {wish.root}",
+            f"no agent of ray_envs answered in {limit_s:.0f} s; one {last} at {wish.root}",
             "see `ray-envs doctor`; RAY_ENVS_ROOT must be the same on every node",
         )
     return _failed(
         wish,
         "was not ready",
-        f"its agent is still at it after {limit_s:.0f} s",
+        f"its agent is still preparing it after {limit_s:.0f} s",
         f"wait for `ray-envs status`, then take options() again; a node waits {TIMEOUT_VARIABLE} "
         f"seconds, at most {_LONGEST_S:.0f}",
     )

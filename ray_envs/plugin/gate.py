@@ -26,22 +26,22 @@ PLUGIN = "ray_envs.plugin.EnvironmentPlugin"
 #: Ray reads it when a node starts.
 PLUGINS_VARIABLE = "RAY_RUNTIME_ENV_PLUGINS"
 
-#: The same as `models.Key`, which needs pydantic.
+#: The same pattern as `models.Key`, which needs pydantic.
 _KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
-#: A request that was not renewed for so long has expired: its worker has died.
+#: A request that was not renewed for so long is dropped: its process is dead.
 _ASKED_S = 60
-#: A refusal is forgotten after so long, as Ray forgets its own: numbers may begin anew.
+#: A refusal is dropped after so long, as Ray drops its own: attempts may start again from 0.
 _REFUSED_S = 600
 _REFUSED = ".refused"
-#: How much is read of a file here: ours are short, but everybody on the node may write some. And
-#: how much of a reason is written, so that it is read.
+#: The most that is read of a file: ours are short, but other users may write here too. And the
+#: longest reason that is written, so that it can be read.
 _MOST_BYTES = 2**16
 _MOST_OF_REASON = 10_000
-#: The same of a record, which names every package.
+#: The same for a record, which names every package.
 _MOST_OF_RECORD = 2**24
-#: Its time stamp is the last look of an agent. No key has a dot.
+#: Its time stamp is the last look of an agent. Keys have no dots.
 _SERVED = ".served"
-#: The first letters of each reason, to find it in Ray's error text.
+#: Begins each reason of the plugin, so that `reason_in` finds it in Ray's message.
 _MARK = "ray_envs: "
 
 
@@ -56,10 +56,10 @@ class Wish:
 
 
 class Gate:
-    """The files of one node: `wanted/<key>` asks, `wanted/<key>.refused` says no.
+    """The files of one node: `wanted/<key>` is a request, `wanted/<key>.refused` a refusal.
 
-    Several processes may ask for a key at once: the latest attempt counts, and a process that still
-    waits asks again after another one has withdrawn.
+    Many processes may request a key at once: the latest attempt counts. If one withdraws the
+    request, another that still waits writes it again.
     """
 
     def __init__(self, root: Path) -> None:
@@ -67,22 +67,22 @@ class Gate:
         self._store = root / "store"
 
     def ask(self, key: str, attempt: int) -> None:
-        """Ask for `key`, or say that it is still asked for.
+        """Request `key`, or renew the request.
 
         Raises:
-            InvalidId: `key` is none.
+            InvalidId: `key` is not a key.
             OSError: the root cannot be made or written.
         """
         path = self._asking_file(key)
         if _attempt_in(_read(path)) >= attempt:
-            with suppress(FileNotFoundError):  # withdrawn by another asker
+            with suppress(FileNotFoundError):  # another process has withdrawn it
                 os.utime(path)  # needs no space: the build may have filled the disk
                 return
         self._wanted.mkdir(parents=True, exist_ok=True)  # a node may be younger than its agent
         _put(path, {"attempt": attempt})
 
     def withdraw(self, key: str) -> None:
-        """Withdraw a request, if there is one."""
+        """Delete the request for `key`, if there is one."""
         with suppress(OSError):
             self._asking_file(key).unlink()
 
@@ -93,7 +93,7 @@ class Gate:
         return record.get("key") == key and (place / ".venv/bin/python").exists()
 
     def refusal(self, key: str, attempt: int) -> str | None:
-        """Why this attempt, or a later one, was refused; None where it was not."""
+        """Return why this attempt, or a later one, was refused; None if it was not."""
         said = _read(self._refusal_file(key))
         at, reason = said.get("at"), said.get("reason")
         if _attempt_in(said) < attempt or not isinstance(at, (int, float)):
@@ -101,16 +101,16 @@ class Gate:
         return str(reason) if _is_recent(at, _REFUSED_S) else None
 
     def served_s(self) -> float | None:
-        """How many seconds ago an agent looked at what is asked; None where none ever did."""
+        """Return how many seconds ago an agent last read the requests; None if never."""
         try:
             return max(0.0, time.time() - (self._wanted / _SERVED).stat().st_mtime)
         except OSError:
             return None
 
     def asked(self) -> dict[str, int]:
-        """The latest attempt of every key that a worker waits for now.
+        """Return the latest attempt of every requested key; empty if the root cannot be read.
 
-        Removes the requests of dead processes. A root that cannot be read has none.
+        Deletes the requests of dead processes and old refusals.
         """
         found: dict[str, int] = {}
         with suppress(OSError):
@@ -124,7 +124,7 @@ class Gate:
         return found
 
     def _attempt_of(self, entry: os.DirEntry[str]) -> int | None:
-        """The attempt of a file that asks; the file is removed where its time is over."""
+        """Return the attempt of a request; delete a file that is too old."""
         with suppress(OSError):  # withdrawn meanwhile
             lasts_s = _REFUSED_S if entry.name.endswith(_REFUSED) else _ASKED_S
             if not _is_recent(entry.stat().st_mtime, lasts_s):
@@ -135,10 +135,10 @@ class Gate:
         return None
 
     def refuse(self, key: str, attempt: int, reason: str) -> None:
-        """Fail all workers that wait for this attempt or an earlier one, with `reason`.
+        """Fail all tasks that wait for this attempt or an earlier one, with `reason`.
 
         Raises:
-            InvalidId: `key` is none.
+            InvalidId: `key` is not a key.
             OSError: the root cannot be written.
         """
         path = self._refusal_file(key)
@@ -147,7 +147,7 @@ class Gate:
         _put(path, {"attempt": later, "reason": reason[:_MOST_OF_REASON], "at": time.time()})
 
     def clear(self, key: str) -> None:
-        """Forget the requests for `key`, and that it was refused."""
+        """Delete the request for `key` and its refusal."""
         for path in (self._asking_file(key), self._refusal_file(key)):
             with suppress(OSError):
                 path.unlink()
@@ -160,27 +160,26 @@ class Gate:
 
 
 def field(key: str, attempt: int) -> dict[str, Any]:
-    """What `FIELD` of a runtime_env holds."""
+    """Return the value of `FIELD` for a runtime_env."""
     return {"key": _checked(key), "attempt": attempt}
 
 
 def wish_of(runtime_env: Mapping[str, Any]) -> Wish | None:
-    """What a runtime_env needs of us; None where it has no field of ours.
+    """Return what a runtime_env needs on its node; None if it has no field of ours.
 
-    Raises:
-        InvalidInput: the field, or the interpreter beside it, is not of the form that options have.
+    Raises `InvalidInput`: the field or the interpreter beside it was changed.
     """
     said = runtime_env.get(FIELD)
     if said is None:
         return None
     where, hint = f"runtime_env[{FIELD!r}]", "take it from options(), unchanged"
     if not isinstance(said, Mapping) or set(said) != {"key", "attempt"}:
-        raise InvalidInput("has not the form {'key': …, 'attempt': …}", where=where, hint=hint)
+        raise InvalidInput("must have the form {'key': …, 'attempt': …}", where=where, hint=hint)
     key, attempt = said["key"], said["attempt"]
     if not isinstance(key, str) or not _KEY.fullmatch(key):
-        raise InvalidInput("the key is not that of an environment", where=where, hint=hint)
+        raise InvalidInput("the key is not a key of an environment", where=where, hint=hint)
     if type(attempt) is not int or attempt < 0:
-        raise InvalidInput("the attempt is not a number from 0 on", where=where, hint=hint)
+        raise InvalidInput("the attempt must be 0, 1, 2, …", where=where, hint=hint)
     python = runtime_env.get("py_executable")
     root, found, rest = str(python).rpartition(f"/store/{key}/.venv/bin/python")
     if not found or rest or not root.startswith("/") or ".." in PurePosixPath(root).parts:
@@ -193,18 +192,18 @@ def wish_of(runtime_env: Mapping[str, Any]) -> Wish | None:
 
 
 def marked(reason: str) -> str:
-    """`reason` in the form in which `reason_in` finds it again."""
+    """Return `reason` with the mark that `reason_in` looks for."""
     return f"{_MARK}{reason}"
 
 
 def reason_in(text: str) -> str | None:
-    """Our reason in the text of a `RuntimeEnvSetupError`; None where it failed without us."""
+    """Return our reason from the text of a `RuntimeEnvSetupError`; None if it has none."""
     _, found, reason = text.rpartition(f"RuntimeError: {_MARK}")
     return reason.strip() if found else None
 
 
 def with_plugin(value: str | None) -> str:
-    """The value of RAY_RUNTIME_ENV_PLUGINS with our plugin in it, and all others as they are.
+    """Return the value of RAY_RUNTIME_ENV_PLUGINS with our plugin added.
 
     Raises `InvalidInput`: `value` is not what Ray could read.
     """
@@ -229,7 +228,7 @@ def _plugins(value: str | None) -> list[dict[str, Any]]:
     if isinstance(plugins, list) and all(isinstance(p, dict) and "class" in p for p in plugins):
         return plugins
     raise InvalidInput(
-        "is no JSON list of plugins; Ray would not start",
+        "is not a JSON list of plugins; Ray would not start",
         where=PLUGINS_VARIABLE,
         hint=f"""unset it, or write '[{{"class": "{PLUGIN}"}}]'""",
     )
@@ -238,24 +237,24 @@ def _plugins(value: str | None) -> list[dict[str, Any]]:
 def _checked(key: str) -> str:
     if not _KEY.fullmatch(key):
         raise InvalidId(
-            f"{key[:80]!r} is no key of an environment", hint="take it from options(), unchanged"
+            f"{key[:80]!r} is not a key of an environment", hint="take it from options(), unchanged"
         )
     return key
 
 
 def _is_recent(moment: float, lasts_s: float) -> bool:
-    """Whether `moment` is less than `lasts_s` away, in either direction: clocks are set back."""
+    """Whether `moment` is at most `lasts_s` away, before or after: clocks can be set back."""
     return abs(time.time() - moment) <= lasts_s
 
 
 def _attempt_in(data: dict[str, Any]) -> int:
-    """The attempt that a file of ours holds; -1 where it holds none."""
+    """Return the attempt in a file of ours; -1 if it has none."""
     attempt = data.get("attempt")
     return attempt if type(attempt) is int else -1
 
 
 def _read(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none or it cannot be read."""
+    """Return the object in a JSON file; empty if it has none or cannot be read."""
     try:
         data = json.loads(_content(path, most_bytes))
     except (OSError, ValueError, RecursionError):
@@ -264,7 +263,7 @@ def _read(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
 
 
 def _content(path: Path, most_bytes: int) -> bytes:
-    """The first bytes of a regular file; empty for anything else, which might block its reader."""
+    """Return the first bytes of a regular file; empty for a pipe or device, which could block."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         return os.read(fd, most_bytes) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
@@ -273,7 +272,7 @@ def _content(path: Path, most_bytes: int) -> bytes:
 
 
 def _put(path: Path, data: dict[str, Any]) -> None:
-    """Give `path` the content `data`, whole or not at all. A crash of the machine may undo it."""
+    """Write `data` to `path`, whole or not at all. A crash of the machine may undo it."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}")
     try:
         scratch.write_text(json.dumps(data), encoding="utf-8")

@@ -1,14 +1,15 @@
 """Runs in the workers of prepared environments. Standard library only.
 
-In: an item of a batch, sent by value; the environment's own files. Out: the outcome of the item.
-It holds the environment while the process lives and checks the place before it runs an item. It
-must start fast, and must not import anything that a worker has not imported already.
+In: an item of a batch, sent by value; the environment's files. Out: the outcome of the item.
+It holds the environment while the process lives, and checks where it runs before it runs an item.
+It must start fast, and must not need ray_envs in the environment: `hold` is installed there, the
+rest is sent. So its modules import functions of each other, never modules.
 
-To change …                                        go to
-the lock that shows that an environment is in use  hold
-whether a worker is in the promised environment    check
-how an item is run and reported                    item
-values and errors as plain data                    outcome
-sys.path: what comes first, what is shadowed       paths
-how code folders are unpacked and used             code
+To change …                                                        go to
+how a process shows that it uses an environment                    hold
+the check that a worker runs in the promised environment           check
+the order of sys.path, and which module names are there twice      paths
+how a code folder is unpacked and used                             code
+the steps of an item, and what it reports                          item
+the value or the error of an item as plain data                    outcome
 """

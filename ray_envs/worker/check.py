@@ -1,4 +1,4 @@
-"""Checks that a worker runs in the environment that its item was promised."""
+"""Checks that a worker runs in the environment that was promised to its item."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ray_envs.worker.hold import INSTALLED_AS, is_open
 
 
 def what_is_wrong_here(request: dict[str, Any], outcome: dict[str, Any]) -> str:
-    """Why this process is not in the environment that was promised, or an empty string."""
+    """Return why this process is not in the promised environment; empty if it is."""
     import json
 
     venv = os.path.realpath(request["venv"])

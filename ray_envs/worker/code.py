@@ -1,4 +1,4 @@
-"""The code folder of a batch in a worker: unpacked once for each machine, put on sys.path."""
+"""Unpacks the code folder of a batch, once on each machine, and puts it on sys.path."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ray_envs.worker.paths import is_foreign, module_names
 
 
 def _code_folders() -> str:
-    """Where this user's code folders are unpacked on this machine."""
+    """Return the folder for all code folders of this user on this machine."""
     import tempfile
 
     return os.path.join(tempfile.gettempdir(), f"ray_envs-code-{os.getuid()}")
 
 
 def unpacked(sha256: str, code: bytes) -> str:
-    """The folder that holds the archive `code`, unpacked once per machine and content."""
+    """Unpack the archive `code`, unless this machine has it already, and return the folder."""
     import io
     import shutil
     import tempfile
@@ -29,23 +29,23 @@ def unpacked(sha256: str, code: bytes) -> str:
     if os.stat(parent).st_uid != os.getuid():
         raise PermissionError(f"{parent} belongs to another user")
     folder = os.path.join(parent, sha256)
-    # Looked at once a worker; kept where every batch of this worker finds it.
+    # Each worker checks the files once. The installed module remembers it for later batches.
     checked: set[str] = vars(sys.modules.get(INSTALLED_AS, os)).setdefault("_checked_code", set())
     if folder in checked and os.path.isdir(folder):
-        os.utime(folder)  # it is in use: see `_sweep`
+        os.utime(folder)  # in use: `_sweep` must not delete it
         return folder
     with zipfile.ZipFile(io.BytesIO(code)) as archive:
-        if not _isunpacked(archive, folder):
+        if not _is_unpacked(archive, folder):
             _sweep(parent)
             scratch = tempfile.mkdtemp(dir=parent)
             try:
                 archive.extractall(scratch)
-                if not _isunpacked(archive, folder):  # else another worker was first
+                if not _is_unpacked(archive, folder):  # else another worker was first
                     if os.path.isdir(folder):  # changed by a payload or a cleaner of /tmp
                         os.rename(folder, scratch + ".old")
                     os.rename(scratch, folder)
             except OSError:
-                if not _isunpacked(archive, folder):
+                if not _is_unpacked(archive, folder):
                     raise
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -56,7 +56,7 @@ def unpacked(sha256: str, code: bytes) -> str:
 
 
 def _sweep(parent: str) -> None:
-    """Delete code that no item has used for a week."""
+    """Delete code folders that were not used for a week."""
     import shutil
     import time
 
@@ -70,8 +70,8 @@ def _sweep(parent: str) -> None:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
 
-def _isunpacked(archive: Any, folder: str) -> bool:
-    """Whether `folder` holds every file of the zip `archive` as it is there."""
+def _is_unpacked(archive: Any, folder: str) -> bool:
+    """Whether `folder` has all files of the zip `archive`, unchanged."""
     import zlib
 
     try:
@@ -86,11 +86,9 @@ def _isunpacked(archive: Any, folder: str) -> bool:
 
 
 def use_code(folder: str | None) -> None:
-    """Put `folder` behind the environment on sys.path; forget other code and its modules.
-
-    A warm worker may have run other code before. It is recognised by where it lies, not by what
-    this module remembers: each batch sends a fresh copy of this module.
-    """
+    """Put `folder` behind the environment on sys.path; remove other code and its modules."""
+    # The worker may have run other code before. It is found by its path: each batch sends a new
+    # copy of this function, which remembers nothing.
     parent = os.path.realpath(_code_folders()) + os.sep
     keep = None if folder is None else os.path.realpath(folder) + os.sep
 
@@ -101,7 +99,7 @@ def use_code(folder: str | None) -> None:
     names = set() if folder is None else module_names(folder)
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None) or ""
-        # Also a copy of this code that came from the driver's folder.
+        # Also modules of this code that were imported from the driver's folder.
         is_copy = name.split(".")[0] in names and name != "__main__" and path and is_foreign(path)
         if is_old(path) or (is_copy and not (keep and os.path.realpath(path).startswith(keep))):
             del sys.modules[name]
@@ -109,7 +107,7 @@ def use_code(folder: str | None) -> None:
     if folder is not None:
         import importlib
 
-        # Behind the environment, but before the driver's folders, which may hold another copy.
+        # Behind the environment, before the driver's folders: those may hold another copy.
         own_places = [n for n, path in enumerate(sys.path) if not is_foreign(path)]
         sys.path.insert(own_places[-1] + 1 if own_places else 0, folder)
         importlib.invalidate_caches()

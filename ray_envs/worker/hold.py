@@ -1,7 +1,7 @@
-"""The hold: proves to a collector that an environment is in use. Standard library only.
+"""The hold: a lock that tells a collector that an environment is in use. Standard library only.
 
 This file is installed in every environment as `_ray_envs_inside` and runs at each start of an
-interpreter there. Ray is not imported.
+interpreter there. Items of any version read its `hold_fd` and call its `take_hold`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ hold_fd: int | None = None
 
 
 def take_hold() -> None:
-    """Take the shared lock that shows that this environment is in use, until the process ends.
+    """Take the shared lock of this environment until the process ends.
 
-    The lock belongs to the open file, so a forked child keeps it and `kill -9` drops it. Exits the
-    process where a collector holds the exclusive lock: the files are about to go away, and a
-    process that went on would fail later, at an import, with a misleading error.
+    The lock belongs to the open file: a forked child keeps it, and `kill -9` frees it. Exits the
+    process if a collector has the exclusive lock: the files are being deleted, and the process
+    would fail later, at an import, with a misleading error.
 
-    The time stamp of the hold is the last use of the environment: renewed now and at the end.
+    The time stamp of the lock file is the last use of the environment: set now and at the end.
     """
     global hold_fd  # noqa: PLW0603 - one process, one hold
 
@@ -36,7 +36,7 @@ def take_hold() -> None:
         return
     try:
         hold_fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:  # out of the way of programs that close every low descriptor
+        try:  # programs that close all low descriptors do not close this one
             high = fcntl.fcntl(hold_fd, fcntl.F_DUPFD_CLOEXEC, 512)
             os.close(hold_fd)
             hold_fd = high
@@ -48,26 +48,26 @@ def take_hold() -> None:
     if not is_held:
         raise SystemExit("ray_envs: this environment is being removed: " + venv)
     _renew(path, os.getpid())
-    atexit.unregister(_renew)  # a hold that was closed and is taken again
+    atexit.unregister(_renew)  # the hold was closed and is taken again
     atexit.register(_renew, path, os.getpid())
 
 
 def _renew(hold: str, pid: int) -> None:
-    """Make now the last use of the environment of `hold`, unless this is a forked child of `pid`.
+    """Set the time stamp of the file `hold` to now, unless this is a forked child of `pid`.
 
-    By name: at the end of the process, the descriptor may be that of another file.
+    By path: at the end of the process, the descriptor may belong to another file.
     """
     if os.getpid() == pid:
         try:  # noqa: SIM105 - contextlib is not imported at every interpreter start
             os.utime(hold)
-        except OSError:  # the file is another user's; the agent renews what is held
+        except OSError:  # another user's file; the agent renews the time of what is held
             pass
 
 
 def shared_lock(fd: int) -> bool:
-    """Take a shared lock on `fd`; False if another process keeps the exclusive one.
+    """Take a shared lock on `fd`; return False if another process keeps the exclusive lock.
 
-    A process that only looks has the exclusive lock for an instant: so, try several times.
+    A process that tests whether a hold is free has the exclusive lock for an instant: so retry.
     """
     import fcntl
 

@@ -1,6 +1,10 @@
 """Runs one item of a batch in a worker and reports it. Sent by value with each item.
 
-Ray is met only through `sys.modules`: the worker that calls us has imported it.
+`run_item` takes a request (see `Payload.request`), the pickled function (None if the request has an
+entrypoint) and the zip archive of the code folder (or None). It yields `{"started_at", "node_id",
+"pid"}` before it does anything else; then the outcome; then the value as it is, if
+`request["as_json"]` is false and the item succeeded. Ray comes from `sys.modules`: the worker has
+imported it. Docstrings of functions are sent too, and comments are not.
 """
 
 from __future__ import annotations
@@ -17,18 +21,7 @@ from ray_envs.worker.paths import current_folder, module_names, put_foreign_path
 
 
 def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None) -> Iterator[Any]:
-    """Run one item and report it, in three steps of a generator.
-
-    Yields, in this order: `{"started_at", "node_id", "pid"}` before anything else happens; the
-    outcome (see `_outcome`); and, where `request["as_json"]` is false and the payload succeeded,
-    its value as it is.
-
-    Args:
-        request: `key`, `venv`, `python`, `ray` (what was promised), `entrypoint` or None, `args`,
-            `kwargs`, `as_json` and `code_sha256`.
-        payload: the pickled function, where there is no entrypoint.
-        code: the zip archive of the code folder, or None.
-    """
+    """Run one item and report it."""
     import time
 
     ray = sys.modules["ray"]
@@ -61,14 +54,14 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
         except (Exception, SystemExit) as exc:
             outcome["error"] = described(exc)
             wrong = what_is_wrong_here(request, outcome)
-            if wrong:  # the disk was lost under it: that is what it failed of
+            if wrong:  # it failed because the disk was lost meanwhile
                 outcome["kind"] = "environment"
                 outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
     outcome["duration_s"] = time.monotonic() - clock
-    if folder is not None:  # a payload that left its folder, or removed it, must not spoil others
+    if folder is not None:  # later items need it, and the payload may have changed or deleted it
         import contextlib
 
-        with contextlib.suppress(OSError):  # it is gone; the outcome of this payload stands
+        with contextlib.suppress(OSError):  # it is gone; the outcome stays
             os.chdir(folder)
     yield outcome
     if not request["as_json"] and outcome["error"] is None:
@@ -76,7 +69,7 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
 
 
 def _new_outcome(started_at: float) -> dict[str, Any]:
-    """The outcome of an item that has not run yet."""
+    """Return the outcome of an item that has not run yet."""
     return {
         "python": ".".join(str(n) for n in sys.version_info[:3]),
         "ray": sys.modules["ray"].__version__,
@@ -92,7 +85,7 @@ def _new_outcome(started_at: float) -> dict[str, Any]:
 def _load(
     request: dict[str, Any], payload: bytes | None, code: bytes | None, outcome: dict[str, Any]
 ) -> Callable[..., Any]:
-    """The function to call: the unpickled payload, or the entrypoint imported here."""
+    """Return the function to call: the unpickled payload or the imported entrypoint."""
     folder = None if code is None else unpacked(request["code_sha256"], code)
     use_code(folder)
     if folder is not None:

@@ -1,4 +1,4 @@
-"""The value or the error of an item as plain data."""
+"""Turns the value or the error of an item into plain data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def as_json(value: Any) -> Any:
-    """`value` as plain data, the way a JSON file will hold it."""
+    """Return `value` as a JSON file will hold it. Raises `TypeError` if it is not JSON."""
     import json
 
     def plain(thing: Any) -> Any:
@@ -17,19 +17,19 @@ def as_json(value: Any) -> Any:
 
     try:
         text = json.dumps(value, default=plain, allow_nan=False, ensure_ascii=False)
-        text.encode()  # half a surrogate pair is no text that a file could hold
+        text.encode()  # fails for half a surrogate pair, which no file can hold
         return json.loads(text)
     except (TypeError, ValueError, RecursionError) as exc:  # also NaN, a circle, too deep
         raise TypeError(f"the value is not JSON: {exc}") from None
 
 
-#: How much of an error travels: a message may hold a whole array.
+#: The longest texts of an error that are sent: a message may hold a whole array.
 _MESSAGE_LENGTH = 10_000
 _TRACEBACK_LENGTH = 20_000
 
 
 def described(exc: BaseException) -> dict[str, str]:
-    """`exc` as plain data, without the frames of this folder."""
+    """Return `exc` as plain data; its traceback begins below the frames of this folder."""
     import traceback
 
     frames = exc.__traceback__

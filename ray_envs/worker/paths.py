@@ -1,4 +1,4 @@
-"""Which folders on sys.path belong to the environment, and what others shadow of it."""
+"""Puts the environment first on sys.path, and finds module names that are there twice."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterable
 def current_folder() -> str | None:
     try:
         return os.getcwd()
-    except OSError:  # it was removed
+    except OSError:  # it was deleted
         return None
 
 
 def is_foreign(path: str) -> bool:
-    """Whether `path` is neither the environment's, the standard library's nor Python's zip."""
+    """Whether `path` belongs to neither the environment nor the standard library."""
     if not path and current_folder() is None:
         return True
     real = os.path.realpath(path or ".") + os.sep
@@ -26,11 +26,9 @@ def is_foreign(path: str) -> bool:
 
 
 def put_foreign_paths_last() -> list[str]:
-    """Move what is neither the environment nor the standard library behind them on sys.path.
-
-    Ray puts the driver's folders first in every worker: a local `pgvector/` would win over the
-    locked one. Returns the names of modules that stand in both; the environment's win now.
-    """
+    """Move foreign folders to the end of sys.path; return the names of modules that both have."""
+    # Ray puts the driver's folders first in every worker: a local `pgvector/` would win over the
+    # locked one.
     foreign = [path for path in sys.path if is_foreign(path)]
     sys.path[:] = [path for path in sys.path if path not in foreign] + foreign
     return shadowed(foreign)
@@ -40,7 +38,7 @@ _shadowed_by_folder: dict[str, set[str]] = {}
 
 
 def shadowed(folders: Iterable[str]) -> list[str]:
-    """The names of modules in `folders` that site-packages of this environment has too."""
+    """Return the names of modules that are in `folders` and in site-packages."""
     names: set[str] = set()
     for folder in folders:
         if folder not in _shadowed_by_folder:

@@ -205,7 +205,7 @@ def test_a_payload_that_raises_is_a_result_with_its_own_frames_only(runner: RayB
     assert (failed.error.type, failed.error.message) == ("KeyError", "'nothing here'")
     assert failed.error.traceback.startswith("Traceback (most recent call last):\n")
     assert "in deeper" in failed.error.traceback
-    assert "/worker/item.py" not in failed.error.traceback
+    assert "/ray_envs/worker/" not in failed.error.traceback
     assert failed.error.traceback.rstrip().endswith("KeyError: 'nothing here'")
     assert (failed.ok, failed.value, failed.attempts) == (False, None, 1)
     assert runner.status() is BatchState.COMPLETED
@@ -361,7 +361,7 @@ def test_an_entrypoint_that_cannot_be_called_fails_its_items(
     assert result.error is not None
     assert (result.error.type, result.attempts) == (kind, 1)
     assert words in result.error.message
-    assert "/worker/item.py" not in result.error.traceback
+    assert "/ray_envs/worker/" not in result.error.traceback
 
 
 def test_a_code_module_that_the_environment_has_too_is_refused(

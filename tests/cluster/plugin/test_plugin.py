@@ -234,7 +234,7 @@ def test_a_refusal_fails_the_task_with_our_reason_and_the_next_attempt_is_free(n
         ended = node.ended("refused")
         assert ended["type"] == "RuntimeEnvSetupError"
         reason = reason_in(ended["text"]) or ended["text"]
-        assert reason.startswith(f"the environment {key} cannot be had on node ")
+        assert reason.startswith(f"the environment {key} is not available on node ")
         assert reason.endswith(": uv failed: no space\nhint: free some")
         assert node.gate.asked() == {}
         later = node.attempt()
@@ -298,7 +298,7 @@ def test_an_attempt_that_was_given_up_is_not_waited_for_again(
     plugin = EnvironmentPlugin()
     monkeypatch.setenv(TIMEOUT_VARIABLE, "0")
     first = failed(plugin, tmp_path)
-    assert f"no agent of ray_envs answered in 0 s; one never looked into {tmp_path}" in first
+    assert f"no agent of ray_envs answered in 0 s; one never looked at {tmp_path}" in first
     monkeypatch.setenv(TIMEOUT_VARIABLE, "20")
     assert failed(plugin, tmp_path) == first
     assert Gate(tmp_path).asked() == {}
@@ -310,9 +310,9 @@ def test_a_slow_agent_is_told_from_none(tmp_path: Path, monkeypatch: pytest.Monk
     gate.asked()
     served = tmp_path / "wanted" / ".served"
     os.utime(served, (time.time() + 300,) * 2)  # it looks all the time
-    assert "its agent is still at it" in failed(EnvironmentPlugin(), tmp_path)
+    assert "its agent is still preparing it" in failed(EnvironmentPlugin(), tmp_path)
     os.utime(served, (time.time() - 300,) * 2)
-    assert "one looked last 30" in failed(EnvironmentPlugin(), tmp_path)
+    assert "one last looked 30" in failed(EnvironmentPlugin(), tmp_path)
 
 
 @pytest.mark.parametrize("value", ["", "soon", "nan", "inf", "-1"])
