@@ -63,8 +63,8 @@ async def run(
         StorageFailed: it cannot be started.
         UvFailed: it did not end in time; `detail` has its last lines.
     """
-    try:
-        process = await asyncio.create_subprocess_exec(
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
             *command,
             cwd=cwd,
             env=environ,
@@ -74,6 +74,12 @@ async def run(
             start_new_session=True,
             preexec_fn=_dying_with_parent(niceness),
         )
+    )
+    try:
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:  # asyncio would kill the child, but not its own children
+        await _end_group(await starting)
+        raise
     except OSError as exc:
         raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
     lines: list[str] = []
@@ -86,10 +92,7 @@ async def run(
             hint=hint,
         ) from None
     finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):  # the group: uv's build backends too
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        await _end_group(process)
     assert process.returncode is not None
     return Ended(process.returncode, "\n".join(lines))
 
@@ -119,6 +122,14 @@ async def _talk(
     if rest:
         tell(rest)
     await process.wait()
+
+
+async def _end_group(process: asyncio.subprocess.Process) -> None:
+    """Kill a child that still runs, with its group: uv's build backends too."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 def last_words(output: str) -> str:

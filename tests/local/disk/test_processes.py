@@ -116,6 +116,32 @@ def test_a_whole_group_is_killed_when_its_caller_is_cancelled(tmp_path: Path) ->
     wait_until(lambda: is_gone(child), f"the end of {child}")
 
 
+def test_a_whole_group_is_killed_when_its_caller_is_cancelled_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child runs, and its caller has not heard of it yet."""
+    create, tasks = asyncio.create_subprocess_exec, list[asyncio.Task[Any]]()
+
+    async def create_slowly(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+        process = await create(*command, **options)
+        await asyncio.to_thread(pid_in, tmp_path / "pid")
+        tasks[0].cancel()
+        await asyncio.sleep(0)
+        return process
+
+    async def main() -> None:
+        script = "sleep 600 & echo $! >pid; wait"
+        running = processes.run(["/bin/sh", "-c", script], tmp_path, timeout_s=LONG_S, niceness=0)
+        tasks.append(asyncio.create_task(running))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create_slowly)
+    asyncio.run(main())
+    child = pid_in(tmp_path / "pid")
+    wait_until(lambda: is_gone(child), f"the end of {child}")
+
+
 PARENT = """\
 import asyncio, sys
 from pathlib import Path

@@ -360,7 +360,7 @@ def test_what_is_asked_for_between_plan_and_act_stays(shared: Settings, verb: st
     slow, asked, told, collected, status = managed(alone, act)
     assert (told["status"], told["key"]) == ("ACTIVE", asked)
     assert collected[slow][0] is True
-    assert collected[asked] == (False, "it was asked for meanwhile")
+    assert collected[asked] == (False, "it was asked for in the meantime")
     assert status["status"] == "ACTIVE"
     assert asked in store.records()
 
