@@ -268,10 +268,13 @@ def test_a_placement_group_on_ready_nodes_goes_with_a_variant(
 # -- two nodes, and Ray Client ---------------------------------------------------------------------
 
 #: The cluster's own token, as in test_cli; that these tests may run under `uv run` is no matter.
+#: Ray Client's proxy forks each client's server. With gRPC's fork handlers on, that child often
+#: dies before its first line ("Epoll1Poller: Bad file descriptor"): 4 of 8 runs; without: 0 of 8.
 AUTH = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 RAY_PORT, CLIENT_PORT = free_port(), free_port()
 ADDRESS = f"127.0.0.1:{RAY_PORT}"
@@ -322,11 +325,7 @@ def pair(
 
 def told_by(shell: Shell, program: str, address: str) -> dict[str, Any]:
     """What a user's program prints as its last line, a JSON document."""
-    for _ in range(3):
-        done = ended(shell.command([BIN / "python", "-c", program, address]), within_s=200)
-        # Ray gives a client's server 30 s, which a busy machine may need longer than
-        if "Starting Ray client server failed" not in done.err:
-            break
+    done = ended(shell.command([BIN / "python", "-c", program, address]), within_s=200)
     assert done.code == 0, done.err
     told: dict[str, Any] = json.loads(done.out.strip().splitlines()[-1])
     return told
