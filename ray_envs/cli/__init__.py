@@ -17,6 +17,7 @@ list, status, deps, generations, diff                              reads
 operations, events                                                 history
 gc, explain, doctor                                                upkeep
 how variants, packages and shared options are given                arguments
+options that come from the fields of a verb                        verb_options
 how data, text and tables are printed                              printing
 how a command opens a provider, and waits for a verb               waiting
 """

@@ -1,4 +1,4 @@
-"""The arguments of commands: variants, packages and options, and variants on this machine's disk.
+"""The arguments that commands share, and variants on this machine's disk. See also `verb_options`.
 
 `ray` and what uses it are imported late: a command that only reads the disk answers at once.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,14 +17,11 @@ from click.shell_completion import CompletionItem
 from ray_envs.errors import InvalidPackages, NotFound, RayEnvsError
 from ray_envs.models import EnvId, EnvSpec
 from ray_envs.settings import Settings
-from ray_envs.verbs import CreateEnv, Request
 
 if TYPE_CHECKING:
     from ray_envs.manager.registry import Registry
     from ray_envs.models import VariantRecord
     from ray_envs.node.store import Store
-
-CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
 class Variant(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.2
@@ -66,17 +63,6 @@ class Hours(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
 variant_argument = click.argument("variant", type=Variant())
 optional_variant = click.argument("variant", required=False, type=Variant())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def verb_option(request: type[Request], field: str, **more: Any) -> Callable[[CommandT], CommandT]:
-    """The option for a field of a request, with the field's description and default."""
-    info = request.model_fields[field]
-    name, is_flag = f"--{field.replace('_', '-')}", isinstance(info.default, bool)
-    return click.option(name, is_flag=is_flag, help=info.description, **more)
-
-
-replace_option = verb_option(CreateEnv, "replace")
-dry_run_option = verb_option(CreateEnv, "dry_run")
 
 
 def requirements(packages: Iterable[str], file: str | None) -> list[str]:

@@ -7,15 +7,9 @@ from typing import Any
 
 import click
 
-from ray_envs.cli.arguments import (
-    dry_run_option,
-    full_id,
-    json_option,
-    replace_option,
-    variant_argument,
-    verb_option,
-)
+from ray_envs.cli.arguments import full_id, json_option, variant_argument
 from ray_envs.cli.printing import put, put_change, put_json, say
+from ray_envs.cli.verb_options import dry_run_option, replace_option, verb_option
 from ray_envs.cli.waiting import open_provider, wait_for, watch
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.models import EnvId, EnvSpec

@@ -9,16 +9,9 @@ from typing import Any
 
 import click
 
-from ray_envs.cli.arguments import (
-    disk,
-    dry_run_option,
-    json_option,
-    record_of,
-    replace_option,
-    variant_argument,
-    verb_option,
-)
+from ray_envs.cli.arguments import disk, json_option, record_of, variant_argument
 from ray_envs.cli.printing import put, put_json, say
+from ray_envs.cli.verb_options import dry_run_option, replace_option, verb_option
 from ray_envs.cli.waiting import open_provider, wait_for, watch
 from ray_envs.errors import InvalidInput
 from ray_envs.models import Definition, EnvId, EnvSpec

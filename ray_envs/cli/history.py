@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_envs.cli.arguments import disk, json_option, optional_variant, record_of, verb_option
+from ray_envs.cli.arguments import disk, json_option, optional_variant, record_of
 from ray_envs.cli.printing import KEY_SHOWN, NODE_SHOWN, columns, put, put_json, say
+from ray_envs.cli.verb_options import verb_option
 from ray_envs.cli.waiting import INTERRUPTED
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.events import EventKind, OperationStatus

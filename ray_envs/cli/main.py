@@ -6,28 +6,30 @@ import logging
 import signal
 import sys
 import warnings
+from importlib import import_module
 from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
 
-from ray_envs.cli import (
-    cluster,
-    definitions,
-    execute,
-    exports,
-    history,
-    packages,
-    reads,
-    run,
-    upkeep,
-)
 from ray_envs.cli.printing import complain, put
 from ray_envs.cli.waiting import INTERRUPTED
 from ray_envs.errors import RayEnvsError
 
 #: The variable that makes click print completions.
 _COMPLETE = "_RAY_ENVS_COMPLETE"
+#: The commands by module, in the order of `--help`.
+_MODULES = {
+    "run": ("run",),
+    "cluster": ("up", "down", "runtime-env"),
+    "definitions": ("create", "pin", "delete"),
+    "reads": ("list", "status", "deps", "generations", "diff"),
+    "packages": ("add", "update", "remove", "rollback", "sync"),
+    "exports": ("export", "import"),
+    "execute": ("exec",),
+    "upkeep": ("gc", "explain", "doctor"),
+    "history": ("operations", "events"),
+}
 #: How users install completion.
 _INSTALL = {
     "bash": "ray-envs completion bash > ~/.ray-envs-completion.bash\n"
@@ -50,10 +52,17 @@ class _Interrupted(Exception):
 
 
 class _Commands(click.Group):
-    """Lists the commands in the order of their modules."""
+    """The commands of `_MODULES`, each imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(self.commands)
+        return [*(name for names in _MODULES.values() for name in names), *self.commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for module, names in _MODULES.items():
+            if cmd_name in names:
+                found = vars(import_module(f"ray_envs.cli.{module}")).values()
+                return next(c for c in found if isinstance(c, click.Command) and c.name == cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -119,8 +128,4 @@ def completion(shell: str) -> None:
     put(f"# To install it:\n# {_INSTALL[shell]}")  # last: the first line must be that of zsh
 
 
-for module in (run, cluster, definitions, reads, packages, exports, execute, upkeep, history):
-    for command in vars(module).values():
-        if isinstance(command, click.Command):
-            cli.add_command(command)
 cli.add_command(completion)

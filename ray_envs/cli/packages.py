@@ -11,15 +11,14 @@ from ray_envs.cli.arguments import (
     Variant,
     defined_ids,
     disk,
-    dry_run_option,
     full_id,
     json_option,
     record_of,
     requirements,
     variant_argument,
-    verb_option,
 )
 from ray_envs.cli.printing import Answer, complain, put, put_change, put_rows, say
+from ray_envs.cli.verb_options import dry_run_option, verb_option
 from ray_envs.cli.waiting import in_background, open_provider, wait_for, watch
 from ray_envs.errors import RayEnvsError
 from ray_envs.verbs import RollbackEnv

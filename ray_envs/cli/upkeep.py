@@ -7,15 +7,7 @@ from typing import Any
 
 import click
 
-from ray_envs.cli.arguments import (
-    Hours,
-    dry_run_option,
-    full_id,
-    json_option,
-    optional_variant,
-    variant_argument,
-    verb_option,
-)
+from ray_envs.cli.arguments import Hours, full_id, json_option, optional_variant, variant_argument
 from ray_envs.cli.printing import (
     KEY_SHOWN,
     NODE_SHOWN,
@@ -28,6 +20,7 @@ from ray_envs.cli.printing import (
     put_json,
     say,
 )
+from ray_envs.cli.verb_options import dry_run_option, verb_option
 from ray_envs.cli.waiting import open_provider, wait_for
 from ray_envs.errors import from_dict
 from ray_envs.verbs import Cleanup, Doctor

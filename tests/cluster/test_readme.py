@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -49,7 +50,7 @@ def test_the_first_two_commands_are_the_main_job_and_the_tests() -> None:
     assert (README.parent / run.split()[-1]).is_file()
 
 
-@pytest.mark.parametrize("command", sorted(cli.commands))
+@pytest.mark.parametrize("command", sorted(cli.list_commands(click.Context(cli))))
 def test_every_command_is_in_the_readme_and_has_help_with_an_example(command: str) -> None:
     table = "".join(line for line in README.read_text().splitlines() if line.startswith("| `"))
     assert re.search(rf"`(ray-envs )?{command}\b", table)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import ray_envs
 from ray_envs import verbs
+from ray_envs.cli import main
 from ray_envs.client.lifecycle import Lifecycle
 from ray_envs.client.variants import Variants
 from ray_envs.decisions.toml import parsed_toml
@@ -101,3 +104,13 @@ def test_the_provider_holds_no_second_list_of_defaults() -> None:
                 if default not in (inspect.Parameter.empty, verbs.DEFAULT, None):
                     held.add((name, option.name))
     assert held - own - waits == {("subscribe", "kinds")}
+
+
+def test_the_table_of_commands_names_every_command_of_its_modules() -> None:
+    found = {}
+    for path in sorted((ROOT / "cli").glob("*.py")):
+        module = importlib.import_module(f"ray_envs.cli.{path.stem}")
+        commands = [c.name for c in vars(module).values() if isinstance(c, click.Command)]
+        if commands and path.stem != "main":
+            found[path.stem] = tuple(commands)
+    assert found == main._MODULES

@@ -591,7 +591,8 @@ def test_list_looks_at_each_environment_once_whatever_the_number_of_variants(
 
 @pytest.mark.parametrize("name", cli.list_commands(click.Context(cli)))
 def test_every_command_has_an_example_and_an_answer_for_programs(name: str) -> None:
-    command = cli.commands[name]
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
     told = CliRunner().invoke(cli, [name, "--help"])
     assert told.exit_code == 0
     assert re.search(rf"Example: ray-envs {name}\b", told.output)
