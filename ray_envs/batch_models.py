@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from ray_envs.errors import InvalidInput
-from ray_envs.models import EnvSpec, Model
+from ray_envs.models import Amount, EnvSpec, Gpus, Model
 
 
 class ErrorInfo(Model):
@@ -45,8 +45,8 @@ class ItemResult(Model):
 class RunDefaults(Model):
     """Resources and limits of an item, unless its variant gives others."""
 
-    num_cpus: float = Field(default=1, ge=0, allow_inf_nan=False)
-    num_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
+    num_cpus: Amount = 1
+    num_gpus: Gpus = 0
     #: Bytes of memory that Ray reserves for an item.
     memory: int | None = Field(default=None, gt=0)
     #: How often an item is started again after its worker or node died.
@@ -58,7 +58,7 @@ class VariantSpec(EnvSpec):
     """A variant of a batch: a spec, and what differs from the defaults."""
 
     id: str
-    num_cpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    num_cpus: Amount | None = None
     memory: int | None = Field(default=None, gt=0)
     retries: int | None = Field(default=None, ge=0)
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+#: The longest message, hint and place. They repeat what people wrote, which may have any length.
+_MAX_TEXT = 2_000
 _FIELDS = ("hint", "detail", "variant_id", "key", "node_id", "where")
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_TEXT:
+        return text
+    return f"{text[: _MAX_TEXT // 2]} … {text[-_MAX_TEXT // 4 :]}"
 
 
 class RayEnvsError(Exception):
@@ -40,14 +48,15 @@ class RayEnvsError(Exception):
         node_id: str = "",
         where: str = "",
     ) -> None:
+        message = _shortened(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = _shortened(hint)
         self.detail = detail
         self.variant_id = variant_id
         self.key = key
         self.node_id = node_id
-        self.where = where
+        self.where = _shortened(where)
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.message}" if self.where else self.message]

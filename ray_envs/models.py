@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ray_envs.errors import InvalidId
 
@@ -41,6 +41,27 @@ DEFAULT_WORKFLOW = "default"
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
 #: The highest number of a generation; more than any variant reaches.
 _MAX_NUMBER = 10**6
+
+
+#: Ray counts resources in steps of this size, and refuses less.
+_SMALLEST_AMOUNT = 0.0001
+
+
+def _amount(value: float) -> float:
+    if 0 < value < _SMALLEST_AMOUNT:
+        raise ValueError(f"{value:g} is less than Ray's smallest amount, {_SMALLEST_AMOUNT}")
+    return value
+
+
+def _gpus(value: float) -> float:
+    if value > 1 and not value.is_integer():
+        raise ValueError(f"{value:g}: Ray gives a part of one GPU, or whole ones")
+    return _amount(value)
+
+
+#: An amount of a resource in a runtime_env, as Ray takes it.
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_amount)]
+Gpus = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_gpus)]
 
 
 class Model(BaseModel):
@@ -144,7 +165,7 @@ class _EnvOptions(Model):
     #: Labels that a node must have, as in Ray's option `label_selector`.
     label_selector: dict[str, str] = Field(default_factory=dict)
     #: The GPUs of each task, by default. Only nodes with so many get the environment.
-    num_gpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    num_gpus: Gpus | None = None
     #: On how many of the eligible nodes it is prepared.
     nodes: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -205,6 +204,7 @@ def _exported(folder: Path) -> Definition:
     Raises `InvalidInput`: a file is missing or damaged.
     """
     from ray_envs.client.inputs import read_definition
+    from ray_envs.decisions.parsing import parsed_json
     from ray_envs.disk.files import kind_of, read_bytes
 
     texts = read_definition(EnvSpec(project=str(folder)), Path.cwd())
@@ -217,12 +217,9 @@ def _exported(folder: Path) -> Definition:
     options: Any = {}
     file = folder / "options.json"
     if kind_of(file) != "missing":
-        try:
-            options = json.loads(read_bytes(file))
-        except (ValueError, RecursionError):
-            options = None
+        hint = "export the variant again, or remove the file"
+        options = parsed_json(read_bytes(file), where=str(file), hint=hint)
         if not isinstance(options, dict):
-            hint = "export the variant again, or remove the file"
             raise InvalidInput("it is not a JSON object", where=str(file), hint=hint)
     read = validated(Definition, options, where=str(file))
     return read.model_copy(update={"pyproject": texts.pyproject, "uv_lock": texts.uv_lock})

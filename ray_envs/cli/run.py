@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,7 +20,6 @@ from ray_envs.errors import (
     InvalidPackages,
     RayEnvsError,
     ResolutionFailed,
-    StorageFailed,
     UvFailed,
 )
 from ray_envs.settings import Settings
@@ -32,6 +28,7 @@ if TYPE_CHECKING:
     from ray_envs.batch_models import BatchSpec
     from ray_envs.cli.display import RunDisplay
     from ray_envs.client.provider import RayEnvironmentProvider
+    from ray_envs.models import Definition
 
 _SOME_FAILED = 1
 
@@ -44,7 +41,8 @@ _OF_ONE_VARIANT = (ResolutionFailed, UvFailed, InvalidInput, InvalidPackages, In
 @click.option(
     "--results",
     type=click.Path(path_type=Path),
-    help="The JSONL file to write. Default: <name>.results.jsonl in the current folder.",
+    help="The JSONL file to write. Default: <name>.results.jsonl in the current folder. Earlier "
+    "results in it are first moved to <file>.1, .2, ….",
 )
 @click.option(
     "--resume",
@@ -65,6 +63,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     """
     from ray_envs.client.entrypoints import check_entrypoint
     from ray_envs.client.inputs import read_batch, read_definition
+    from ray_envs.client.results import results_file
 
     settings = Settings.from_environment()
     batch = read_batch(file)
@@ -78,16 +77,20 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
             where=str(file),
             hint='add: code = "."',
         )
-    for number, variant in enumerate(batch.variants):
+    definitions = [
         read_definition(variant.env_spec(), base, where=f"variants[{number}]")
+        for number, variant in enumerate(batch.variants)
+    ]
     path = results or Path(f"{batch.name}.results.jsonl")
     from ray_envs.cluster.connecting import embeds
 
     if embeds(address):  # this machine's root is used: fail now if it cannot be written
         from ray_envs.node.store import Store
 
+        _check_policy(definitions, settings)
         Store(settings).set_up()
-    with _results_file(path, resume=resume) as (log, done):
+    with results_file(path, resume=resume) as (log, done):
+        _tell_of_unknown(done, batch, path)
         ended = _run_batch(batch, base, code, settings, address, log, done)
     failed = [result for result in ended if not result.ok]
     if as_json:
@@ -104,6 +107,36 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     if any(result.attempts for result in ended):
         return _SOME_FAILED
     return _exit_code(failed[0])
+
+
+def _check_policy(definitions: Sequence[Definition], settings: Settings) -> None:
+    """Raise the first error if this machine's settings allow none of the variants.
+
+    If they allow some, those run.
+    """
+    from ray_envs.decisions.policy import check_definition
+
+    errors: list[RayEnvsError] = []
+    for number, definition in enumerate(definitions):
+        try:
+            check_definition(definition, settings, where=f"variants[{number}]")
+        except RayEnvsError as exc:
+            errors.append(exc)
+    if len(errors) == len(definitions):
+        raise errors[0]
+
+
+def _tell_of_unknown(done: Sequence[ItemResult], batch: BatchSpec, path: Path) -> None:
+    """Say which earlier results belong to no item of the batch."""
+    variants = {variant.id for variant in batch.variants}
+    cases = {case.id for case in batch.cases}
+    unknown = [r for r in done if r.variant_id not in variants or r.case_id not in cases]
+    if unknown:
+        first = f"variant {unknown[0].variant_id!r}, case {unknown[0].case_id!r}"
+        say(
+            f"ray-envs: {len(unknown)} of {len(done)} results in {path} are of no item of this "
+            f"batch and are ignored; the first: {first}"
+        )
 
 
 def _summary(batch: BatchSpec, ended: Sequence[ItemResult], path: Path) -> dict[str, Any]:
@@ -135,6 +168,7 @@ def _run_batch(
 ) -> list[ItemResult]:
     from ray_envs.cli.display import RunDisplay
     from ray_envs.client.provider import RayEnvironmentProvider
+    from ray_envs.client.results import append_result
     from ray_envs.client.runner import RayBatchRunner
 
     kept = {id(result) for result in done}
@@ -157,7 +191,7 @@ def _run_batch(
                 ):
                     ended.append(result)
                     if id(result) not in kept:
-                        _append(log, result)
+                        append_result(log, result)
                     display.item(result, runner.progress(), is_earlier=id(result) in kept)
         except KeyboardInterrupt:
             total = len(batch.variants) * len(batch.cases)
@@ -191,68 +225,3 @@ def _create_all(
         {name: key for name, key in made.items() if isinstance(key, str)},
         {name: error for name, error in made.items() if isinstance(error, RayEnvsError)},
     )
-
-
-def _append(log: IO[bytes], result: ItemResult) -> None:
-    """Add a line to the results file. It is ASCII: no text of a payload can break it."""
-    line = json.dumps(result.model_dump(mode="json")).encode()
-    try:
-        log.write(line + b"\n")
-        log.flush()
-    except OSError as exc:
-        raise StorageFailed(
-            f"cannot write results to {log.name}: {exc.strerror}",
-            hint="free space there, then run again with --resume",
-        ) from exc
-
-
-@contextlib.contextmanager
-def _results_file(path: Path, *, resume: bool) -> Iterator[tuple[IO[bytes], list[ItemResult]]]:
-    """Open the results file for appending. Gives it and, with `resume`, its earlier results.
-
-    Without `resume`, earlier results are moved to `<path>.previous`.
-    """
-    from ray_envs.client.inputs import read_results
-    from ray_envs.disk.files import kind_of, storage_errors
-
-    if kind_of(path) not in ("file", "missing"):
-        raise InvalidInput(f"{path} is not a file", hint="give a regular file with --results")
-    done = read_results(path) if resume else []
-    try:
-        log = path.open("ab")
-    except OSError as exc:
-        raise InvalidInput(
-            f"cannot write results to {path}: {exc.strerror}",
-            hint="give another file with --results",
-        ) from exc
-    with log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInput(
-                f"another run is writing to {path}", hint="give another file with --results"
-            ) from None
-        with storage_errors("keep the earlier results"):
-            held = path.read_bytes()
-            if resume:  # a killed run can leave a last line without its end
-                whole = held.rfind(b"\n") + 1
-                if _is_result(held[whole:]):
-                    log.write(b"\n")
-                else:
-                    log.truncate(whole)
-            elif held:
-                path.with_name(path.name + ".previous").write_bytes(held)
-                log.truncate(0)
-        try:
-            yield log, done
-        finally:
-            if os.fstat(log.fileno()).st_size == 0:
-                path.unlink(missing_ok=True)
-
-
-def _is_result(line: bytes) -> bool:
-    try:
-        ItemResult.model_validate_json(line)
-    except ValueError:
-        return False
-    return True

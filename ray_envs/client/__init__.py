@@ -12,7 +12,8 @@ the provider of a cluster or of this machine; ask()                provider
 verbs of a variant's life: add, update, rollback, export, …        lifecycle
 how a verb is called, repeated, cancelled                          connection
 the provider for tests without Ray                                 in_memory
-how batch files, specs and earlier results are read                inputs
+how batch files and specs are read                                 inputs
+the results file: earlier results, what is never overwritten       results
 how an entrypoint is checked without importing it                  entrypoints
 which files a code folder contains, and their archive              code_folder
 the runner: which items, earlier results, states, progress         runner

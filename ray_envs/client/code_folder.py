@@ -13,13 +13,24 @@ import stat
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
-from ray_envs.disk.files import check_folder, entries_of, has_vanished, is_file, unreadable
+from ray_envs.disk.files import (
+    check_folder,
+    entries_of,
+    has_vanished,
+    is_file,
+    read_at_most,
+    unreadable,
+)
 from ray_envs.errors import InvalidInput
 
 #: The size limit of a code folder. A guess: code is kilobytes, and every worker gets all of it.
 CODE_LIMIT_BYTES = 100 * 1024 * 1024
+
+#: The most files and folders that are looked at: far more than code has.
+_MOST_ENTRIES = 50_000
 
 #: Never part of the code: version control, environments, caches, results.
 _SKIPPED_NAMES = frozenset({".git", ".hg"})
@@ -54,12 +65,12 @@ def pack_code(folder: Path, *, limit_bytes: int = CODE_LIMIT_BYTES) -> tuple[str
     control, caches, environments, result files, links to folders or to the outside, and files that
     vanish meanwhile.
 
-    Raises `InvalidInput`: no such folder, too large, or a file in it cannot be read.
+    Raises `InvalidInput`: no such folder, too large, too many files, or a file cannot be read.
     """
     check_folder(folder, f"the code folder {str(folder)!r}", where="code")
     root = folder.resolve()
     sizes: Counter[str] = Counter()
-    files = sorted(_code_files(root, root))
+    files = sorted(_code_files(root, root, count(1)))
     for name, path in files:
         try:
             sizes[name] = path.stat().st_size
@@ -71,7 +82,7 @@ def pack_code(folder: Path, *, limit_bytes: int = CODE_LIMIT_BYTES) -> tuple[str
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
         for name, path in files:
             try:
-                content = path.read_bytes()
+                content = read_at_most(path, limit_bytes + 1)
             except OSError as err:
                 if has_vanished(err):
                     continue
@@ -86,15 +97,23 @@ def pack_code(folder: Path, *, limit_bytes: int = CODE_LIMIT_BYTES) -> tuple[str
     return hashlib.sha256(content).hexdigest(), content
 
 
-def _code_files(folder: Path, root: Path) -> Iterator[tuple[str, Path]]:
+def _code_files(
+    folder: Path, root: Path, entry_numbers: Iterator[int]
+) -> Iterator[tuple[str, Path]]:
     """Yield (archive name, path) of every regular file below `folder` that belongs to the code."""
     for entry in entries_of(folder):
+        if next(entry_numbers) > _MOST_ENTRIES:
+            raise InvalidInput(
+                f"the code folder has more than {_MOST_ENTRIES:,} files and folders",
+                where=str(root),
+                hint="point code at a folder with the module alone",
+            )
         path = Path(entry.path)
         if entry.name in _SKIPPED_NAMES:
             continue
         if entry.is_dir(follow_symlinks=False):
             if entry.name not in _SKIPPED_FOLDERS and not is_file(path / "pyvenv.cfg"):
-                yield from _code_files(path, root)
+                yield from _code_files(path, root, entry_numbers)
             continue
         if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in _SKIPPED_FILES):
             continue

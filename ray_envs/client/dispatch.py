@@ -213,19 +213,24 @@ class Dispatcher:
             return (broken(item, type(exc).__name__, str(exc)),)
 
     def _again_elsewhere(self, item: Item, message: Mapping[str, Any]) -> tuple[ItemResult | None]:
-        """Start an item again whose environment was missing on its node.
+        """Start an item again that found something wrong where it ran; that worker ends itself.
 
-        This does not count as a retry if the user's function had not been called yet.
+        If the user's function had not been called, this does not count as a retry. The first item
+        of a worker shows that the node is at fault. A later item may have met what an item before
+        it has left: a new worker of the same node will tell.
         """
         began = item.began or {}
-        self._refused[item.environment["key"], began["node_id"]] = time.monotonic() + _REFUSED_S
-        item.refusals += not message["has_run"] and item.refusals < _MAX_REFUSALS
+        if not message["is_first"]:
+            item.unfit_workers += not message["has_run"]
+        elif not message["has_run"]:
+            self._refused[item.environment["key"], began["node_id"]] = time.monotonic() + _REFUSED_S
+            item.refusals += item.refusals < _MAX_REFUSALS
         return self._again_or(item, message["error"]["type"], message["error"]["message"])
 
     @staticmethod
     def _again_or(item: Item, kind: str, message: str) -> tuple[ItemResult | None]:
         """Start a lost item again; when no retry is left, the loss is its result."""
-        if item.attempts - item.refusals <= item.limits.retries:
+        if item.attempts - item.refusals - item.unfit_workers <= item.limits.retries:
             return (None,)
         return (broken(item, kind, message),)
 

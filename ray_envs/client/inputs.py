@@ -1,20 +1,18 @@
-"""Reads and checks the files that people write: specs, batch files, and earlier results.
+"""Reads and checks the files that people write: specs and batch files.
 
 `entrypoints` checks the code that a batch names; `decisions.requirements` checks requirements.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from ray_envs.batch_models import BatchSpec, CaseSpec, ItemResult, split_entrypoint
+from ray_envs.batch_models import BatchSpec, CaseSpec, split_entrypoint
+from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.decisions.requirements import requirement_lines
-from ray_envs.decisions.toml import parsed_toml
 from ray_envs.disk.files import check_folder, kind_of, read_bytes
 from ray_envs.errors import InvalidId, InvalidInput
 from ray_envs.models import Definition, EnvId, EnvSpec, checked_id
@@ -182,41 +180,6 @@ def _check_json(value: Any, at: str, *, where: str) -> None:
             where=where,
             hint=f'write it as a string: "{value}"',
         )
-
-
-def read_results(path: Path) -> list[ItemResult]:
-    """Return the results that an earlier run wrote to `path`, in order; none without such a file.
-
-    A damaged last line without a newline is ignored: a kill interrupted its writing.
-
-    Raises `InvalidInput`: another line is damaged, or the file cannot be read.
-    """
-    if kind_of(path) == "missing":
-        return []
-    *lines, last = read_bytes(path).split(b"\n")
-    found = [
-        _result(line, where=f"{path}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if last.strip():
-        with contextlib.suppress(InvalidInput):
-            found.append(_result(last, where=str(path)))
-    return found
-
-
-def _result(line: bytes, *, where: str) -> ItemResult:
-    hint = "remove the line, or run without resuming"
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
-        raise InvalidInput("the line is not JSON", where=where, hint=hint) from None
-    try:
-        return validated(ItemResult, data, where=where)
-    except InvalidInput as err:
-        raise InvalidInput(
-            f"the line is not an item result: {err.message}", where=where, hint=hint
-        ) from None
 
 
 def _read_text(path: Path) -> str:

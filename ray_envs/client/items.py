@@ -32,6 +32,8 @@ class Item:
     unready_at: float | None = None
     #: How often its environment was missing on the node, before the user's function was called.
     refusals: int = 0
+    #: How often it met a worker that an earlier item had made unfit.
+    unfit_workers: int = 0
 
 
 def result_of(item: Item, value: Any) -> ItemResult:

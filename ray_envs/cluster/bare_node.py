@@ -147,7 +147,8 @@ def _unpacked(base: str, sha256: str, data: bytes) -> tuple[str, int]:
     with open(os.path.join(base, ".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # so that no other agent deletes it before it is held
         for name in os.listdir(base):
-            if name not in (".lock", sha256) and not _is_held(os.path.join(base, name)):
+            is_other = name != sha256 and len(name.removesuffix(".part")) == len(sha256)
+            if is_other and not _is_held(os.path.join(base, name)):
                 shutil.rmtree(os.path.join(base, name))
         if not os.path.isdir(folder):
             if hashlib.sha256(data).hexdigest() != sha256:

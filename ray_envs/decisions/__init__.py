@@ -16,5 +16,5 @@ how packages are added, removed or upgraded in a definition        edits
 what the operator's settings forbid                                policy
 which secrets are hidden or refused                                credentials
 the description of wheels that nodes send to each other            packs
-how TOML is read                                                   toml
+how TOML and JSON of people are parsed, and their limits            parsing
 """

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from packaging.markers import Marker
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from ray_envs.decisions.toml import parsed_toml
+from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.errors import InvalidInput, ResolutionFailed
 from ray_envs.models import RAY_GROUP, Installed, Platform, Target
 

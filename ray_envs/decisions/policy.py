@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ray_envs.decisions.credentials import check_env_vars, redacted
+from ray_envs.decisions.parsing import parsed_toml, strings
 from ray_envs.decisions.requirements import LOCAL_HINT
-from ray_envs.decisions.toml import parsed_toml, strings
 from ray_envs.errors import InvalidInput, InvalidPackages
 from ray_envs.models import Definition
 from ray_envs.settings import Settings, cut_off

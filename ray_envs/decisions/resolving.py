@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from tomlkit.exceptions import TOMLKitError
 
 from ray_envs.decisions.credentials import check_credentials
+from ray_envs.decisions.parsing import parsed_toml, strings, table
 from ray_envs.decisions.requirements import (
     COMMIT,
     LOCAL_HINT,
@@ -24,7 +25,6 @@ from ray_envs.decisions.requirements import (
     requirement_line,
     requirement_lines,
 )
-from ray_envs.decisions.toml import parsed_toml, strings, table
 from ray_envs.errors import InvalidInput
 from ray_envs.models import RAY_GROUP, Definition, Target
 from ray_envs.validation import nearest_hint

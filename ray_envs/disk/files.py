@@ -45,6 +45,9 @@ _NEVER_SOFT: dict[str, Any] = (
     else {}
 )
 
+#: The largest file that is read as a text of people. The locks of large projects have 5 MiB.
+MAX_FILE_BYTES = 64 * 2**20
+
 #: How often a waiter tries a lock again. Short against a build, long against the cost of a try.
 _POLL_S = 0.05
 
@@ -105,7 +108,8 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
 def read_bytes(path: Path) -> bytes:
     """Return the content of the regular file `path`; a pipe or device could block for ever.
 
-    Raises `InvalidInput`: it does not exist, is not a regular file, or cannot be read.
+    Raises `InvalidInput`: it does not exist, is not a regular file, has more than `MAX_FILE_BYTES`,
+    or cannot be read.
     """
     kind = kind_of(path)
     if kind == "missing":
@@ -114,9 +118,28 @@ def read_bytes(path: Path) -> bytes:
         what = "is a folder" if kind == "folder" else "is a pipe or a device"
         raise InvalidInput(f"{what}, not a file", where=str(path), hint="name a regular file")
     try:
-        return path.read_bytes()
+        content = read_at_most(path, MAX_FILE_BYTES + 1)
     except OSError as err:
         raise unreadable(path, err) from None
+    if len(content) > MAX_FILE_BYTES:
+        raise InvalidInput(
+            f"has more than {MAX_FILE_BYTES // 2**20} MiB",
+            where=str(path),
+            hint="name a text file that people write; keep data elsewhere",
+        )
+    return content
+
+
+def read_at_most(path: Path, size: int) -> bytes:
+    """Return the first `size` bytes of a file. Some files of the kernel have no end, or would wait.
+
+    Raises `OSError`: it cannot be read, or not now.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        content = file.read(size)
+    if content is None:
+        raise BlockingIOError(errno.EAGAIN, "reading it would wait")
+    return content
 
 
 def has_vanished(err: OSError) -> bool:

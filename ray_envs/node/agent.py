@@ -295,6 +295,7 @@ class NodeAgent:
         if not self._is_set_up:
             self._store.set_up()
             self._store.sweep()
+            self._store.sweep_code()
             self._is_set_up = True
 
     async def _make_ready(self, request: BuildRequest, attempt: int, peers: list[str]) -> None:

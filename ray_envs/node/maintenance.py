@@ -51,7 +51,11 @@ class Maintenance:
             await asyncio.to_thread(self._store.renew_held)
 
     async def inventory(self) -> dict[str, Any]:
-        """Every directory of the store as `uses`, and `now`, by the same clock."""
+        """Every directory of the store as `uses`, and `now`, by the same clock.
+
+        A collection begins with it, and so does the sweep of unpacked code.
+        """
+        await asyncio.to_thread(self._store.sweep_code)
         uses = await asyncio.to_thread(self._store.inventory)
         return {"now": time.time(), "uses": [use.model_dump(mode="json") for use in uses]}
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import py_compile
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
@@ -25,6 +27,11 @@ from ray_envs.models import EnvRecord
 from ray_envs.node import usage
 from ray_envs.settings import Settings
 from ray_envs.worker import hold
+from ray_envs.worker.code import CODE_OF_USER, UNPACKING
+
+#: How long an unpacked code folder is kept after its last use.
+_CODE_IDLE_S = 7 * 24 * 3600.0
+_CODE_FOLDER = re.compile(rf"[0-9a-f]{{64}}|{UNPACKING}\w+(\.old)?")
 
 #: Changes with the layout below; an older layout is left alone, never migrated in place.
 _STORE = "store"
@@ -36,6 +43,7 @@ class Store:
     Layout: `store/<key>/.venv`, `store/<key>/record.json`, and beside the directory, never in it,
     `store/<key>.lock` (of the builder) and `store/<key>.hold` (of running processes). `uv-cache/`
     is on the same file system, so that uv can link; `scratch/` and `trash/` may be deleted.
+    `code-<uid>/<sha256>` is a code folder that a worker of that user has unpacked.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -333,6 +341,21 @@ class Store:
                     os.close(lock)
         for entry in self._entries(self._trash):
             _delete(entry)
+
+    def sweep_code(self) -> None:
+        """Delete the code folders of this user that no item has used for a week.
+
+        Only folders that workers name so, and never through a link: if somebody has put a link
+        there, nothing behind it is ours.
+        """
+        parent = self.root / f"{CODE_OF_USER}{os.getuid()}"
+        if parent.is_symlink():
+            return
+        for entry in self._entries(parent):
+            with suppress(OSError):  # a worker has just renamed it
+                is_old = time.time() - entry.lstat().st_mtime > _CODE_IDLE_S
+                if is_old and _CODE_FOLDER.fullmatch(entry.name) and not entry.is_symlink():
+                    _delete(entry)
 
     @staticmethod
     def _entries(folder: Path) -> list[Path]:

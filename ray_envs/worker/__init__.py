@@ -12,4 +12,5 @@ the order of sys.path, and which module names are there twice      paths
 how a code folder is unpacked and used                             code
 the steps of an item, and what it reports                          item
 the value or the error of an item as plain data                    outcome
+what is restored after an item, so that later ones do not meet it  restoring
 """

@@ -9,39 +9,75 @@ from typing import Any
 from ray_envs.worker.hold import INSTALLED_AS
 from ray_envs.worker.paths import is_foreign, module_names
 
+#: The folder `<root>/code-<uid>` has the code of one user; the agent sweeps it.
+CODE_OF_USER = "code-"
+#: What a folder there is called while a worker unpacks into it.
+UNPACKING = "unpacking-"
 
-def _code_folders() -> str:
-    """Return the folder for all code folders of this user on this machine."""
+
+def _memory() -> dict[str, Any]:
+    """What this process remembers from batch to batch: each sends a new copy of this file."""
+    return vars(sys.modules[INSTALLED_AS])
+
+
+def _code_folders(root: str) -> str:
+    """Return the folder for the code of this user: below `root`, where no other user writes.
+
+    In a folder that belongs to somebody else, or is a link, others could prepare or replace files.
+    Where the root does not let this user make one, the process has a temporary folder of its own.
+    """
+    import stat
+
+    folder = os.path.join(root, f"{CODE_OF_USER}{os.getuid()}")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        found = os.lstat(folder)
+    except OSError:
+        return _own_folder()
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if is_ours and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
+        return folder
+    return _own_folder()
+
+
+def _own_folder() -> str:
+    import atexit
+    import shutil
     import tempfile
 
-    return os.path.join(tempfile.gettempdir(), f"ray_envs-code-{os.getuid()}")
+    folder = tempfile.mkdtemp(prefix="ray_envs-code-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
-def unpacked(sha256: str, code: bytes) -> str:
-    """Unpack the archive `code`, unless this machine has it already, and return the folder."""
+def unpacked(root: str, sha256: str, code: bytes) -> str:
+    """Unpack the archive `code`, unless this root has it already, and return the folder.
+
+    Its time stamp is its last use. The agent deletes what was not used for a week.
+    """
     import io
     import shutil
     import tempfile
     import zipfile
 
-    parent = _code_folders()
-    os.makedirs(parent, mode=0o700, exist_ok=True)
-    if os.stat(parent).st_uid != os.getuid():
-        raise PermissionError(f"{parent} belongs to another user")
+    memory = _memory()
+    if "_code_folders" not in memory:
+        memory["_code_folders"] = _code_folders(root)
+    parent = memory["_code_folders"]
     folder = os.path.join(parent, sha256)
-    # Each worker checks the files once. The installed module remembers it for later batches.
-    checked: set[str] = vars(sys.modules.get(INSTALLED_AS, os)).setdefault("_checked_code", set())
+    checked: set[str] = memory.setdefault("_checked_code", set())  # each worker checks once
     if folder in checked and os.path.isdir(folder):
-        os.utime(folder)  # in use: `_sweep` must not delete it
+        os.utime(folder)
         return folder
     with zipfile.ZipFile(io.BytesIO(code)) as archive:
         if not _is_unpacked(archive, folder):
-            _sweep(parent)
-            scratch = tempfile.mkdtemp(dir=parent)
+            scratch = tempfile.mkdtemp(prefix=UNPACKING, dir=parent)
             try:
                 archive.extractall(scratch)
                 if not _is_unpacked(archive, folder):  # else another worker was first
-                    if os.path.isdir(folder):  # changed by a payload or a cleaner of /tmp
+                    if os.path.islink(folder):
+                        os.unlink(folder)
+                    elif os.path.lexists(folder):  # changed by a payload
                         os.rename(folder, scratch + ".old")
                     os.rename(scratch, folder)
             except OSError:
@@ -53,21 +89,6 @@ def unpacked(sha256: str, code: bytes) -> str:
     checked.add(folder)
     os.utime(folder)
     return folder
-
-
-def _sweep(parent: str) -> None:
-    """Delete code folders that were not used for a week."""
-    import shutil
-    import time
-
-    with os.scandir(parent) as entries:
-        for entry in entries:
-            try:
-                is_old = time.time() - entry.stat().st_mtime > 7 * 24 * 3600
-            except OSError:  # another worker has just renamed its scratch folder
-                continue
-            if is_old:
-                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _is_unpacked(archive: Any, folder: str) -> bool:
@@ -82,19 +103,19 @@ def _is_unpacked(archive: Any, folder: str) -> bool:
                         return False
     except OSError:
         return False
-    return os.path.isdir(folder)
+    return os.path.isdir(folder) and not os.path.islink(folder)
 
 
 def use_code(folder: str | None) -> None:
     """Put `folder` behind the environment on sys.path; remove other code and its modules."""
-    # The worker may have run other code before. It is found by its path: each batch sends a new
-    # copy of this function, which remembers nothing.
-    parent = os.path.realpath(_code_folders()) + os.sep
+    # The worker may have run other code before. It is found by its path.
+    folders: str | None = _memory().get("_code_folders")
+    parent = folders and os.path.realpath(folders) + os.sep
     keep = None if folder is None else os.path.realpath(folder) + os.sep
 
     def is_old(path: str) -> bool:
         real = os.path.realpath(path) + os.sep
-        return real.startswith(parent) and not (keep and real.startswith(keep))
+        return bool(parent and real.startswith(parent)) and not (keep and real.startswith(keep))
 
     names = set() if folder is None else module_names(folder)
     for name, module in list(sys.modules.items()):

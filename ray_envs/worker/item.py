@@ -16,12 +16,14 @@ from typing import Any
 
 from ray_envs.worker.check import what_is_wrong_here
 from ray_envs.worker.code import unpacked, use_code
+from ray_envs.worker.hold import INSTALLED_AS
 from ray_envs.worker.outcome import as_json, described
 from ray_envs.worker.paths import current_folder, module_names, put_foreign_paths_last, shadowed
+from ray_envs.worker.restoring import restorer
 
 
 def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None) -> Iterator[Any]:
-    """Run one item and report it."""
+    """Run one item and report it. End the worker if it is not fit for another item."""
     import time
 
     ray = sys.modules["ray"]
@@ -33,13 +35,13 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
     }
     clock = time.monotonic()
     outcome = _new_outcome(started)
-    value = None
-    folder = current_folder()
-    wrong = what_is_wrong_here(request, outcome)
+    value, folder = None, current_folder()
+    wrong = _what_is_wrong(request, outcome)
     if wrong:
         outcome["kind"] = "environment"
         outcome["error"] = {"type": "WrongEnvironment", "message": wrong, "traceback": ""}
     else:
+        restore = None
         try:
             outcome["kind"] = "entrypoint"
             outcome["shadowed"] = put_foreign_paths_last()
@@ -47,29 +49,43 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
             _check_call(function, request)
             outcome["kind"] = "payload"
             outcome["has_run"] = True
+            restore = restorer(folder)  # what an import has set stays, as its modules do
             value = function(*request["args"], **request["kwargs"])
             if request["as_json"]:
                 value = as_json(value)
                 outcome["value"] = value
         except (Exception, SystemExit) as exc:
             outcome["error"] = described(exc)
-            wrong = what_is_wrong_here(request, outcome)
-            if wrong:  # it failed because the disk was lost meanwhile
-                outcome["kind"] = "environment"
-                outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
-    outcome["duration_s"] = time.monotonic() - clock
-    if folder is not None:  # later items need it, and the payload may have changed or deleted it
-        import contextlib
-
-        with contextlib.suppress(OSError):  # it is gone; the outcome stays
-            os.chdir(folder)
+        outcome["duration_s"] = time.monotonic() - clock
+        wrong = _what_is_wrong(request, outcome, restore)
+        if wrong and outcome["error"] is not None:  # it failed because the disk was lost meanwhile
+            outcome["kind"] = "environment"
+            outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
     yield outcome
     if not request["as_json"] and outcome["error"] is None:
         yield value
+    if wrong:
+        raise SystemExit(0)  # Ray sends what was yielded, and ends this worker
+
+
+def _what_is_wrong(
+    request: dict[str, Any], outcome: dict[str, Any], restore: Callable[[], None] | None = None
+) -> str:
+    """Restore what an item has changed; return why no item can run here, empty if one can."""
+    try:
+        if restore is not None:
+            restore()
+        sys.modules["ray"]  # an item may have emptied sys.modules
+        return what_is_wrong_here(request, outcome)
+    except Exception as exc:  # an item has changed what we need
+        return f"the worker was damaged: {type(exc).__name__}: {exc}"
 
 
 def _new_outcome(started_at: float) -> dict[str, Any]:
     """Return the outcome of an item that has not run yet."""
+    memory = vars(sys.modules.get(INSTALLED_AS, os))
+    is_first = not memory.get("_has_run_items")
+    memory["_has_run_items"] = True
     return {
         "python": ".".join(str(n) for n in sys.version_info[:3]),
         "ray": sys.modules["ray"].__version__,
@@ -77,6 +93,9 @@ def _new_outcome(started_at: float) -> dict[str, Any]:
         "shadowed": [],
         "kind": "payload",
         "has_run": False,
+        "duration_s": 0.0,
+        #: If something is wrong here, no earlier item of this worker can be the reason.
+        "is_first": is_first,
         "error": None,
         "value": None,
     }
@@ -86,7 +105,10 @@ def _load(
     request: dict[str, Any], payload: bytes | None, code: bytes | None, outcome: dict[str, Any]
 ) -> Callable[..., Any]:
     """Return the function to call: the unpickled payload or the imported entrypoint."""
-    folder = None if code is None else unpacked(request["code_sha256"], code)
+    folder = None
+    if code is not None:
+        store = os.path.dirname(os.path.dirname(os.path.realpath(request["venv"])))
+        folder = unpacked(os.path.dirname(store), request["code_sha256"], code)
     use_code(folder)
     if folder is not None:
         outcome["shadowed"] = sorted({*outcome["shadowed"], *shadowed([folder])})

@@ -18,11 +18,29 @@ def as_json(value: Any) -> Any:
     try:
         text = json.dumps(value, default=plain, allow_nan=False, ensure_ascii=False)
         text.encode()  # fails for half a surrogate pair, which no file can hold
-        return json.loads(text)
+        plain_value = json.loads(text)
+        _check_depth(plain_value)
+        return plain_value
     except (TypeError, ValueError, RecursionError) as exc:  # also NaN, a circle, too deep
         raise TypeError(f"the value is not JSON: {exc}") from None
 
 
+def _check_depth(value: Any) -> None:
+    """Raise `ValueError` if `value` is nested deeper than readers of a results file accept."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, (dict, list)):
+                inner += each.values() if isinstance(each, dict) else each
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
+
+
+#: The same for everything that is read again: a batch file, an earlier result.
+_MAX_DEPTH = 120
 #: The longest texts of an error that are sent: a message may hold a whole array.
 _MESSAGE_LENGTH = 10_000
 _TRACEBACK_LENGTH = 20_000

@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs 
 import pytest
 
 from ray_envs.batch_models import BatchSpec, ItemResult
-from ray_envs.cli import main, run
+from ray_envs.cli import main
 from ray_envs.cli.display import rendered, results_table
 from ray_envs.client.code_folder import source_sha256
 from ray_envs.cluster.nodes import LocalNodes
@@ -99,73 +99,6 @@ def test_a_restoration_without_space_leaves_the_generations_as_they_were(
         registry.point_to(first)
     assert generations(registry) == before
     assert registry.get(V) == second
-
-
-# -- the results file ------------------------------------------------------------------------------
-
-
-def line(case_id: str) -> bytes:
-    return (
-        ItemResult(variant_id="v", case_id=case_id, ok=True, value="é").model_dump_json().encode()
-    )
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    return tmp_path / "b.results.jsonl"
-
-
-def test_results_with_windows_line_ends_are_kept_whole(results: Path) -> None:
-    content = line("one") + b"\r\n" + line("two") + b"\r\n"
-    results.write_bytes(content)
-    with run._results_file(results, resume=True) as (_, done):
-        assert [result.case_id for result in done] == ["one", "two"]
-    assert results.read_bytes() == content
-
-
-def test_a_line_that_was_torn_inside_a_letter_is_cut(results: Path) -> None:
-    whole = line("one") + b"\n"
-    torn = line("two").partition("é".encode())[0] + "é".encode()[:1]
-    results.write_bytes(whole + torn)
-    with run._results_file(results, resume=True) as (log, done):
-        assert [result.case_id for result in done] == ["one"]
-        log.write(line("three") + b"\n")
-    assert results.read_bytes() == whole + line("three") + b"\n"
-
-
-def test_a_last_result_without_its_newline_counts_only_if_the_file_keeps_it(results: Path) -> None:
-    """An editor may leave it so; what is skipped now must be known to the next `--resume` too."""
-    results.write_bytes(line("one") + b"\n" + line("two"))
-    with run._results_file(results, resume=True) as (_, done):
-        counted = [result.case_id for result in done]
-    with run._results_file(results, resume=True) as (_, done):
-        assert [result.case_id for result in done] == counted
-
-
-def test_an_os_error_of_the_run_is_not_renamed_to_one_of_the_results_file(results: Path) -> None:
-    mine = OSError(errno.EIO, "something else")
-    with (
-        pytest.raises(OSError, match="something else") as caught,
-        run._results_file(results, resume=False),
-    ):
-        raise mine
-    assert caught.value is mine
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_an_interrupted_run_without_results_leaves_no_empty_file(
-    results: Path, resume: bool
-) -> None:
-    with pytest.raises(KeyboardInterrupt), run._results_file(results, resume=resume):
-        raise KeyboardInterrupt
-    assert list(results.parent.iterdir()) == []
-
-
-def test_a_device_is_refused_as_results_file_and_stays() -> None:
-    null = Path(os.devnull)
-    with pytest.raises(InvalidInput, match="not a file"), run._results_file(null, resume=False):
-        pytest.fail("it was accepted")
-    assert stat.S_ISCHR(null.stat().st_mode)
 
 
 # -- locks and code --------------------------------------------------------------------------------

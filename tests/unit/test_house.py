@@ -17,7 +17,7 @@ from ray_envs import verbs
 from ray_envs.cli import main
 from ray_envs.client.lifecycle import Lifecycle
 from ray_envs.client.variants import Variants
-from ray_envs.decisions.toml import parsed_toml
+from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.manager.manager import EnvManager
 
 ROOT = Path(ray_envs.__file__).parent

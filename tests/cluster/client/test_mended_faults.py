@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,9 +177,6 @@ def test_code_that_was_changed_where_it_is_unpacked_is_unpacked_again_for_a_new_
 ) -> None:
     source = f"WHERE = {str(tmp_path)!r}\n\ndef give():\n    return 'as it was sent'\n"
     (tmp_path / "spoilt.py").write_text(source)
-    unpacked = Path(
-        tempfile.gettempdir(), f"ray_envs-code-{os.getuid()}", pack_code(tmp_path)[0], "spoilt.py"
-    )
 
     def given(variant_id: str, six: str) -> Any:
         make(variant_id, six)
@@ -188,6 +184,8 @@ def test_code_that_was_changed_where_it_is_unpacked_is_unpacked_again_for_a_new_
         return one(runner.run("spoilt:give", variants=[variant_id], cases=[[]], code=tmp_path))
 
     assert given("first-worker", "1.11.0").value == "as it was sent"
+    root = Path(cluster.status("first-worker")["venv_path"]).parents[2]
+    unpacked = root / f"code-{os.getuid()}" / pack_code(tmp_path)[0] / "spoilt.py"
     unpacked.write_text("def give():\n    return 'changed by hand'\n")
     assert given("second-worker", "1.10.0").value == "as it was sent"
     assert unpacked.read_text() == source

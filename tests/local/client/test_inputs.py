@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_envs.batch_models import CaseSpec, ItemResult, VariantSpec
-from ray_envs.client.inputs import read_batch, read_definition, read_results
-from ray_envs.errors import InvalidId, InvalidInput, InvalidPackages, RayEnvsError
+from ray_envs.batch_models import CaseSpec, VariantSpec
+from ray_envs.client.inputs import read_batch, read_definition
+from ray_envs.errors import InvalidId, InvalidInput, InvalidPackages
 from ray_envs.models import EnvSpec
 
 GOOD = """
@@ -332,61 +332,3 @@ def test_a_batch_file_that_is_none_is_named(tmp_path: Path) -> None:
     assert caught.value.hint == "save the file as UTF-8"
     with pytest.raises(InvalidInput, match="nested too deeply"):
         read_batch(written(tmp_path / "deep.toml", "a = " + "[" * 100_000))
-
-
-# -- results of an earlier run ---------------------------------------------------------------------
-
-
-def line(case: str) -> str:
-    return ItemResult(variant_id="v", case_id=case, ok=True, value={"é": 1}).model_dump_json()
-
-
-def test_results_are_read_in_order(tmp_path: Path) -> None:
-    path = written(tmp_path / "r.jsonl", f"{line('a')}\n{line('b')}\n")
-    assert [item.case_id for item in read_results(path)] == ["a", "b"]
-    assert read_results(path)[0].value == {"é": 1}
-
-
-def test_no_results_file_means_no_results(tmp_path: Path) -> None:
-    assert read_results(tmp_path / "gone.jsonl") == []
-    assert read_results(written(tmp_path / "r.jsonl")) == []
-
-
-def test_a_result_that_was_being_written_when_its_writer_was_killed_is_ignored(
-    tmp_path: Path,
-) -> None:
-    whole = f"{line('a')}\n".encode()
-    torn = line("b").encode()
-    for length in range(len(torn)):
-        path = written(tmp_path / "r.jsonl", whole + torn[:length])
-        assert [item.case_id for item in read_results(path)] == ["a"], torn[:length]
-    path = written(tmp_path / "r.jsonl", whole + torn)  # all but the newline was written
-    assert [item.case_id for item in read_results(path)] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        ('{"variant_id": "v", "cas', "the line is not JSON"),
-        ("[1]", "the line is not an item result"),
-        ('{"variant_id": "v", "case_id": "c", "ok": true, "kee": 1}', "unknown key 'kee'"),
-        ('{"variant_id": "v"}', "case_id is missing"),
-        ("\x00\x00", "the line is not JSON"),
-    ],
-)
-@pytest.mark.parametrize("is_last", [True, False])
-def test_any_other_damaged_line_is_named_by_its_number(
-    tmp_path: Path, damage: str, says: str, is_last: bool
-) -> None:
-    tail = "" if is_last else f"{line('b')}\n"
-    path = written(tmp_path / "r.jsonl", f"{line('a')}\n\n{damage}\n{tail}")
-    with pytest.raises(InvalidInput) as caught:
-        read_results(path)
-    assert caught.value.where == f"{path}, line 3"
-    assert says in caught.value.message
-    assert caught.value.hint == "remove the line, or run without resuming"
-
-
-def test_a_results_file_that_is_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RayEnvsError, match="is a folder, not a file"):
-        read_results(tmp_path)

@@ -485,6 +485,28 @@ def test_what_could_not_be_deleted_is_not_reported_as_freed(
     assert trash_of(store) == []
 
 
+def test_the_sweep_of_code_deletes_only_what_workers_have_unpacked_and_follows_no_link(
+    settings: Settings, tmp_path: Path
+) -> None:
+    store = Store(settings)
+    store.set_up()
+    code, victim = store.root / f"code-{os.getuid()}", tmp_path / "victim"
+    old, fresh, half = "a" * 64, "b" * 64, "unpacking-x1_2"
+    for folder in (code / old, code / fresh, code / half, code / "notes", victim / ("c" * 64)):
+        folder.mkdir(parents=True)
+        (folder / "kept.py").touch()
+    (code / ("d" * 64)).symlink_to(victim)
+    for folder in (code / old, code / half, code / "notes", victim, victim / ("c" * 64)):
+        os.utime(folder, (0, 0))
+    os.utime(code / ("d" * 64), (0, 0), follow_symlinks=False)
+    store.sweep_code()
+    assert sorted(os.listdir(code)) == sorted([fresh, "d" * 64, "notes"])
+    code.rename(tmp_path / "moved")
+    code.symlink_to(victim)  # by somebody who may write the root
+    store.sweep_code()
+    assert os.listdir(victim) == ["c" * 64]
+
+
 # -- who holds it
 
 

@@ -6,15 +6,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from ray_envs.worker import paths
+from ray_envs.worker.hold import INSTALLED_AS
 
 
 @pytest.fixture(autouse=True)
 def untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore `sys.path` and `sys.modules` after each test."""
+    """Restore `sys.path` and `sys.modules` after each test; a worker has the installed module."""
+    monkeypatch.setitem(sys.modules, INSTALLED_AS, ModuleType(INSTALLED_AS))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(paths, "_shadowed_by_folder", {})
     path, modules = list(sys.path), set(sys.modules)

@@ -11,8 +11,8 @@ import sys
 import tempfile
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,19 +31,19 @@ def archive_of(files: dict[str, str]) -> tuple[str, bytes]:
     return hashlib.sha256(packed.getvalue()).hexdigest(), packed.getvalue()
 
 
-def test_code_is_unpacked_once_and_only_for_its_user(tmp_path: Path) -> None:
+def test_code_is_unpacked_once_below_the_root_and_only_for_its_user(tmp_path: Path) -> None:
     sha256, code = archive_of({"a.py": "X = 1\n", "p/b.py": ""})
-    folder = Path(code_module.unpacked(sha256, code))
+    folder = Path(code_module.unpacked(str(tmp_path), sha256, code))
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.py")) == [
         "a.py",
         "p/b.py",
     ]
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
-    assert folder.is_relative_to(tmp_path)
-    assert code_module.unpacked(sha256, b"not looked at again") == str(folder)
+    assert folder.parent == tmp_path / f"code-{os.getuid()}"
+    assert code_module.unpacked(str(tmp_path), sha256, b"not looked at again") == str(folder)
 
 
-def test_many_workers_unpack_the_same_code_at_once() -> None:
+def test_many_workers_unpack_the_same_code_at_once(tmp_path: Path) -> None:
     files = {f"m{n}.py": f"X = {n}\n" for n in range(50)}
     sha256, code = archive_of(files)
     start = threading.Barrier(8)
@@ -51,7 +51,7 @@ def test_many_workers_unpack_the_same_code_at_once() -> None:
 
     def unpack() -> None:
         start.wait(20)
-        folders.append(code_module.unpacked(sha256, code))
+        folders.append(code_module.unpacked(str(tmp_path), sha256, code))
 
     threads = [threading.Thread(target=unpack) for _ in range(8)]
     for thread in threads:
@@ -64,34 +64,60 @@ def test_many_workers_unpack_the_same_code_at_once() -> None:
     assert [p.name for p in folder.parent.iterdir()] == [sha256]
 
 
-def test_an_archive_that_is_damaged_leaves_nothing_behind() -> None:
+def test_an_archive_that_is_damaged_leaves_nothing_behind(tmp_path: Path) -> None:
     sha256, code = archive_of({"a.py": "X = 1\n"})
     with pytest.raises(zipfile.BadZipFile):
-        code_module.unpacked(sha256, code[:-30])
-    parent = Path(tempfile.gettempdir()) / f"ray_envs-code-{os.getuid()}"
-    assert list(parent.iterdir()) == []
+        code_module.unpacked(str(tmp_path), sha256, code[:-30])
+    assert list((tmp_path / f"code-{os.getuid()}").iterdir()) == []
 
 
-def test_a_folder_of_somebody_else_is_not_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _a_link(place: Path, victim: Path) -> None:
+    place.symlink_to(victim)
+
+
+def _open_to_others(place: Path, _victim: Path) -> None:
+    place.mkdir()
+    place.chmod(0o777)
+
+
+def _a_file(place: Path, _victim: Path) -> None:
+    place.write_text("")
+
+
+@pytest.mark.parametrize("prepared", [_a_link, _open_to_others, _a_file])
+def test_a_folder_that_others_can_prepare_is_not_used(
+    tmp_path: Path, prepared: Callable[[Path, Path], None]
 ) -> None:
-    """/tmp is everybody's: whoever makes the folder first could put code into it."""
-    (tmp_path / f"ray_envs-code-{os.getuid()}").mkdir()
-    uid = os.getuid()
-    real = os.stat
+    """A link to somebody's home would have its old folders deleted; an open one, code planted."""
+    victim = tmp_path / "home"
+    (victim / "thesis").mkdir(parents=True)
+    os.utime(victim / "thesis", (0, 0))
+    place = tmp_path / "root" / f"code-{os.getuid()}"
+    place.parent.mkdir()
+    prepared(place, victim)
+    folder = Path(code_module.unpacked(str(place.parent), *archive_of({"a.py": ""})))
+    assert (folder / "a.py").exists()
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert not folder.resolve().is_relative_to(place.resolve())
+    assert [path.name for path in victim.iterdir()] == ["thesis"]
 
-    def somebody_elses(path: Any, **kwargs: Any) -> Any:
-        return SimpleNamespace(st_uid=uid + 1, st_mode=real(path, **kwargs).st_mode)
 
-    monkeypatch.setattr(os, "stat", somebody_elses)
-    with pytest.raises(PermissionError):
-        code_module.unpacked(*archive_of({"a.py": ""}))
+def test_a_link_with_the_name_of_the_code_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    sha256, code = archive_of({"a.py": ""})
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.py").write_text("")
+    (tmp_path / f"code-{os.getuid()}").mkdir(mode=0o700)
+    (tmp_path / f"code-{os.getuid()}" / sha256).symlink_to(tmp_path / "elsewhere")
+    folder = Path(code_module.unpacked(str(tmp_path), sha256, code))
+    assert not folder.is_symlink()
+    assert (tmp_path / "elsewhere" / "a.py").exists()
 
 
 def load(entrypoint: str, files: dict[str, str] | None) -> Any:
     sha256, code = archive_of(files) if files is not None else (None, None)
     outcome: dict[str, Any] = {"shadowed": []}
-    request = {"entrypoint": entrypoint, "code_sha256": sha256}
+    venv = os.path.join(tempfile.gettempdir(), "root", "store", "key", ".venv")
+    request = {"entrypoint": entrypoint, "code_sha256": sha256, "venv": venv}
     return item._load(request, None, code, outcome)
 
 
@@ -135,7 +161,8 @@ def test_code_is_replaced_whichever_copy_of_this_file_put_it_there() -> None:
     finally:
         cloudpickle.unregister_pickle_by_value(worker)
     assert copy.__globals__["use_code"] is not item._load.__globals__["use_code"]
-    request = {"entrypoint": "zz_work:f", "code_sha256": sha256}
+    venv = os.path.join(tempfile.gettempdir(), "root", "store", "key", ".venv")
+    request = {"entrypoint": "zz_work:f", "code_sha256": sha256, "venv": venv}
     assert copy(request, None, code, {"shadowed": []})() == 1
     assert load("zz_work:f", {"zz_work.py": "def f(): return 2\n"})() == 2
 
