@@ -165,7 +165,10 @@ class Dispatcher:
             item = self.items[stream]
             end = self._advance(stream, item)
             if end is not None:
-                del self.items[stream]
+                if item.outcome is not None and item.outcome["is_unfit"]:
+                    self._end(stream)  # no other item must meet that worker
+                else:
+                    del self.items[stream]
                 yield item, end[0]
         yield from self._overdue()
         yield from self._stranded()
@@ -208,12 +211,14 @@ class Dispatcher:
             text = str(exc)
             return self._again_or(item, type(exc).__name__, gate.reason_in(text) or text)
         except exceptions.RayTaskError as exc:
+            if item.began is None:  # Ray failed in a worker that an item before it has spoilt
+                return self._again_or(item, type(exc.cause).__name__, str(exc.cause))
             return (broken(item, type(exc.cause).__name__, str(exc.cause), str(exc)),)
         except Exception as exc:
             return (broken(item, type(exc).__name__, str(exc)),)
 
     def _again_elsewhere(self, item: Item, message: Mapping[str, Any]) -> tuple[ItemResult | None]:
-        """Start an item again that found something wrong where it ran; that worker ends itself.
+        """Start an item again that found something wrong where it ran.
 
         If the user's function had not been called, this does not count as a retry. The first item
         of a worker shows that the node is at fault. A later item may have met what an item before

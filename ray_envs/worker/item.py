@@ -61,11 +61,15 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
         if wrong and outcome["error"] is not None:  # it failed because the disk was lost meanwhile
             outcome["kind"] = "environment"
             outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
+    outcome["is_unfit"] = bool(wrong)
     yield outcome
     if not request["as_json"] and outcome["error"] is None:
         yield value
     if wrong:
-        raise SystemExit(0)  # Ray sends what was yielded, and ends this worker
+        # The driver has what it needs before it kills this worker. Raising an error here would let
+        # Ray decide, which may have lost its own files.
+        time.sleep(10)
+        os._exit(1)
 
 
 def _what_is_wrong(

@@ -47,10 +47,10 @@ def no_modules(_folder: str) -> None:
     sys.modules.pop("ray")
 
 
-def no_builtins(_folder: str) -> None:
+def no_getcwd(_folder: str) -> None:
     import os
 
-    del os.open
+    del os.getcwd
 
 
 def spoil_later(_folder: str) -> None:
@@ -61,7 +61,7 @@ def spoil_later(_folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [chroot, other_prefix, no_modules, no_builtins, spoil_later], ids=lambda f: f.__name__
+    "spoil", [chroot, other_prefix, no_modules, no_getcwd, spoil_later], ids=lambda f: f.__name__
 )
 def test_a_worker_that_an_item_has_spoilt_ends_and_costs_the_others_no_retry(
     cluster: RayEnvironmentProvider, variant: str, tmp_path: Any, spoil: Callable[[str], None]

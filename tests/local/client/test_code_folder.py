@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from ray_envs.client import code_folder
 from ray_envs.client.code_folder import pack_code
+from ray_envs.disk.files import read_at_most
 from ray_envs.errors import InvalidInput
 
 
@@ -110,14 +114,13 @@ def test_a_file_that_vanishes_meanwhile_is_left_out(
 ) -> None:
     written(tmp_path / "a.py", "1")
     written(tmp_path / "b.py", "2")
-    read = Path.read_bytes
 
-    def read_after_another_process_removed_it(path: Path) -> bytes:
+    def read_after_another_process_removed_it(path: Path, size: int) -> bytes:
         if path.name == "a.py":
             path.unlink()
-        return read(path)
+        return read_at_most(path, size)
 
-    monkeypatch.setattr(Path, "read_bytes", read_after_another_process_removed_it)
+    monkeypatch.setattr(code_folder, "read_at_most", read_after_another_process_removed_it)
     assert names_in(pack_code(tmp_path)[1]) == ["b.py"]
 
 
@@ -125,9 +128,31 @@ def test_a_file_that_grows_meanwhile_cannot_pass_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(tmp_path / "a.py", "1")
-    monkeypatch.setattr(Path, "read_bytes", lambda _: b"0" * 100)
+    monkeypatch.setattr(code_folder, "read_at_most", lambda _path, size: b"0" * size)
     with pytest.raises(InvalidInput, match=r"biggest: a\.py"):
         pack_code(tmp_path, limit_bytes=50)
+
+
+def test_too_many_files_are_refused_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        written(tmp_path / str(number % 3) / f"{number}.py", "1")
+    monkeypatch.setattr(code_folder, "_MOST_ENTRIES", 32)
+    with pytest.raises(InvalidInput, match="more than 32 files and folders"):
+        pack_code(tmp_path)
+    monkeypatch.setattr(code_folder, "_MOST_ENTRIES", 33)
+    assert len(names_in(pack_code(tmp_path)[1])) == 30
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("folder", ["/proc", "/proc/self", "/proc/sys/kernel", "/dev"])
+def test_a_folder_of_the_kernel_is_refused_soon_or_read_to_its_end(folder: str) -> None:
+    """Some files there have no end, no size, or wait for events."""
+    began = time.monotonic()
+    with contextlib.suppress(InvalidInput):
+        pack_code(Path(folder))
+    assert time.monotonic() - began < 10
 
 
 def test_a_code_file_that_may_not_be_read_is_named(unprivileged: Path) -> None:

@@ -171,6 +171,8 @@ def test_a_batch_file_becomes_a_batch(tmp_path: Path) -> None:
         ('name = "upgrade"', 'nam = "upgrade"', "unknown key 'nam'", "did you mean 'name'?"),
         ('name = "upgrade"', "", "name is missing", ""),
         ('id = "old"', 'id = "old"\nnum_cpus = inf', "variants[0].num_cpus: ", ""),
+        ('id = "old"', 'id = "old"\nnum_cpus = 1e-5', "Ray's smallest amount, 0.0001", ""),
+        ('id = "old"', 'id = "old"\nnum_gpus = 1.5', "a part of one GPU, or whole ones", ""),
         ('code = "."', 'kode = "."', "unknown key 'kode'", "did you mean 'code'?"),
         ('project = "new"', 'projet = "new"', "unknown key 'variants[1].projet'", "'project'?"),
         ('id = "old"', "id = 5", "variants[0].id: ", ""),
