@@ -1,9 +1,15 @@
-"""Finds secrets in texts: hides them before a text is shown, and refuses them in a definition."""
+"""Finds secrets in texts: hides them before a text is shown, and refuses them in a definition.
+
+What is known to be secret is hidden by its value (`secrets_in`, `secrets_of`). What only looks like
+a secret is hidden by its form, too.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import lru_cache
+from urllib.parse import quote, unquote
 
 from ray_envs.errors import InvalidInput, InvalidPackages
 
@@ -13,7 +19,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s]*)")
 _CREDENTIALS = re.compile(r"(?<=://)(?:[^/\s]+|(?!\[)[^/\s:@]*:(?!\d*(?:[/?#\s,'\"`()<>]|$))\S*)@")
 #: Parameters of a URL that hold a secret. uv hides only some of them, and not everywhere.
 _SECRET_PARAMETER = re.compile(
-    r"([?&](?:[\w.-]*(?:token|passw(?:or)?d|secret|signature|credential|api[_-]?key)|sig)=)"
+    r"([?&](?:[\w.-]*(?:token|passw(?:or)?d|secret|signature|credential|api[_-]?key)|sig|key)=)"
     r"[^\s&#'\"`()<>]+",
     re.IGNORECASE,
 )
@@ -46,10 +52,93 @@ _ENV_VARS_HINT = (
 _Error = Callable[..., InvalidInput | InvalidPackages]
 
 
-def redacted(text: str) -> str:
-    """Return `text` with `***` for the credentials in its URLs and headers."""
+#: Variables whose URLs may have a token as a part of their path.
+_INDEX_NAME = re.compile(r"(UV|PIP)_.*(INDEX|FIND_LINKS|MIRROR|PROXY).*", re.IGNORECASE)
+#: The user and password at the start of an authority; the second form as in `_CREDENTIALS`.
+_USER_INFO = re.compile(r"(?:([^/?#]*)|((?!\[)[^/:@]*:(?!\d*(?:[/?#\s]|$)).*))@")
+#: The same without a scheme: `user:password@host`, never a mail address or `git@host:path`.
+_BARE_USER_INFO = re.compile(r"(?:^|(?<=\s))([^/\s@:]+:[^\s@/]+)@\S")
+_PARAMETER = re.compile(r"[?&;]([^=&\s]*)=([^&#\s]*)")
+#: A part of a path that nobody would write by hand.
+_RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w~+=-]{10,}")
+_QUOTED = re.compile(r"""\"((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
+#: Shorter ones would hide parts of ordinary words.
+_SHORTEST = 4
+
+
+def redacted(text: str, secrets: Collection[str] = ()) -> str:
+    """Return `text` with `***` for its credentials: those in `secrets`, and all that look so."""
+    if secrets:
+        text = _any_of(frozenset(secrets)).sub("***", text)
     text = _CREDENTIALS.sub("***@", text)
     return _HEADER.sub(r"\1***", _SECRET_PARAMETER.sub(r"\1***", text))
+
+
+@lru_cache(maxsize=64)
+def _any_of(secrets: frozenset[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(each) for each in sorted(secrets, key=len, reverse=True)))
+
+
+def secrets_of(environ: Mapping[str, str], netrc: str = "") -> frozenset[str]:
+    """Return the secrets in environment variables and in the text of a netrc file."""
+    found: set[str] = set()
+    for name, value in environ.items():
+        if _SECRET_NAME.fullmatch(name) and not _PLAIN_VALUE.fullmatch(value):
+            found |= _spellings(value)
+        if "://" in value or "@" in value or "=" in value:
+            found |= secrets_in(value, has_paths=_INDEX_NAME.fullmatch(name) is not None)
+    for password in re.findall(r"\bpassword\s+(\S+)", netrc):
+        found |= _spellings(password.strip("\"'"))
+    return frozenset(found)
+
+
+def secrets_in_toml(text: str) -> frozenset[str]:
+    """Return the secrets in the strings of a TOML text, whether it can be parsed or not."""
+    found: set[str] = set()
+    for double, single in _QUOTED.findall(text):
+        found |= secrets_in(double or single)
+    return frozenset(found)
+
+
+def secrets_in(setting: str, *, has_paths: bool = False) -> set[str]:
+    """Return the secrets in a setting that is a URL, several URLs, or nearly a URL.
+
+    A password, a user name without one, the value of a parameter that is named or looks like a
+    secret and, with `has_paths`, parts of the path that look like one.
+    """
+    found: set[str] = set()
+    for text in {setting, *setting.split()}:  # several URLs; and a password may have a space
+        scheme, has_scheme, rest = text.partition("://")
+        if has_scheme:
+            info = _USER_INFO.match(rest)
+            is_login = scheme.lower().endswith("ssh")
+            if info is not None:
+                found |= _in_user_info(info[1] or info[2] or "", is_login=is_login)
+            path = (rest[info.end() :] if info else rest).partition("#")[0].partition("?")[0]
+            if has_paths:
+                found.update(part for part in path.split("/")[1:] if _RANDOM.fullmatch(part))
+        elif (bare := _BARE_USER_INFO.search(text)) is not None:
+            found |= _in_user_info(bare[1], is_login=False)
+        for name, value in _PARAMETER.findall(text):
+            if _SECRET_PARAMETER.match(f"?{name}={value}") or _RANDOM.fullmatch(value):
+                found |= _spellings(value)
+    return found
+
+
+def _in_user_info(info: str, *, is_login: bool) -> set[str]:
+    user, has_password, password = info.partition(":")
+    found = _spellings(password)
+    if (not has_password and not is_login) or _RANDOM.fullmatch(user):
+        found |= _spellings(user)
+    return found
+
+
+def _spellings(secret: str) -> set[str]:
+    """Return the forms in which programs repeat a secret: escaped, not escaped, in pieces."""
+    escaped = secret.replace("\\", "\\\\").replace('"', '\\"')
+    forms = {secret, unquote(secret), quote(secret), quote(secret, safe=""), escaped}
+    forms |= set(re.split(r"[\s'\"]+", secret))
+    return {form for form in forms if len(form) >= _SHORTEST}
 
 
 def check_credentials(text: str, error: _Error, *, where: str) -> None:
@@ -62,8 +151,27 @@ def check_credentials(text: str, error: _Error, *, where: str) -> None:
         # ssh://git@host is the usual login without a secret: the key is in a file.
         is_login = scheme.lower().endswith("ssh") and ":" not in user
         is_secret = is_secret or bool(is_cut_short) or bool(has_user and not is_login)
-    if is_secret:
+    if is_secret or _BARE_USER_INFO.search(text):
         raise _secret_url(text, error, where=where)
+
+
+def check_file(text: str, *, where: str) -> None:
+    """Raise `InvalidInput` if a whole file has credentials in a URL, also in a comment."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if "://" in line and any(_has_credentials(url) for url in _urls_in(line)):
+            raise _secret_url(line.lstrip("# "), InvalidInput, where=f"{where}, line {number}")
+
+
+def _urls_in(line: str) -> Iterator[str]:
+    yield from re.findall(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>(){},`]*", line)
+
+
+def _has_credentials(url: str) -> bool:
+    try:
+        check_credentials(url, InvalidInput, where="")
+    except InvalidInput:
+        return True
+    return False
 
 
 def check_env_vars(env_vars: Mapping[str, str], *, where: str) -> None:
@@ -91,8 +199,9 @@ def check_env_vars(env_vars: Mapping[str, str], *, where: str) -> None:
 
 
 def _secret_url(text: str, error: _Error, *, where: str) -> InvalidInput | InvalidPackages:
+    scheme = re.search(r"[A-Za-z][A-Za-z0-9+.-]*://", text)
     return error(
-        f"credentials in a URL ({text.partition('://')[0][:80]}://…)",
+        f"credentials in a URL ({scheme[0][:80]}…)" if scheme else "credentials before a host name",
         where=where,
         hint=_CREDENTIALS_HINT,
     )

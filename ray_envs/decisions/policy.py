@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from ray_envs.decisions.credentials import check_env_vars, redacted
+from ray_envs.decisions.credentials import check_env_vars, check_file, redacted
 from ray_envs.decisions.parsing import parsed_toml, strings
 from ray_envs.decisions.requirements import LOCAL_HINT
 from ray_envs.errors import InvalidInput, InvalidPackages
@@ -48,13 +48,15 @@ def check_definition(definition: Definition, settings: Settings, *, where: str) 
     Raises:
         InvalidPackages: a requirement has a source that is not allowed.
         InvalidInput: the project has a source, an index or a cut-off that is not allowed, or is not
-            TOML; or env_vars hold a secret.
+            TOML; or a file or env_vars hold a secret.
     """
     check_env_vars(definition.env_vars, where=where)
     for text in definition.packages:
         _check_requirement(text, settings, where=_place(where, "packages"))
     project = parsed_toml(definition.pyproject or "", where=_place(where, "pyproject.toml"))
     _check_project(project, settings, where=_place(where, "pyproject.toml"))
+    check_file(definition.pyproject or "", where=_place(where, "pyproject.toml"))
+    check_file(definition.uv_lock or "", where=_place(where, "uv.lock"))
     changed: dict[str, Any] = {"only_binary": definition.only_binary or settings.only_binary}
     if definition.exclude_newer is not None:
         try:
@@ -84,7 +86,7 @@ def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> N
 
     Raises:
         InvalidPackages: a package has another source, or no wheel and only wheels are allowed.
-        InvalidInput: `lock` is not TOML.
+        InvalidInput: `lock` is not TOML, or a URL in it has credentials.
     """
     for package in parsed_toml(lock, where="uv.lock").get("package", []):
         source = package.get("source", {})
@@ -106,6 +108,7 @@ def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> N
                 hint="publish a wheel of it, choose a version that has one, or allow builds "
                 "(only_binary of the spec, RAY_ENVS_ONLY_BINARY)",
             )
+    check_file(lock, where="uv.lock")
 
 
 def _place(*parts: str) -> str:

@@ -11,7 +11,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ async def run(
     stdin: str = "",
     on_line: Progress | None = None,
     hint: str = "",
+    secrets: Collection[str] = (),
 ) -> Ended:
     """Run `command` to its end, whatever its exit code.
 
@@ -58,6 +59,7 @@ async def run(
         stdin: its standard input.
         on_line: called with each line as it comes.
         hint: what to change if it did not end in time.
+        secrets: what its output must not show, besides what looks like a credential.
 
     Raises:
         StorageFailed: it cannot be started.
@@ -83,8 +85,15 @@ async def run(
     except OSError as exc:
         raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
     lines: list[str] = []
+
+    def tell(raw: bytes) -> None:
+        line = redacted(raw.decode("utf-8", "replace").rstrip(), secrets)
+        lines.append(line)
+        if on_line is not None:
+            on_line(line)
+
     try:
-        await asyncio.wait_for(_talk(process, stdin, lines, on_line), timeout_s)
+        await asyncio.wait_for(_talk(process, stdin, tell), timeout_s)
     except (TimeoutError, asyncio.TimeoutError):
         raise UvFailed(
             f"{os.path.basename(command[0])} did not end within {timeout_s:g} s",
@@ -98,16 +107,9 @@ async def run(
 
 
 async def _talk(
-    process: asyncio.subprocess.Process, stdin: str, lines: list[str], on_line: Progress | None
+    process: asyncio.subprocess.Process, stdin: str, tell: Callable[[bytes], None]
 ) -> None:
-    """Write to the child, collect its lines, and return when it has ended."""
-
-    def tell(raw: bytes) -> None:
-        line = redacted(raw.decode("utf-8", "replace").rstrip())
-        lines.append(line)
-        if on_line is not None:
-            on_line(line)
-
+    """Write to the child, tell each of its lines, and return when it has ended."""
     if process.stdin is not None:
         with suppress(BrokenPipeError, ConnectionResetError):  # it ended before it read all
             process.stdin.write(stdin.encode())

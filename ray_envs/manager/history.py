@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_envs.decisions.credentials import redacted
+from ray_envs.disk.secrets import known_secrets
 from ray_envs.errors import InvalidInput
 from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
 from ray_envs.manager.database import Database
@@ -306,7 +308,12 @@ def _shown(value: Any) -> Any:
     if isinstance(value, datetime):
         return _moment(value)
     # Bytes of a process that are no UTF-8 may stand in it as lone surrogates; SQLite refuses them.
-    return redacted(str(value)).encode("utf-8", "replace").decode("utf-8")
+    return redacted(str(value), _own_secrets()).encode("utf-8", "replace").decode("utf-8")
+
+
+@cache
+def _own_secrets() -> frozenset[str]:
+    return known_secrets()
 
 
 def _end_of(text: str) -> str:

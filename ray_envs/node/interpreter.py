@@ -10,7 +10,7 @@ from functools import cache
 from packaging.markers import default_environment
 from packaging.tags import sys_tags
 
-from ray_envs.decisions.credentials import redacted
+from ray_envs.decisions.credentials import redacted, secrets_in
 from ray_envs.models import Platform, Target
 
 #: The variables of this process that uv reads, and that decide what a resolution finds.
@@ -62,4 +62,8 @@ def index_settings() -> dict[str, str]:
     Without credentials: an index is the same one after its password has changed.
     """
     found = {name: os.environ.get(name, "") for name in _INDEX_SETTINGS}
-    return {name: redacted(value) for name, value in found.items() if value}
+    return {
+        name: redacted(value, secrets_in(value, has_paths=True))
+        for name, value in found.items()
+        if value
+    }

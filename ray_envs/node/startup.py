@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
+from ray_envs.decisions.credentials import secrets_in_toml
 from ray_envs.disk import processes
 from ray_envs.disk.processes import Ended, Progress, last_words
+from ray_envs.disk.secrets import known_secrets
 from ray_envs.errors import InvalidInput, UvFailed
 from ray_envs.models import BuildRequest
 from ray_envs.settings import Settings
@@ -87,12 +90,17 @@ async def run_clean(
 ) -> Ended:
     """Run a command without the variables of this process that name other projects and modes."""
     clean = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
+    child = {**clean, **(environ or {})}
+    secrets = known_secrets(child)
+    with suppress(OSError):  # `cwd` is not always that of a project
+        secrets |= secrets_in_toml((cwd / "pyproject.toml").read_text(encoding="utf-8"))
     return await processes.run(
         command,
         cwd,
         timeout_s=timeout_s,
         niceness=settings.build_niceness,
-        environ={**clean, **(environ or {})},
+        environ=child,
         on_line=on_line,
         hint=hint,
+        secrets=secrets,
     )
