@@ -99,6 +99,7 @@ def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> N
             if "://" not in at:
                 raise _refused_local(what, InvalidPackages, where="uv.lock")
             _check_index(at, settings, InvalidPackages, what=what, where="uv.lock")
+            _check_files(package, at, what=name)
         else:
             _check_source(kind, settings, InvalidPackages, what=what, where="uv.lock")
         if (only_binary or settings.only_binary) and not package.get("wheels"):
@@ -109,6 +110,37 @@ def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> N
                 "(only_binary of the spec, RAY_ENVS_ONLY_BINARY)",
             )
     check_file(lock, where="uv.lock")
+
+
+def _check_files(package: Mapping[str, Any], registry: str, *, what: str) -> None:
+    """Refuse files that are fetched less safely than their index is read.
+
+    Their host may be another one: many indexes keep files elsewhere, and a hash pins each.
+    """
+    safe = {"https", urlsplit(registry).scheme.lower()}
+    for url in file_urls(package):
+        scheme = urlsplit(url).scheme.lower()
+        if scheme and scheme not in safe:
+            raise InvalidPackages(
+                f"a file of {what} is fetched by {scheme} ({redacted(url)[:200]})",
+                where="uv.lock",
+                hint="lock the project again with `uv lock`, and take locks from whom you trust",
+            )
+
+
+def file_urls(package: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the URL of every file of a package in a lock."""
+    sdist = package.get("sdist")
+    for file in [*package.get("wheels", ()), *([sdist] if sdist else ())]:
+        if isinstance(file, dict) and isinstance(url := file.get("url"), str):
+            yield url
+
+
+def file_hosts(lock: str) -> list[str]:
+    """Return the hosts from which a node that lacks a file of `lock` fetches it, sorted."""
+    packages = parsed_toml(lock, where="uv.lock").get("package", [])
+    urls = (url for package in packages for url in file_urls(package))
+    return sorted({host for url in urls if (host := urlsplit(url).hostname)})
 
 
 def _place(*parts: str) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_envs.decisions import edits, locks, resolving
+from ray_envs.decisions.packs import MadeFor
+from ray_envs.decisions.parsing import parsed_json
 from ray_envs.errors import EnvironmentNotReady, InvalidInput, StorageFailed
 from ray_envs.manager.registry import Registry
 from ray_envs.models import Generation, Installed, VariantRecord
@@ -150,6 +152,7 @@ def take_bundle(path: Path, store: Store) -> dict[str, bytes]:
                 where=str(path),
                 hint="export it where this Ray runs",
             )
+        _check_made_for(bundle.made_for, sending.made_here(), where=str(path))
         named = _packages_of(bundle.files, where=str(path))
         for manifest in bundle.manifests:
             package = manifest.wheel.package
@@ -164,13 +167,27 @@ def take_bundle(path: Path, store: Store) -> dict[str, bytes]:
         return dict(bundle.files)
 
 
+def _check_made_for(made_for: MadeFor, here: MadeFor, *, where: str) -> None:
+    """Refuse a bundle of another uv or Python; `receiving` refuses wheels of another platform."""
+    for what in "uv", "python":
+        theirs, ours = getattr(made_for, what), getattr(here, what)
+        if theirs != ours:
+            raise InvalidInput(
+                f"the bundle is for {what} {theirs}; this machine has {ours}",
+                where=where,
+                hint=f"export it where this {what} runs",
+            )
+
+
 def _packages_of(files: Mapping[str, bytes], *, where: str) -> set[Installed]:
     """What the lock among the texts of a bundle installs here."""
     try:
         _, lock = (files[name].decode() for name in ("pyproject.toml", "uv.lock"))
-        options = json.loads(files["options.json"])
+        options = parsed_json(files["options.json"], where="options.json")
         extras, groups = options.get("extras", ()), options.get("groups", ())
         return set(locks.installed(lock, this_platform(), extras=extras, groups=groups))
+    except InvalidInput as exc:
+        raise exc.about(hint="write it again with `ray-envs export --bundle`") from None
     except (KeyError, ValueError, AttributeError, TypeError) as exc:
         raise InvalidInput(
             f"the bundle is no project of ours: {type(exc).__name__}: {exc}",

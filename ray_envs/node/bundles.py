@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 import tempfile
@@ -17,9 +16,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ray_envs.decisions.packs import CHUNK_BYTES, MadeFor, Manifest
+from ray_envs.decisions.parsing import parsed_json
 from ray_envs.disk.files import kind_of, storage_errors, sync_folder, unreadable
 from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.models import Model
@@ -58,6 +58,13 @@ class _Header(Model):
     ray: str
     files: dict[_FileName, _Text]
     wheels: tuple[Manifest, ...]
+
+    @model_validator(mode="after")
+    def _is_of_one_machine(self) -> _Header:
+        for each in self.wheels:
+            if each.wheel.made_for != self.made_for:
+                raise ValueError(f"{each.wheel} was prepared for another machine than the bundle")
+        return self
 
     def members(self) -> list[tuple[str, int]]:
         """The names and sizes of what stands between header and trailer, in order."""
@@ -199,9 +206,9 @@ def _opened(file: IO[bytes], archive: tarfile.TarFile) -> Bundle:
     file.seek(first.offset_data)
     head = file.read(first.size)
     try:
-        data = json.loads(head)
+        data = parsed_json(head, where=_HEADER)
         found = data["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (InvalidInput, KeyError, TypeError):
         raise InvalidInput(f"{_HEADER} in it is damaged", hint=_HINT) from None
     if found != FORMAT:
         raise InvalidInput(

@@ -909,6 +909,55 @@ def test_an_unknown_key_of_a_bundle_is_named(bundle: Path) -> None:
     assert "'sha256'" in caught.value.hint
 
 
+@pytest.mark.parametrize("what", ["uv", "python", "platform"])
+def test_a_bundle_whose_machine_was_changed_is_refused(
+    bundle: Path, cache: UvCache, what: str
+) -> None:
+    def in_header(data: dict[str, Any]) -> None:
+        data["made_for"][what] = "0.1"
+
+    rewritten(bundle, in_header)
+    with pytest.raises(InvalidInput, match="prepared for another machine"), read_bundle(bundle):
+        pass
+
+    def in_wheels(data: dict[str, Any]) -> None:
+        for wheel in data["wheels"]:
+            wheel["wheel"]["made_for"][what] = "0.1"
+
+    rewritten(bundle, in_wheels)  # both say the same now
+    with read_bundle(bundle) as opened:
+        assert getattr(opened.made_for, what) == "0.1"
+    if what != "platform":  # which matters for what was built from source only
+        with pytest.raises(InvalidInput, match=r"0\.1; this"):
+            unpack(bundle, cache)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "[" * 100_000,
+        '{"format": ' + "[" * 300 + "]" * 300 + "}",
+        '{"format": ' + "9" * 9_000 + "}",
+        '{"format": ' + "9" * 900 + "}",
+        '{"format": NaN}',
+        '{"format": 1, "made_for": ' + "9" * 5_000 + "}",
+    ],
+    ids=lambda head: head[:24],
+)
+def test_a_bundle_with_a_header_beyond_all_limits_is_refused(bundle: Path, head: str) -> None:
+    def change(name: str, text: bytes) -> tuple[str, bytes]:
+        if name == "bundle.json":
+            text = head.encode()
+        if name == "bundle.sha256":
+            text = hashlib.sha256(head.encode()).hexdigest().encode() + b"\n"
+        return name, text
+
+    repacked(bundle, change)
+    with pytest.raises(InvalidInput) as caught, read_bundle(bundle):
+        pass
+    assert len(caught.value.message) <= 2_100
+
+
 def test_half_a_surrogate_in_a_bundle_is_refused(bundle: Path) -> None:
     rewritten(bundle, lambda data: data["wheels"][0]["files"][0].update(path="a\ud800"))
     with pytest.raises(InvalidInput, match="in no wheel that is sent"), read_bundle(bundle):

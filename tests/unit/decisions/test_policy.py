@@ -256,6 +256,48 @@ def lock_of(*sources: str, files: str = "wheels = [{ url = 'u', hash = 'h' }]") 
     return "version = 1\n" + own + "".join(packages)
 
 
+@pytest.mark.parametrize(
+    ("registry", "url", "is_safe"),
+    [
+        ("https://packages.example/simple", "https://files.example/p0-1-py3-none-any.whl", True),
+        ("https://packages.example/simple", "../files/p0-1-py3-none-any.whl", True),
+        ("http://packages.example/simple", "http://files.example/p0-1-py3-none-any.whl", True),
+        ("https://packages.example/simple", "http://evil.example/p0-1-py3-none-any.whl", False),
+        ("https://packages.example/simple", "file:///etc/passwd", False),
+        ("https://packages.example/simple", "FILE:/etc/passwd", False),
+        ("http://packages.example/simple", "ftp://evil.example/p0-1-py3-none-any.whl", False),
+    ],
+)
+@pytest.mark.parametrize("form", ["wheels = [{{ url = '{}' }}]", "sdist = {{ url = '{}' }}"])
+def test_a_file_is_fetched_as_safely_as_its_index_is_read(
+    registry: str, url: str, is_safe: bool, form: str
+) -> None:
+    lock = lock_of(f"registry = '{registry}'", files=form.format(url))
+    if is_safe:
+        check_lock(lock, settings())
+    else:
+        with pytest.raises(InvalidPackages, match="a file of p0 1 is fetched by"):
+            check_lock(lock, settings())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# see https://user:s3cret@h.example/x",
+        "wheels = [{ url = 'https://user:s3cret@h.example/p.whl' }]",
+        "sdist = { url = 'https://h.example/p.tar.gz?token=s3cret' }",
+    ],
+)
+def test_a_lock_with_a_credential_is_refused_whoever_made_it(line: str) -> None:
+    lock = lock_of("registry = 'https://h.example/simple'") + line + "\n"
+    with pytest.raises(InvalidInput, match="credentials in a URL") as caught:
+        check_lock(lock, settings())
+    assert "s3cret" not in str(caught.value)
+    given = Definition(packages=(), pyproject="[project]\n", uv_lock=lock)
+    with pytest.raises(InvalidInput, match="credentials in a URL"):
+        check_definition(given, settings(), where="variants[0]")
+
+
 def test_a_lock_from_an_index_is_admitted_and_so_is_its_own_project() -> None:
     text = lock_of("registry = 'https://PACKAGES.example/simple/'")
     for allow in (settings(), settings(allowed_indexes=INDEX), settings(only_binary=True)):
