@@ -163,8 +163,9 @@ def results_table(batch: BatchSpec, results: Iterable[ItemResult]) -> Table:
     """Return a table of variants × cases with metric, seconds, key and node; `*` marks the best."""
     by_item = {(r.variant_id, r.case_id): r for r in results}
     best = {case.id: _best(batch, by_item, case.id) for case in batch.cases}
+    stars = " (* best)" if any(each is not None for each in best.values()) else ""
     table = Table(
-        title=f"{batch.name}: {batch.metric or 'value'} (* best), seconds", title_justify="left"
+        title=f"{batch.name}: {batch.metric or 'value'}{stars}, seconds", title_justify="left"
     )
     table.add_column("variant")
     for case in batch.cases:

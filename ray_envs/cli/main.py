@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import warnings
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -63,6 +64,16 @@ class _Commands(click.Group):
                 found = vars(import_module(f"ray_envs.cli.{module}")).values()
                 return next(c for c in found if isinstance(c, click.Command) and c.name == cmd_name)
         return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            close = get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise click.UsageError(exc.message + hint, ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -203,4 +203,7 @@ def diff(variant: str, from_: int, to: int | None, as_json: bool) -> None:
         return
     put_diff(told["diff"])
     if not any(told["diff"].values()):
-        say(f"generations {told['from']} and {told['to']} have the same packages")
+        if told["from"] == told["to"]:
+            say(f"generation {told['to']} is the current one: give TO, the other generation")
+        else:
+            say(f"generations {told['from']} and {told['to']} have the same packages")

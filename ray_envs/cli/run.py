@@ -101,7 +101,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
         put(rendered(results_table(batch, ended)))
         for paragraph in failures(ended):
             complain(paragraph)
-        say(f"ray-envs: results in {path}, with full tracebacks")
+        say(f"ray-envs: results in {path}{', with full tracebacks' if failed else ''}")
     if not failed:
         return 0
     if any(result.attempts for result in ended):

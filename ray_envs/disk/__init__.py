@@ -6,4 +6,5 @@ and no environment; it never leaves a half-written file or a child that outlives
 To change …                                                        go to
 how files are read, written and locked                             files
 how a child process is started, read, timed out and ended          processes
+which credentials this machine has, so that no output shows them   secrets
 """

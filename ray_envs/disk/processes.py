@@ -85,13 +85,7 @@ async def run(
     except OSError as exc:
         raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
     lines: list[str] = []
-
-    def tell(raw: bytes) -> None:
-        line = redacted(raw.decode("utf-8", "replace").rstrip(), secrets)
-        lines.append(line)
-        if on_line is not None:
-            on_line(line)
-
+    tell = _teller(lines, on_line, secrets)
     try:
         await asyncio.wait_for(_talk(process, stdin, tell), timeout_s)
     except (TimeoutError, asyncio.TimeoutError):
@@ -104,6 +98,20 @@ async def run(
         await _end_group(process)
     assert process.returncode is not None
     return Ended(process.returncode, "\n".join(lines))
+
+
+def _teller(
+    lines: list[str], on_line: Progress | None, secrets: Collection[str]
+) -> Callable[[bytes], None]:
+    """Return what takes each line of a child: it is kept and told without secrets."""
+
+    def tell(raw: bytes) -> None:
+        line = redacted(raw.decode("utf-8", "replace").rstrip(), secrets)
+        lines.append(line)
+        if on_line is not None:
+            on_line(line)
+
+    return tell
 
 
 async def _talk(

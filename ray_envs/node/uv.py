@@ -25,6 +25,9 @@ from ray_envs.settings import Settings
 _UV_SAYS_NO = 1
 #: uv's words when an index refused its credentials.
 _NOT_LET_IN = ("(401 Unauthorized)", "403 Forbidden")
+#: uv's words when it must not use the network, and when no index has a package.
+_NETWORK_OFF = "network was disabled"
+_NOT_FOUND = ("was not found in the package registry", "was not found in the provided package")
 #: uv's words when a package would have to be built, which is forbidden. There is no exit code.
 _NO_WHEEL = "`--no-build`"
 #: uv's words when a package is known malware. There is no exit code.
@@ -40,6 +43,8 @@ _ONLY_BINARY_HINT = (
     "publish a wheel of it, choose a version that has one, or allow builds "
     "(only_binary of the spec, RAY_ENVS_ONLY_BINARY)"
 )
+_OFFLINE_HINT = "uv may not use the network: unset UV_OFFLINE on this node"
+_UNKNOWN_HINT = "check the spelling of the package that uv names, and the package index"
 _FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
 
 
@@ -105,15 +110,10 @@ class Builder:
             on_line=on_line,
         )
         if ended.code == _UV_SAYS_NO:
-            hint = "change the requirements; every environment also holds the cluster's Ray"
-            if any(words in ended.output for words in _NOT_LET_IN):
-                hint = _CREDENTIALS_HINT
-            elif only_binary and _NO_WHEEL in ended.output:
-                hint = _ONLY_BINARY_HINT
             raise ResolutionFailed(
                 "uv found no packages that satisfy the requirements",
                 detail=last_words(ended.output),
-                hint=hint,
+                hint=_why_nothing(ended.output, only_binary=only_binary),
             )
         if ended.code:
             raise _failed("uv lock", ended)
@@ -281,6 +281,19 @@ def _selection(extras: Iterable[str], groups: Iterable[str]) -> list[str]:
     for extra in extras:
         command += ["--extra", extra]
     return command
+
+
+def _why_nothing(output: str, *, only_binary: bool) -> str:
+    """The hint for a resolution that uv found impossible, by uv's words."""
+    if any(words in output for words in _NOT_LET_IN):
+        return _CREDENTIALS_HINT
+    if _NETWORK_OFF in output:
+        return _OFFLINE_HINT
+    if only_binary and _NO_WHEEL in output:
+        return _ONLY_BINARY_HINT
+    if any(words in output for words in _NOT_FOUND):
+        return _UNKNOWN_HINT
+    return "change the requirements; every environment also holds the cluster's Ray"
 
 
 def _failed(command: str, ended: Ended, *, hint: str = _INDEX_HINT) -> UvFailed:

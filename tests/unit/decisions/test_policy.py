@@ -284,7 +284,7 @@ def test_a_file_is_fetched_as_safely_as_its_index_is_read(
     "line",
     [
         "# see https://user:s3cret@h.example/x",
-        "wheels = [{ url = 'https://user:s3cret@h.example/p.whl' }]",
+        "x = [{ url = 'https://user:s3cret@h.example/p.whl' }]",
         "sdist = { url = 'https://h.example/p.tar.gz?token=s3cret' }",
     ],
 )
