@@ -204,6 +204,6 @@ def diff(variant: str, from_: int, to: int | None, as_json: bool) -> None:
     put_diff(told["diff"])
     if not any(told["diff"].values()):
         if told["from"] == told["to"]:
-            say(f"generation {told['to']} is the current one: give TO, the other generation")
+            say(f"generation {told['to']} has the same packages as itself: give TO, another one")
         else:
             say(f"generations {told['from']} and {told['to']} have the same packages")

@@ -65,25 +65,7 @@ async def run(
         StorageFailed: it cannot be started.
         UvFailed: it did not end in time; `detail` has its last lines.
     """
-    starting = asyncio.ensure_future(
-        asyncio.create_subprocess_exec(
-            *command,
-            cwd=cwd,
-            env=environ,
-            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_dying_with_parent(niceness),
-        )
-    )
-    try:
-        process = await asyncio.shield(starting)
-    except asyncio.CancelledError:  # asyncio would kill the child, but not its own children
-        await _end_group(await starting)
-        raise
-    except OSError as exc:
-        raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
+    process = await _started(command, cwd, environ, niceness, has_input=bool(stdin))
     lines: list[str] = []
     tell = _teller(lines, on_line, secrets)
     try:
@@ -98,6 +80,36 @@ async def run(
         await _end_group(process)
     assert process.returncode is not None
     return Ended(process.returncode, "\n".join(lines))
+
+
+async def _started(
+    command: list[str],
+    cwd: Path,
+    environ: Mapping[str, str] | None,
+    niceness: int,
+    *,
+    has_input: bool,
+) -> asyncio.subprocess.Process:
+    """Start a child in a group of its own. Raises `StorageFailed`: it cannot be started."""
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *command,
+            cwd=cwd,
+            env=environ,
+            stdin=asyncio.subprocess.PIPE if has_input else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_dying_with_parent(niceness),
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:  # asyncio would kill the child, but not its own children
+        await _end_group(await starting)
+        raise
+    except OSError as exc:
+        raise StorageFailed(f"cannot start {command[0]}: {exc.strerror}") from exc
 
 
 def _teller(
