@@ -177,6 +177,18 @@ class EnvironmentNotReady(RayEnvsError):
     retryable = True
 
 
+class WorkerCannotStart(RayEnvsError):
+    """Ray's worker cannot start in the environment: an import fails; `detail` says which."""
+
+    exit_code = 17
+
+
+class ClusterLost(RayEnvsError):
+    """The Ray cluster ended while a batch ran on it: its head or its last node is gone."""
+
+    exit_code = 18
+
+
 def all_errors() -> list[type[RayEnvsError]]:
     """Return `RayEnvsError` and every class derived from it."""
     found: list[type[RayEnvsError]] = [RayEnvsError]

@@ -44,6 +44,8 @@ class Settings(Model):
     prepare_timeout_s: float = Field(default=3600, gt=0)
     #: How long a task waits on its node for its environment. Ray itself gives up after 600 s.
     gate_timeout_s: float = Field(default=480, ge=0, le=540)
+    #: A worker of an item that has not started after so long, on a node that is ready, is examined.
+    worker_start_timeout_s: float = Field(default=120, gt=0)
     #: The time between two looks of the manager when nothing is reported.
     tick_s: float = Field(default=5, gt=0)
     #: Bytes that must be free on the root's file system before a build.

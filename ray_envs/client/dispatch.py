@@ -13,9 +13,11 @@ from typing import Any
 
 from ray_envs.batch_models import ItemResult
 from ray_envs.client import scheduling
+from ray_envs.client.cluster_watch import ClusterWatch
 from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.items import Item, broken, not_run, result_of
 from ray_envs.client.payload import Payload
+from ray_envs.client.start_checks import StartChecks
 from ray_envs.decisions import placement
 from ray_envs.errors import (
     EnvironmentNotReady,
@@ -54,8 +56,12 @@ class Dispatcher:
         self.items: dict[Any, Item] = {}
         self._totals = scheduling.node_totals()
         self._looked_at = time.monotonic()
+        self._cluster = ClusterWatch()
         #: By variant: when its environment was read last, and the answer.
         self._fetched: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._start_checks = StartChecks(
+            provider.start_error, every_s=provider.worker_start_timeout_s()
+        )
         #: By key of an environment that no node has ready: until when its items wait.
         self._unready: dict[str, float] = {}
         #: By key and node id: until when no item of that environment goes to that node.
@@ -72,8 +78,12 @@ class Dispatcher:
 
         Returns true if it was started; False if it must wait until a node has the environment.
 
-        Raises `RayEnvsError`: no node can run it.
+        Raises:
+            ManagerUnavailable: the cluster's head does not answer now.
+            RayEnvsError: no node can run it.
         """
+        if not self._cluster.head_answers():
+            raise ManagerUnavailable("the cluster's head does not answer")
         try:
             environment = item.environment = self._current_environment(item)
             refused = self._refusing_nodes(environment)
@@ -150,9 +160,13 @@ class Dispatcher:
         """Wait at most `_WAIT_S`; yield each item that ended, and its result.
 
         The result is None if the item must be started again.
+
+        Raises `ClusterLost`: the cluster has ended.
         """
         import ray
 
+        is_fresh = self._refresh_nodes()
+        self._cluster.check(self._totals)
         if not self.items:
             if self._unready:  # nothing runs, and items wait for their environment
                 time.sleep(_WAIT_S)
@@ -171,7 +185,17 @@ class Dispatcher:
                     del self.items[stream]
                 yield item, end[0]
         yield from self._overdue()
-        yield from self._stranded()
+        if is_fresh:
+            yield from self._stranded()
+
+    def _refresh_nodes(self) -> bool:
+        """Read the list of live nodes again, once in a while; return whether that was now."""
+        now = time.monotonic()
+        if now - self._looked_at < _WATCHDOG_S or not self._cluster.head_answers():
+            return False
+        self._looked_at = now
+        self._totals = scheduling.node_totals()
+        return True
 
     def _advance(self, stream: Any, item: Item) -> tuple[ItemResult | None] | None:
         """Read the next message of an item.
@@ -256,12 +280,7 @@ class Dispatcher:
         loses its power closes no connection, and Ray waits for its answer although it knows that
         the node is dead.
         """
-        now = time.monotonic()
-        if now - self._looked_at < _WATCHDOG_S:
-            return
-        self._looked_at = now
-        self._totals = scheduling.node_totals()
-        alive = set(self._totals)
+        now, alive = time.monotonic(), set(self._totals)
         for stream, item in list(self.items.items()):
             if item.began is not None and item.began["node_id"] not in alive:
                 self._end(stream)
@@ -270,6 +289,11 @@ class Dispatcher:
         lost = self._lost(
             {item.variant_id for _, item in waiting if now - item.launched_at > _LONG_S}
         )
+        bound_s = self._provider.worker_start_timeout_s()
+        for name in {i.variant_id for _, i in waiting if now - i.launched_at > bound_s} - set(lost):
+            error = self._start_checks.error_of(self._prefix + name)
+            if error is not None:
+                lost[name] = error
         for stream, item in waiting:
             if item.variant_id in lost:
                 self._end(stream)

@@ -17,7 +17,7 @@ from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.lifecycle import POLL_S, Lifecycle
 from ray_envs.client.statuses import Statuses
 from ray_envs.cluster import actors, bootstrap, connecting
-from ray_envs.errors import RayEnvsWarning
+from ray_envs.errors import RayEnvsError, RayEnvsWarning, WorkerCannotStart, from_dict
 from ray_envs.manager import presence
 from ray_envs.manager.manager import EnvManager
 from ray_envs.models import Definition, EnvId
@@ -134,6 +134,14 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
 
     def prepare_timeout_s(self) -> float:
         return self._settings.prepare_timeout_s
+
+    def worker_start_timeout_s(self) -> float:
+        return self._settings.worker_start_timeout_s
+
+    def start_error(self, variant_id: str) -> RayEnvsError | None:
+        told = self.ask(verbs.Doctor(variant_id=self._address(variant_id)))
+        errors = (from_dict(row["error"]) for row in told["environments"] if row["error"])
+        return next((error for error in errors if isinstance(error, WorkerCannotStart)), None)
 
     def _create(self, request: verbs.CreateEnv, definition: Definition) -> Any:  # noqa: ARG002
         return self.ask(request)

@@ -24,7 +24,7 @@ from ray_envs.client.statuses import (
     ready_nodes,
 )  # fmt: skip
 from ray_envs.decisions import placement, requirements
-from ray_envs.errors import EnvironmentNotReady
+from ray_envs.errors import EnvironmentNotReady, RayEnvsError
 from ray_envs.models import Definition, EnvId, EnvSpec
 from ray_envs.settings import Settings
 from ray_envs.validation import validated
@@ -247,6 +247,13 @@ class Variants(ABC):
 
     def prepare_timeout_s(self) -> float:
         return Settings().prepare_timeout_s
+
+    def worker_start_timeout_s(self) -> float:
+        return Settings().worker_start_timeout_s
+
+    def start_error(self, variant_id: str) -> RayEnvsError | None:  # noqa: ARG002
+        """Return why no worker can start in a ready environment; None if one can."""
+        return None
 
     def __enter__(self) -> Self:
         return self

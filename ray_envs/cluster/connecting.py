@@ -117,6 +117,21 @@ def _address_of(address: str | None) -> str:
     return given or os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
 
 
+def head_answers() -> bool:
+    """Whether the head of the cluster that this process is connected to accepts connections.
+
+    Ray itself would wait for a minute, and then end this process without an error.
+    """
+    import ray
+
+    try:
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _check_answers(address: str | None) -> None:
     """Check that something listens at the address: Ray itself would try for minutes.
 

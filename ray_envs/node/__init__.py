@@ -10,6 +10,7 @@ the steps of a build                   provisioning
 check, repair, collect, prune          maintenance
 uv's commands and their errors         uv
 whether an environment starts          startup
+whether a Ray worker starts there      worker_start
 the node's Python, platform and uv     interpreter
 the folders and locks of environments  store
 how uv's cache is changed              uv_cache

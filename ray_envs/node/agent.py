@@ -20,7 +20,6 @@ from ray_envs.cluster.peers import RayPeers
 from ray_envs.decisions.collecting import EnvUse
 from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed, UvFailed, from_dict
 from ray_envs.models import BuildRequest, NodeEnvState, Phase, Target
-from ray_envs.node import startup
 from ray_envs.node.exchange import Exchange
 from ray_envs.node.interpreter import this_platform, this_target, uv_version
 from ray_envs.node.maintenance import Maintenance
@@ -28,6 +27,7 @@ from ray_envs.node.provisioning import Progress, Provisioning
 from ray_envs.node.store import Store
 from ray_envs.node.uv import Builder
 from ray_envs.node.uv_cache import UvCache
+from ray_envs.node.worker_start import WorkerStart
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, Gate, has_plugin
 from ray_envs.settings import Settings
 
@@ -47,11 +47,14 @@ class NodeAgent:
         self._target = this_target(ray_version)
         self._store = Store(self._settings)
         self._builder = Builder(self._settings, self._store.cache)
-        self._maintenance = Maintenance(self._settings, self._store, self._builder)
+        self._worker_start = WorkerStart(self._settings)
+        self._maintenance = Maintenance(
+            self._settings, self._store, self._builder, self._worker_start
+        )
         cache = UvCache(self._store.cache, lock_timeout_s=self._settings.lock_timeout_s)
         self._exchange = Exchange(cache, RayPeers())
         self._provisioning = Provisioning(
-            self._settings, self._store, self._builder, self._exchange
+            self._settings, self._store, self._builder, self._exchange, self._worker_start
         )
         #: Where workers of this node wait, if Ray was started here with our plugin.
         self._gate = Gate(self._settings.root) if _has_gate() else None
@@ -211,11 +214,12 @@ class NodeAgent:
         return await self._exchange.chunk(wheel, identity, number)
 
     async def try_start(self, *, key: str, env_vars: dict[str, str]) -> None:
-        """Start the interpreter of `key` with these variables.
+        """Start a worker of `key` with these variables, as far as its imports.
 
-        Raises `InvalidInput`: it does not start; `detail` is its output.
+        Raises `WorkerCannotStart`: it does not start; `detail` is its output.
         """
-        await startup.try_start(self._settings, self._store.python(key), env_vars)
+        site = self._store.site_packages(key, self._target.python_minor)
+        await self._worker_start.check(self._store.python(key), site, env_vars=env_vars)
 
     async def inventory(self) -> dict[str, Any]:
         """What this node has, and when it was used last; see `Maintenance.inventory`."""

@@ -22,6 +22,7 @@ from ray_envs.node.store import Store
 from ray_envs.node.uv import Builder
 from ray_envs.node.uv_cache import UvCache
 from ray_envs.node.wheels import Damage
+from ray_envs.node.worker_start import WorkerStart
 from ray_envs.settings import Settings
 
 #: How often the last use of held environments is renewed. Short against any idle limit.
@@ -37,8 +38,11 @@ _TOLD = 50
 class Maintenance:
     """Keeps the environments of one node whole."""
 
-    def __init__(self, settings: Settings, store: Store, builder: Builder) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, builder: Builder, worker_start: WorkerStart
+    ) -> None:
         self._settings = settings
+        self._worker_start = worker_start
         self._store = store
         self._builder = builder
         self._cache = UvCache(store.cache, lock_timeout_s=settings.lock_timeout_s)
@@ -94,7 +98,7 @@ class Maintenance:
             `is_ready`: whether it has a record. `damage`: what was found. `left`: what is still
             damaged. `sharers`: the keys of environments with the same damaged files.
             `is_discarded`: whether it was given up, and has to be built again. `error`: it can
-            only be built again, and a living process holds it.
+            only be built again, and a living process holds it; or no worker can start in it.
         """
         key, store = request.key, self._store
         began = time.monotonic()
@@ -113,6 +117,8 @@ class Maintenance:
                         left, is_discarded = await self._mend(request, damage)
                     except EnvironmentInUse as exc:
                         error = exc.to_dict()
+                if not left and not is_discarded:
+                    error = await self._start_error(record)
         return {
             "is_ready": record is not None,
             "damage": [each.model_dump() for each in damage[:_TOLD]],
@@ -138,6 +144,16 @@ class Maintenance:
         except (RayEnvsError, OSError):
             found.append(Damage(package="", path="../../../bin/python", kind="changed"))
         return found
+
+    async def _start_error(self, record: EnvRecord) -> dict[str, str] | None:
+        """Why no Ray worker can start in an environment that matches its lock; None if one can."""
+        site = self._store.site_packages(record.key, ".".join(record.python.split(".")[:2]))
+        try:
+            with self._store.no_use(record.key):
+                await self._worker_start.check(self._store.python(record.key), site, is_forced=True)
+        except RayEnvsError as exc:
+            return exc.to_dict()
+        return None
 
     async def _sharers(self, key: str, request: BuildRequest, damage: list[Damage]) -> list[str]:
         minor = request.target.python_minor

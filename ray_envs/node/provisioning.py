@@ -24,6 +24,7 @@ from ray_envs.node.exchange import Exchange
 from ray_envs.node.interpreter import this_platform, uv_version
 from ray_envs.node.store import Store
 from ray_envs.node.uv import Builder
+from ray_envs.node.worker_start import WorkerStart
 from ray_envs.settings import Settings
 
 #: The first pause before a failed download is tried again; it doubles. A guess.
@@ -44,6 +45,7 @@ class Provisioning:
     _store: Store
     _builder: Builder
     _exchange: Exchange
+    _worker_start: WorkerStart
 
     #: Packages that a build is fetching; the event is set when it has them.
     _getting: dict[Installed, asyncio.Event] = field(default_factory=dict, init=False)
@@ -70,6 +72,7 @@ class Provisioning:
             progress(Phase.VERIFYING, "")
             store.install_hold(key, request.target.python_minor)
             await startup.verify(self._settings, store.python(key), request, site)
+            await self._worker_start.check(store.python(key), site)
         except UvFailed as exc:
             raise self.blamed(exc) from exc
         record = EnvRecord(

@@ -10,9 +10,9 @@ from packaging.utils import canonicalize_name
 
 from ray_envs.decisions.credentials import secrets_in_toml
 from ray_envs.disk import processes
-from ray_envs.disk.processes import Ended, Progress, last_words
+from ray_envs.disk.processes import Ended, Progress
 from ray_envs.disk.secrets import known_secrets
-from ray_envs.errors import InvalidInput, UvFailed
+from ray_envs.errors import UvFailed
 from ray_envs.models import BuildRequest
 from ray_envs.settings import Settings
 from ray_envs.worker.hold import INSTALLED_AS
@@ -59,22 +59,6 @@ async def verify(
         raise UvFailed(
             "the new environment failed its start-up check",
             detail=f"expected {wanted!r}, got {said!r} (exit code {ended.code})",
-        )
-
-
-async def try_start(settings: Settings, python: Path, env_vars: dict[str, str]) -> None:
-    """Start `python` with the environment variables of a worker.
-
-    Raises `InvalidInput`: it does not start; `detail` is its output.
-    """
-    ended = await run_clean(
-        settings, [str(python), "-c", ""], python.parent, timeout_s=60, environ=env_vars
-    )
-    if ended.code:
-        raise InvalidInput(
-            f"the interpreter does not start with env_vars {', '.join(sorted(env_vars))}",
-            detail=last_words(ended.output),
-            hint="change or remove the variable that it names",
         )
 
 

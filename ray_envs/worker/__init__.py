@@ -13,4 +13,5 @@ how a code folder is unpacked and used                             code
 the steps of an item, and what it reports                          item
 the value or the error of an item as plain data                    outcome
 what is restored after an item, so that later ones do not meet it  restoring
+the imports of a worker, to see that it can start                    starting
 """

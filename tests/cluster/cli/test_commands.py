@@ -26,6 +26,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
 import pytest
 
+from ray_envs import ItemResult
 from tests.cluster.cli_tools import (
     BIN,
     PAYLOAD,
@@ -156,14 +157,15 @@ def test_the_shipped_batch_runs_cold_and_then_starts_no_uv_at_all(
     assert {version[:3] for _, _, version in seen} >= {"1.5", "1.6"}
     assert {path.name for path in tmp_path.iterdir()} == {
         "sklearn-upgrade.results.jsonl",
-        "sklearn-upgrade.results.jsonl.previous",
+        "sklearn-upgrade.results.jsonl.1",
     }
 
 
 def test_a_batch_ends_in_a_table_and_a_line_for_each_item(shell: Shell, tmp_path: Path) -> None:
     batch = write_batch(tmp_path / "batch", [OLD, NEW], ["a", "b"])
     results = tmp_path / "tiny.results.jsonl"
-    results.write_text("what an earlier run left\n")
+    earlier = ItemResult(variant_id="gone", case_id="a", ok=True).model_dump_json() + "\n"
+    results.write_text(earlier)
     told = shell("run", batch)
     assert told.code == 0, told.err
     told.check_plain()
@@ -198,8 +200,8 @@ def test_a_batch_ends_in_a_table_and_a_line_for_each_item(shell: Shell, tmp_path
     assert "\r" not in told.err
     assert "\x1b[2K" not in told.err
     assert f"results in {results.name}" in told.err
-    kept = results.with_name(results.name + ".previous")
-    assert kept.read_text() == "what an earlier run left\n"
+    kept = results.with_name(results.name + ".1")
+    assert kept.read_text() == earlier
 
 
 def test_a_batch_runs_from_its_own_folder_too(shell: Shell, tmp_path: Path) -> None:
@@ -342,11 +344,24 @@ def test_resume_refuses_a_damaged_results_file_and_leaves_it_alone(
 ) -> None:
     batch = write_batch(tmp_path / "batch", [OLD], ["a"])
     results = tmp_path / "tiny.results.jsonl"
-    results.write_text(line + "\n")
+    content = ItemResult(variant_id="old", case_id="a", ok=True).model_dump_json() + f"\n{line}\n"
+    results.write_text(content)
     told = fresh("run", batch, "--resume")
-    told.check_refusal(3, results.name, "line 1", "hint:")
+    told.check_refusal(3, results.name, "line 2", "hint:")
     check_nothing_happened(fresh, told)
-    assert results.read_text() == line + "\n"
+    assert results.read_text() == content
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_the_batch_file_itself_and_other_files_are_never_taken_for_results(
+    fresh: Shell, tmp_path: Path, options: list[str]
+) -> None:
+    batch = write_batch(tmp_path / "batch", [OLD], ["a"])
+    before = batch.read_bytes()
+    told = fresh("run", batch, "--results", batch, *options)
+    told.check_refusal(3, batch.name, "something other than results", "hint:")
+    check_nothing_happened(fresh, told)
+    assert batch.read_bytes() == before
 
 
 def check_nothing_happened(shell: Shell, told: Ended) -> None:
