@@ -132,6 +132,27 @@ def head_answers() -> bool:
     return True
 
 
+def raylet_answers() -> bool:
+    """Whether the Ray node process of this machine, through which this process works, lives.
+
+    Soon after its end, Ray ends this process without an error.
+    """
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is None or not node.raylet_socket_name:
+        return True
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_CONNECT_TIMEOUT_S)
+            probe.connect(node.raylet_socket_name)
+    except (ConnectionRefusedError, FileNotFoundError):
+        return False
+    except OSError:  # it is busy
+        return True
+    return True
+
+
 def _check_answers(address: str | None) -> None:
     """Check that something listens at the address: Ray itself would try for minutes.
 

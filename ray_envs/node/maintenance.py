@@ -117,7 +117,7 @@ class Maintenance:
                         left, is_discarded = await self._mend(request, damage)
                     except EnvironmentInUse as exc:
                         error = exc.to_dict()
-                if not left and not is_discarded:
+                if error is None and not is_discarded:
                     error = await self._start_error(record)
         return {
             "is_ready": record is not None,

@@ -18,7 +18,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ray_envs.disk.files import write_atomically
-from ray_envs.disk.processes import last_words
 from ray_envs.errors import WorkerCannotStart
 from ray_envs.models import Model
 from ray_envs.node.interpreter import base_python
@@ -31,6 +30,8 @@ from ray_envs.worker.hold import INSTALLED_AS
 _TIMEOUT_S = 180.0
 #: How many different starts a node remembers.
 _KEPT = 16
+#: How many lines of a failure are told.
+_TOLD = 12
 #: Python imports them by itself at each start, before anything could note it.
 _AT_EVERY_START = ("sitecustomize", "usercustomize")
 
@@ -92,7 +93,7 @@ class WorkerStart:
         if ended.code:
             raise WorkerCannotStart(
                 "Ray's worker cannot start in the environment",
-                detail=last_words(ended.output),
+                detail=_end_of(ended.output),
                 hint=_hint(ended.output, env_vars),
             )
         if not env_vars:
@@ -145,6 +146,12 @@ def _digest(site_packages: Path, files: list[str] | tuple[str, ...]) -> str | No
     except OSError:
         return None
     return hashed.hexdigest()
+
+
+def _end_of(output: str) -> str:
+    """The last lines of a traceback, without those of Python's own import system."""
+    told = [line for line in output.splitlines() if '"<frozen ' not in line and line.strip()]
+    return "\n".join(told[-_TOLD:])
 
 
 def _hint(output: str, env_vars: dict[str, str] | None) -> str:

@@ -1,0 +1,93 @@
+"""A cluster that ends under a batch: the command ends soon with a reason, and keeps results."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs of its own
+import pytest
+
+from ray_envs import RayEnvironmentProvider, Settings
+from tests.cluster.cli_tools import BIN, Shell, ended, free_port, lines_of, wait_until, write_batch
+
+#: The manager may restart for so long, and so may the head before Ray ends a driver.
+ENDED_S = 60.0
+CASES = ["first", "second", "third", "fourth", "fifth"]
+HELD = CASES[1:]
+
+
+@pytest.fixture
+def lost(
+    cluster: RayEnvironmentProvider,  # its root has the wheels then
+    other_root: Callable[[str], Settings],
+) -> Iterator[Shell]:
+    """A shell, and whatever it has started is ended after the test."""
+    folder = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))
+    auth = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
+    shell = Shell(other_root("lost").root, folder, folder, variables=auth)
+    yield shell
+    for running in shell.processes():
+        with suppress(psutil.NoSuchProcess):
+            running.kill()
+    shell.check_idle()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def started(shell: Shell, port: int) -> subprocess.Popen[str]:
+    log = shell.cwd / f"{port}.log"
+    process = shell.command(
+        [
+            BIN / "python", "-u", BIN / "ray", "start", "--block", "--head", "--port", port,
+            "--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats",
+            "--temp-dir", shell.cwd / "ray", "--object-store-memory", "100000000",
+            "--min-worker-port", "0", "--max-worker-port", "0",
+        ],
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    wait_until(lambda: "Ray runtime started" in log.read_text(), "the start of Ray", within_s=90)
+    return process
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_batch_whose_cluster_is_killed_ends_with_a_reason_and_is_resumed_on_the_next(
+    lost: Shell, tmp_path: Path, name: str
+) -> None:
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    for word in HELD:
+        (calls / f"hold-{word}").touch()
+    variants = [{"id": "old", "packages": ["six==1.16.0"]}]
+    batch = write_batch(tmp_path / "batch", variants, CASES, calls=calls, name="lost")
+    port = free_port()
+    head = started(lost, port)
+    running = lost.start("run", batch, "--address", f"127.0.0.1:{port}")
+    results = lost.cwd / "lost.results.jsonl"
+    wait_until(lambda: results.exists() and results.read_bytes(), "the first item", within_s=90)
+
+    (doomed,) = (p for p in psutil.Process(head.pid).children() if p.name().startswith(name))
+    doomed.kill()
+    told = ended(running, within_s=ENDED_S)
+    assert told.code == 18, told.err
+    assert "has ended while the batch ran" in told.err
+    assert "--resume" in told.err
+    assert "Traceback" not in told.err
+    assert [line["case_id"] for line in lines_of(results)] == ["first"]
+
+    for word in HELD:
+        (calls / f"hold-{word}").unlink()
+    again = lost("run", batch, "--resume", "--address", "local", within_s=120)
+    assert again.code == 0, again.err
+    assert sorted(line["case_id"] for line in lines_of(results)) == sorted(CASES)
+    assert all(line["ok"] for line in lines_of(results))
