@@ -8,6 +8,7 @@ To change …                                                        go to
 which nodes, agents, jobs and detached actors the manager sees     nodes
 how agents of two nodes call each other and exchange data          peers
 how a process connects to a cluster or starts an embedded one      connecting
+Ray's token: used where the cluster asks for it                    tokens
 how the manager and the agents start, are found and end            actors
 how long a call may take, and which error the caller gets          calls
 the class that Ray runs in place of an actor of ours               actor_shell

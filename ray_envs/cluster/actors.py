@@ -21,6 +21,9 @@ from ray_envs.errors import ManagerUnavailable, from_dict
 MANAGER = "EnvManager"
 #: How long the helper that starts the manager may take; importing Ray alone takes seconds.
 _START_TIMEOUT_S = 120
+#: How often the start is tried, and the pause in between.
+_START_TRIES = 3
+_START_PAUSE_S = 1.0
 #: How long a manager may take to stop by itself, and then its agents.
 _END_TIMEOUT_S = 30
 #: The helper must not inherit these variables of the calling job (beginnings of their names).
@@ -111,13 +114,26 @@ def start_manager(settings: dict[str, str]) -> Any:
 
     Raises `ManagerUnavailable`: the helper failed; `detail` has its last lines.
     """
-    import ray
-
     if is_client():
         raise ManagerUnavailable(
             "this cluster has no EnvManager, and a program on Ray Client cannot start it",
             hint="run `ray-envs up` on a node of the cluster",
         )
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    for left in reversed(range(_START_TRIES)):
+        try:
+            return _started_manager(settings, deadline - time.monotonic())
+        except ManagerUnavailable:  # it may have been killed while it started
+            if not left or time.monotonic() + _START_PAUSE_S > deadline:
+                raise
+            time.sleep(_START_PAUSE_S)
+    raise AssertionError("the last try returns or raises")
+
+
+def _started_manager(settings: dict[str, str], timeout_s: float) -> Any:
+    """Start the EnvManager once; see `start_manager`."""
+    import ray
+
     address = ray.get_runtime_context().gcs_address
     environ = {k: v for k, v in os.environ.items() if not k.startswith((*_OF_THE_JOB, "RAY_ENVS_"))}
     environ.update(settings, **{UV_RUN_HOOK: "0"})
@@ -126,7 +142,7 @@ def start_manager(settings: dict[str, str]) -> Any:
     try:
         done = subprocess.run(
             command, cwd="/", env=environ, capture_output=True, text=True,
-            timeout=_START_TIMEOUT_S, check=False,
+            timeout=timeout_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ManagerUnavailable(
@@ -140,7 +156,7 @@ def start_manager(settings: dict[str, str]) -> Any:
         raise ManagerUnavailable(
             "the EnvManager could not be started",
             detail="\n".join(done.stderr.strip().splitlines()[-8:]),
-            hint="ray_envs must be installed in the Python that runs the cluster's nodes",
+            hint=_start_hint(done.stderr),
         )
     handle = find_manager()
     if handle is None:
@@ -148,6 +164,12 @@ def start_manager(settings: dict[str, str]) -> Any:
             "the EnvManager ended right after its start", hint="see Ray's logs"
         )
     return handle
+
+
+def _start_hint(stderr: str) -> str:
+    if "No module named" in stderr or "has no attribute" in stderr:
+        return "ray_envs must be installed in the Python that runs the cluster's nodes"
+    return "see Ray's logs of the actor EnvManager, then try again"
 
 
 def end_manager() -> list[str]:

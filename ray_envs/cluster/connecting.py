@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
+from ray_envs.cluster.tokens import use_token
 from ray_envs.errors import InvalidInput, ManagerUnavailable
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, with_plugin
 
@@ -158,7 +159,7 @@ def _check_answers(address: str | None) -> None:
 
     Raises:
         InvalidInput: it is an address of Ray Client, which cannot tell the cluster's nodes.
-        ManagerUnavailable: nothing listens there.
+        ManagerUnavailable: nothing listens there, or it wants a token that this user lacks.
     """
     named = _address_of(address)
     if address == "auto" and not named:
@@ -175,6 +176,7 @@ def _check_answers(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as exc:  # also: no such host or port can exist
         raise _no_answer(named, str(exc)) from exc
+    use_token(named)
 
 
 def _no_answer(address: str, reason: str) -> ManagerUnavailable:

@@ -1,4 +1,4 @@
-"""A cluster that ends under a batch: the command ends soon with a reason, and keeps results."""
+"""Clusters that end under a batch, whose manager is killed, or that want a token."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ def lost(
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
+    (folder / "home").mkdir()  # no token of this machine's user is found
+    auth["HOME"] = str(folder / "home")
     shell = Shell(other_root("lost").root, folder, folder, variables=auth)
     yield shell
     for running in shell.processes():
@@ -57,6 +59,29 @@ def started(shell: Shell, port: int) -> subprocess.Popen[str]:
     )  # fmt: skip
     wait_until(lambda: "Ray runtime started" in log.read_text(), "the start of Ray", within_s=90)
     return process
+
+
+@pytest.mark.timeout(240)
+def test_a_manager_that_is_killed_while_it_starts_is_started_again(lost: Shell) -> None:
+    port = free_port()
+    started(lost, port)
+    up = lost.start("up", "--address", f"127.0.0.1:{port}", "--json")
+
+    def managers() -> list[psutil.Process]:
+        found = []
+        for process in lost.processes():
+            with suppress(psutil.Error):
+                if "EnvManager" in " ".join(process.cmdline()) and process.pid != up.pid:
+                    found.append(process)
+        return [process for process in found if process.name().startswith("ray::")]
+
+    for _ in range(2):
+        wait_until(lambda: managers() or up.poll() is not None, "a manager", within_s=60)
+        for process in managers():
+            process.kill()
+    told = ended(up, within_s=120)
+    assert told.code == 0, told.err
+    assert told.data()["nodes"]
 
 
 @pytest.mark.timeout(240)
@@ -91,3 +116,31 @@ def test_a_batch_whose_cluster_is_killed_ends_with_a_reason_and_is_resumed_on_th
     assert again.code == 0, again.err
     assert sorted(line["case_id"] for line in lines_of(results)) == sorted(CASES)
     assert all(line["ok"] for line in lines_of(results))
+
+
+@pytest.mark.timeout(240)
+def test_a_token_is_used_where_it_is_wanted_and_its_lack_is_told_at_once(lost: Shell) -> None:
+    port = free_port()
+    started(lost, port)
+    up = ["up", "--address", f"127.0.0.1:{port}", "--json"]
+    right = lost.environ()["RAY_AUTH_TOKEN"]
+    without = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": ""}
+    for more, why in (
+        ({}, "and this user has none"),
+        ({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, "and this user has another one"),
+        ({"RAY_AUTH_MODE": "token"}, "and this user has none"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "and this user has another one"),
+        ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": right}, "RAY_AUTH_MODE is disabled"),
+    ):
+        told = ended(lost.command(unset(without | more, *up)), within_s=60)
+        told.check_refusal(14, "wants a token", why, "export RAY_AUTH_MODE=token")
+        assert told.seconds < 10, told  # 3 s on an idle machine
+    told = ended(lost.command(unset(without | {"RAY_AUTH_TOKEN": right}, *up)), within_s=120)
+    assert told.code == 0, told.err  # RAY_AUTH_MODE is not set
+
+
+def unset(variables: dict[str, str], *words: str) -> list[str]:
+    """`ray-envs WORDS…` with some variables, and without those whose value is empty."""
+    given = [f"{name}={value}" for name, value in variables.items() if value]
+    gone = [word for name, value in variables.items() if not value for word in ("-u", name)]
+    return ["env", *gone, *given, str(BIN / "ray-envs"), *words]
