@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -85,6 +86,9 @@ class _Commands(click.Group):
 def main() -> None:
     """Run the command line. Prints each `RayEnvsError` and exits with its code."""
     signal.signal(signal.SIGINT, _interrupted_once)
+    for stream in (sys.stdout, sys.stderr):  # a terminal may know few characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.getLogger("ray_envs").addHandler(_Notes())
     warnings.showwarning = lambda message, *_args, **_kwargs: complain(f"warning: {message}")
     try:

@@ -61,6 +61,7 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
     Example: ray-envs run envs/sklearn-upgrade/batch.toml --resume
     Exit code: 0 if all items succeeded, 1 if some failed, another if none could start.
     """
+    from ray_envs.client.code_folder import pack_code
     from ray_envs.client.entrypoints import check_entrypoint
     from ray_envs.client.inputs import read_batch, read_definition
     from ray_envs.client.results import results_file
@@ -81,6 +82,8 @@ def run(file: Path, results: Path | None, resume: bool, address: str | None, as_
         read_definition(variant.env_spec(), base, where=f"variants[{number}]")
         for number, variant in enumerate(batch.variants)
     ]
+    if code is not None:
+        pack_code(code)  # it may be too large: say so before Ray starts
     path = results or Path(f"{batch.name}.results.jsonl")
     from ray_envs.cluster.connecting import embeds
 

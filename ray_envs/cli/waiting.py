@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -36,6 +37,12 @@ def open_provider() -> Iterator[RayEnvironmentProvider]:
 
     settings = Settings.from_environment()
     has_manager = presence.address_of(settings.root) is not None
+    address = os.environ.get("RAY_ADDRESS")
+    if address and not has_manager:
+        say(
+            f"ray-envs: note: RAY_ADDRESS is {address}, but no EnvManager serves {settings.root}: "
+            "this is done on this machine only; `ray-envs up` starts the cluster's manager"
+        )
     with RayEnvironmentProvider.without_cluster(settings) as provider:
         try:
             yield provider

@@ -15,7 +15,7 @@ from ray_envs.batch_models import ItemResult
 from ray_envs.client import scheduling
 from ray_envs.client.cluster_watch import ClusterWatch
 from ray_envs.client.environments import EnvironmentProvider
-from ray_envs.client.items import Item, broken, not_run, result_of
+from ray_envs.client.items import Item, broken, not_run, result_of, unreadable
 from ray_envs.client.payload import Payload
 from ray_envs.client.start_checks import StartChecks
 from ray_envs.decisions import placement
@@ -239,6 +239,8 @@ class Dispatcher:
                 return self._again_or(item, type(exc.cause).__name__, str(exc.cause))
             return (broken(item, type(exc.cause).__name__, str(exc.cause), str(exc)),)
         except Exception as exc:
+            if item.outcome is not None:  # it has ended well, and its value has arrived
+                return (unreadable(item, exc),)
             return (broken(item, type(exc).__name__, str(exc)),)
 
     def _again_elsewhere(self, item: Item, message: Mapping[str, Any]) -> tuple[ItemResult | None]:

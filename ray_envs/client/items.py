@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -60,6 +61,26 @@ def broken(item: Item, kind: str, message: str, traceback: str = "") -> ItemResu
         ok=False,
         error=ErrorInfo(type=kind, message=message.strip(), traceback=traceback),
         duration_s=round(time.time() - began, 6) if began else 0.0,
+    )
+
+
+def unreadable(item: Item, exc: Exception) -> ItemResult:
+    """The result of an item that ended well, but whose value this process cannot unpickle."""
+    outcome = item.outcome or {}
+    missing = re.search(r"No module named '[\w.]+'|Can't get attribute .*", str(exc))
+    reason = missing[0] if missing else (str(exc).strip().splitlines() or [type(exc).__name__])[-1]
+    return _filled(
+        item,
+        ok=False,
+        error=ErrorInfo(
+            type="UnreadableValue",
+            message=f"the value cannot be read here ({reason}); return plain data, such as "
+            f"numbers, lists and dicts. It was: {outcome.get('text', '')}",
+        ),
+        python=outcome.get("python"),
+        ray=outcome.get("ray"),
+        duration_s=round(outcome.get("duration_s", 0.0), 6),
+        shadowed=tuple(outcome.get("shadowed", ())),
     )
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
-from ray_envs.cluster.tokens import use_token
+from ray_envs.cluster.tokens import make_token_if_home_is_closed, use_token
 from ray_envs.errors import InvalidInput, ManagerUnavailable
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, with_plugin
 
@@ -57,6 +57,8 @@ def connect(address: str | None) -> bool:
             warnings.simplefilter("ignore", FutureWarning)
             # Without an address, Ray finds what `ray start` started. "auto" would also find the
             # embedded Ray of another process, which ends with that process.
+            if embeds(address):
+                make_token_if_home_is_closed()
             with _plugin_loaded() if embeds(address) else nullcontext():
                 ray.init(
                     address=None if address in ("", "auto") else address,
@@ -65,6 +67,11 @@ def connect(address: str | None) -> bool:
                 )
     except (ConnectionError, RuntimeError, ValueError) as exc:
         raise _no_answer(_address_of(address), str(exc)) from exc
+    except OSError as exc:
+        raise ManagerUnavailable(
+            f"Ray cannot start on this machine: {exc}",
+            hint="give Ray a folder that this user can write: set HOME and RAY_TMPDIR",
+        ) from exc
     return bool(ray._private.worker._global_node.head)
 
 

@@ -7,7 +7,9 @@ but a program with the cluster's address sends it only if `RAY_AUTH_MODE=token` 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping
+from pathlib import Path
 
 from ray_envs.errors import ManagerUnavailable
 
@@ -41,6 +43,32 @@ def use_token(address: str) -> None:
         hint="export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN with the token of the cluster: "
         "`ray get-auth-token` prints it there",
     )
+
+
+def make_token_if_home_is_closed() -> None:
+    """Give the embedded Ray a token in memory where its file could not be written.
+
+    Ray writes `~/.ray/auth_token` at its first local start. Containers often have no such home.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined, unused-ignore]
+
+    loader = AuthenticationTokenLoader.instance()
+    if os.environ.get(setup.AUTH_MODE_ENV_VAR, "token") != "token":
+        return
+    if not loader.has_token(ignore_auth_mode=True) and not _can_write_home():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        loader.reset_cache()
+
+
+def _can_write_home() -> bool:
+    try:
+        folder = Path.home() / ".ray"
+    except RuntimeError:  # this user has no entry among the users of the machine
+        return False
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _is_refused(address: str, headers: Mapping[str, str]) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -297,6 +298,9 @@ def _why_nothing(output: str, *, only_binary: bool) -> str:
 
 
 def _failed(command: str, ended: Ended, *, hint: str = _INDEX_HINT) -> UvFailed:
+    config = os.environ.get("UV_CONFIG_FILE")
+    if config and config in ended.output:
+        hint = f"uv cannot use {config}: correct or unset UV_CONFIG_FILE on this node"
     return UvFailed(
         f"{command} ended with exit code {ended.code}", detail=last_words(ended.output), hint=hint
     )

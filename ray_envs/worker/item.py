@@ -17,7 +17,7 @@ from typing import Any
 from ray_envs.worker.check import what_is_wrong_here
 from ray_envs.worker.code import unpacked, use_code
 from ray_envs.worker.hold import INSTALLED_AS
-from ray_envs.worker.outcome import as_json, described
+from ray_envs.worker.outcome import as_json, described, in_words
 from ray_envs.worker.paths import current_folder, module_names, put_foreign_paths_last, shadowed
 from ray_envs.worker.restoring import restorer
 
@@ -54,7 +54,9 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
             if request["as_json"]:
                 value = as_json(value)
                 outcome["value"] = value
-        except (Exception, SystemExit) as exc:
+            else:
+                outcome["text"] = in_words(value)
+        except (Exception, SystemExit, KeyboardInterrupt) as exc:
             outcome["error"] = described(exc)
         outcome["duration_s"] = time.monotonic() - clock
         wrong = _what_is_wrong(request, outcome, restore)

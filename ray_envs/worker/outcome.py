@@ -41,6 +41,19 @@ def _check_depth(value: Any) -> None:
 
 #: The same for everything that is read again: a batch file, an earlier result.
 _MAX_DEPTH = 120
+
+
+def in_words(value: Any) -> str:
+    """Return `value` as text, for a driver that cannot read it: it may lack the class."""
+    try:
+        text = repr(value)
+    except Exception as broken:
+        text = f"<a {type(value).__qualname__}; its __repr__ raised {type(broken).__name__}>"
+    return _writable(text[:_VALUE_LENGTH])
+
+
+#: The longest text of a value.
+_VALUE_LENGTH = 2_000
 #: The longest texts of an error that are sent: a message may hold a whole array.
 _MESSAGE_LENGTH = 10_000
 _TRACEBACK_LENGTH = 20_000

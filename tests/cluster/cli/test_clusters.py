@@ -139,6 +139,21 @@ def test_a_token_is_used_where_it_is_wanted_and_its_lack_is_told_at_once(lost: S
     assert told.code == 0, told.err  # RAY_AUTH_MODE is not set
 
 
+@pytest.mark.timeout(240)
+def test_a_home_that_cannot_be_written_is_no_matter_or_is_named(
+    lost: Shell, tmp_path: Path
+) -> None:
+    batch = write_batch(
+        tmp_path / "batch", [{"id": "old", "packages": ["six==1.16.0"]}], ["a"], name="homeless"
+    )
+    words = ["run", str(batch), "--address", "local"]
+    none = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": ""}
+    told = ended(lost.command(unset(none | {"HOME": "/dev/null"}, *words)), within_s=120)
+    assert told.code == 0, told.err
+    told = ended(lost.command(unset(none | {"HOME": "/proc"}, *words)), within_s=120)
+    told.check_refusal(14, "Ray cannot start on this machine", "/proc", "set HOME")
+
+
 def unset(variables: dict[str, str], *words: str) -> list[str]:
     """`ray-envs WORDS…` with some variables, and without those whose value is empty."""
     given = [f"{name}={value}" for name, value in variables.items() if value]

@@ -137,3 +137,37 @@ def test_what_a_module_sets_when_it_is_imported_stays_as_the_module_does(
     results = list(runner.run("sets:told", variants=[variant], cases=[[]] * 4, code=tmp_path))
     assert [result.value[1] for result in results] == ["1"] * 4
     assert len({result.value[0] for result in results}) < 4
+
+
+def test_an_interrupt_that_an_item_raises_is_its_own_error(
+    cluster: RayEnvironmentProvider, variant: str
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt("stop here")
+
+    (result,) = results_of(cluster, variant, stop, [[]])
+    assert result.error is not None
+    assert (result.error.type, result.error.message) == ("KeyboardInterrupt", "stop here")
+
+
+def test_a_value_whose_class_the_driver_lacks_is_named_and_told_as_text(
+    cluster: RayEnvironmentProvider, variant: str, tmp_path: Any
+) -> None:
+    (tmp_path / "zz_only_there.py").write_text(
+        "class Box:\n    def __repr__(self): return 'Box of 7'\n"
+    )
+
+    def give(folder: str) -> Any:
+        import sys
+
+        sys.path.insert(0, folder)
+        import zz_only_there  # type: ignore[import-not-found]
+
+        return zz_only_there.Box()
+
+    (result,) = results_of(cluster, variant, give, [[str(tmp_path)]])
+    assert result.error is not None
+    assert result.error.type == "UnreadableValue"
+    assert "No module named 'zz_only_there'" in result.error.message
+    assert "Box of 7" in result.error.message
+    assert result.duration_s > 0

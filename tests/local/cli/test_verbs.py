@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -644,3 +645,28 @@ def test_bash_reads_the_completion_script_and_completes_with_it(shell: Shell) ->
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     told = ended(shell.command(["bash", "-c", code], variables={"PATH": path}))
     assert (told.out, told.err) == ("alpha\n", "")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=lambda variables: next(iter(variables.values())),
+)
+def test_no_output_ends_a_command_where_the_terminal_knows_few_characters(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "b.toml").write_text('name = "ünïcode ✓"\n')
+    for words, code in ((["create", "--help"], 0), (["run", str(tmp_path / "b.toml")], 3)):
+        done = subprocess.run(
+            [Path(sys.executable).parent / "ray-envs", *words],
+            env={**os.environ, **variables, "RAY_ENVS_ROOT": str(tmp_path / "root")},
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        assert b"Traceback" not in done.stderr
