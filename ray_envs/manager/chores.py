@@ -21,6 +21,8 @@ class Chores:
         self._parts = parts
         #: The open lock of `presence`: this manager serves the root.
         self._announced: int | None = None
+        #: The same, of this session of Ray among those that use the root.
+        self._joined: int | None = None
         self._has_begun = self._is_settled = False
         self._prune_history_at = self._reload_at = 0.0
 
@@ -39,10 +41,15 @@ class Chores:
         if self._announced is not None:
             os.close(self._announced)
             self._announced = None
+        if self._joined is not None:
+            os.close(self._joined)
+            self._joined = None
 
     async def _turn(self) -> None:
         parts = self._parts
         self._announce()  # again in each turn: the manager that had the root may have ended
+        if self._joined is not None:
+            os.utime(self._joined)
         if not self._is_settled:
             self._is_settled = True
             await parts.operations.settle_all()
@@ -57,5 +64,9 @@ class Chores:
 
     def _announce(self) -> None:
         if self._announced is None:
-            root = self._parts.settings.root
-            self._announced = presence.announce(root, self._parts.cluster.address())
+            root, cluster = self._parts.settings.root, self._parts.cluster
+            if self._joined is None and cluster.address():
+                self._joined = presence.join(root, cluster.session())
+            self._announced = presence.announce(root, cluster.address())
+            if self._announced is not None:
+                self._parts.variants.wishes.write_from_now()

@@ -6,6 +6,7 @@ An agent keeps an environment that is held when it asks for the exclusive lock.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,8 +16,9 @@ from typing import Any
 from ray_envs.cluster.nodes import Nodes
 from ray_envs.decisions import collecting
 from ray_envs.decisions.collecting import EnvUse, Limits, Verdict
-from ray_envs.errors import RayEnvsError, StorageFailed
+from ray_envs.errors import ManagerUnavailable, RayEnvsError, StorageFailed
 from ray_envs.events import EventKind
+from ray_envs.manager import presence
 from ray_envs.manager.fleet import Node
 from ray_envs.manager.leases import Leases
 from ray_envs.manager.operations import Change, Operations
@@ -27,6 +29,9 @@ from ray_envs.models import Generation, VariantRecord
 from ray_envs.settings import Settings
 
 _HOUR_S = 3600.0
+
+#: How long a node may take to measure its store, in seconds; a collection goes on without it.
+_INVENTORY_S = 30.0
 
 Planned = tuple[Verdict, EnvUse]
 
@@ -55,9 +60,14 @@ class Collector:
             await self.collect(dry_run=False)
 
     async def end_leases(self) -> None:
-        """End the leases of jobs that have ended, unless a detached actor has the environment."""
+        """End the leases of jobs that have ended, unless a detached actor has the environment.
+
+        Those of other clusters on this root, which only their manager can ask, end with it.
+        """
         # Before the cluster is asked: its answer lacks a job that begins meanwhile.
         holders = self._leases.jobs()
+        others = presence.sessions(self._settings.root) - {self._cluster.session()}
+        holders = {holder for holder in holders if holder.rpartition("/")[0] not in others}
         dead = holders - await self._cluster.living_jobs() if holders else set()
         if dead:
             given = "\n".join(await self._cluster.given_to_detached())
@@ -75,8 +85,7 @@ class Collector:
             max_inodes=self._settings.max_inodes,
         )
         found: list[Planned] = []
-        for node in self._reconciler.fleet.healthy():
-            told = await node.call("inventory")
+        for node, told in await self._inventories():
             uses = {}
             for plain in told["uses"]:
                 use = EnvUse.model_validate({**plain, "node_id": node.info.node_id})
@@ -90,6 +99,25 @@ class Collector:
                 now=told["now"],  # the clock of the node, as for the times of use
             )
             found += [(verdict, uses[verdict.key]) for verdict in verdicts]
+        return found
+
+    async def _inventories(self) -> list[tuple[Node, dict[str, Any]]]:
+        """What each node has, without nodes that do not answer soon: the next turn asks again."""
+        asked = {
+            asyncio.ensure_future(node.call("inventory")): node
+            for node in self._reconciler.fleet.healthy()
+        }
+        found = []
+        try:
+            if asked:
+                await asyncio.wait(asked, timeout=_INVENTORY_S)
+            for task, node in asked.items():
+                if task.done():
+                    with suppress(ManagerUnavailable):
+                        found.append((node, task.result()))
+        finally:
+            for task in asked:
+                task.cancel()
         return found
 
     async def collect(
@@ -110,7 +138,10 @@ class Collector:
             if not dry_run:
                 change.begin(keys=sorted({verdict.key for verdict, _ in doomed}))
                 change.say(EventKind.CLEANUP_STARTED, environments=len(doomed))
+                answered = {verdict.node_id for verdict, _ in planned}
                 for node in self._reconciler.fleet.healthy():
+                    if node.info.node_id not in answered:
+                        continue
                     mine = [each for each in doomed if each[0].node_id == node.info.node_id]
                     gone, stayed = await self._discard(
                         change, node, mine, include_current=include_current

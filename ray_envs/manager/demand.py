@@ -25,10 +25,14 @@ class _Kept(Model):
 
 
 class Wishes:
-    """The wishes of one cluster, by environment key."""
+    """The wishes of one cluster, by environment key.
 
-    def __init__(self, path: Path | None) -> None:
+    One manager of a root writes the file: the one that serves the root.
+    """
+
+    def __init__(self, path: Path | None, *, is_writer: bool = True) -> None:
         self._path = path
+        self._is_writer = is_writer
         self._wanted: set[str] = set()
         self._attempts: dict[str, int] = {}
         #: Also of keys that are not wanted now.
@@ -45,6 +49,13 @@ class Wishes:
                 self._wanted |= set(kept.wanted)
                 self._attempts = {**kept.attempts, **self._attempts}
                 self._epochs = {**kept.epochs, **self._epochs}
+
+    def write_from_now(self) -> None:
+        """Become the writer of the file: the manager that was it has ended."""
+        if not self._is_writer:
+            self._is_writer = True
+            self.load()
+            self._keep()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -101,7 +112,7 @@ class Wishes:
             self._keep()
 
     def _keep(self) -> None:
-        if self._path is not None:
+        if self._path is not None and self._is_writer:
             kept = _Kept(
                 wanted=tuple(sorted(self._wanted)), attempts=self._attempts, epochs=self._epochs
             )

@@ -1,14 +1,17 @@
 """The leases: promises to jobs that an environment is kept, before a process holds it.
 
 A lease ends with its job, or with the last detached actor that was given the environment. Leases
-are kept on disk, so that the manager knows them after a restart.
+are kept on disk, so that the manager knows them after a restart. All managers of a root share the
+file: each change reads it again, under a lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -27,17 +30,18 @@ class Leases:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._leases: dict[str, Holders] | None = None
+        #: Identifies the content of the file that was read or written last; None without a file.
+        self._stamp: tuple[int, int, int] | None = None
 
     def take(self, key: str, *, job_id: str, session: str, variant_id: str) -> None:
         """Give a job a lease on `key`, if it has none yet.
 
         Raises `StorageFailed`: the lease is valid, but will be lost at a restart of the manager.
         """
-        leases = self._all()
         holder = f"{session}/{job_id}"
-        if holder not in leases.setdefault(key, {}):
-            leases[key][holder] = variant_id
-            self._write()
+        if holder not in self._all().get(key, {}):
+            with self._changing() as leases:
+                leases.setdefault(key, {})[holder] = variant_id
 
     def of(self, key: str, *, but_job: str | None = None) -> list[str]:
         """The jobs with a lease on `key`, without `but_job`."""
@@ -56,38 +60,53 @@ class Leases:
 
     def end(self, dead: Iterable[str], kept_keys: Iterable[str] = ()) -> list[str]:
         """End the leases of `dead` (`session/job`); returns the keys without a lease now."""
-        leases, keep, gone = self._all(), set(kept_keys), set(dead)
-        freed, is_changed = [], False
-        for key, holders in list(leases.items()):
-            if key in keep:
-                continue
-            rest = {holder: name for holder, name in holders.items() if holder not in gone}
-            is_changed = is_changed or rest != holders
-            leases[key] = rest
-            if not rest:
-                del leases[key]
-                freed.append(key)
-        if is_changed:
-            with suppress(StorageFailed):  # leases that stay in the file only keep more
-                self._write()
+        keep, gone, freed = set(kept_keys), set(dead), []
+        if not gone & self.jobs():
+            return []
+        with suppress(StorageFailed), self._changing() as leases:  # what stays only keeps more
+            for key, holders in list(leases.items()):
+                rest = {holder: name for holder, name in holders.items() if holder not in gone}
+                if key not in keep and rest != holders:
+                    leases[key] = rest
+                    if not rest:
+                        del leases[key]
+                        freed.append(key)
         return freed
 
     def _all(self) -> dict[str, Holders]:
-        if self._leases is None:
-            with storage_errors("read the leases"):
-                try:
-                    text = self._path.read_bytes()
-                except FileNotFoundError:
-                    text = b"{}"
+        """The leases of all managers; the file is read again if another one has written it."""
+        with storage_errors("read the leases"):
             try:
-                self._leases = _SHAPE.validate_json(text)
-            except ValueError as exc:
-                raise StorageFailed(
-                    f"{self._path} is damaged",
-                    hint="remove it when no job runs in an environment of this root",
-                ) from exc
+                found = self._path.stat()
+                stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+                if self._leases is not None and stamp == self._stamp:
+                    return self._leases
+                text = self._path.read_bytes()
+            except FileNotFoundError:
+                stamp, text = None, b"{}"
+                if self._leases is not None and self._stamp is None:
+                    return self._leases  # on a full disk they hold as long as this process
+        try:
+            self._leases, self._stamp = _SHAPE.validate_json(text), stamp
+        except ValueError as exc:
+            raise StorageFailed(
+                f"{self._path} is damaged",
+                hint="remove it when no job runs in an environment of this root",
+            ) from exc
         return self._leases
 
-    def _write(self) -> None:
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Holders]]:
+        """The leases, to be changed in the block and written after it, by one manager at a time."""
         with storage_errors("write the leases"):
-            write_atomically(self._path, json.dumps(self._leases, indent=1) + "\n")
+            fd = os.open(self._path.with_suffix(".lock"), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            leases = self._all()
+            yield leases
+            with storage_errors("write the leases"):
+                write_atomically(self._path, json.dumps(leases, indent=1) + "\n")
+                found = self._path.stat()
+                self._stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+        finally:
+            os.close(fd)

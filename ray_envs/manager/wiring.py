@@ -74,7 +74,8 @@ def wired(settings: Settings, cluster: Nodes) -> Parts:
                 error=state.error,
             )
 
-    wishes = Wishes(settings.root / "wishes.json" if cluster.address() else None)
+    kept_wishes = settings.root / "wishes.json" if cluster.address() else None
+    wishes = Wishes(kept_wishes, is_writer=False)
     fleet = Fleet(cluster, settings.to_environment(), on_node, on_final, wishes.outdate)
     variants, views = Variants(settings, registry, wishes), Views()
     store, site = Store(settings), site_name(platform.name, target)

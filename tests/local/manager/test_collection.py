@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ray_envs.cluster.calls import Call
 from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.manager.manager import EnvManager
 from ray_envs.node.agent import NodeAgent
@@ -376,3 +378,30 @@ def test_a_second_collection_waits_for_the_first_and_finds_nothing_left(shared: 
 
     key, deleted = managed(shared, act)
     assert deleted == [[key], []]
+
+
+class Silent(LocalNodes):
+    """This machine, whose agent does not answer when it is asked what it has."""
+
+    def __init__(self) -> None:
+        super().__init__(NodeAgent)
+
+    def agent(self, node_id: str, *, settings: dict[str, str]) -> Call:
+        call = super().agent(node_id, settings=settings)
+
+        async def slow(verb: str, **arguments: Any) -> Any:
+            if verb == "inventory":
+                await asyncio.sleep(60)
+            return await call(verb, **arguments)
+
+        return slow
+
+
+def test_a_node_that_does_not_answer_holds_no_collection_up(
+    shared: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray_envs.manager.collector._INVENTORY_S", 0.3)
+    began = time.monotonic()
+    told = managed(shared, lambda manager: manager.cleanup(idle_hours=0), nodes=Silent())
+    assert time.monotonic() - began < 30
+    assert (told["deleted"], told["kept"]) == ([], [])

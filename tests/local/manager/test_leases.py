@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,67 @@ def test_a_damaged_file_of_promises_is_an_error_and_no_empty_one(tmp_path: Path)
         with pytest.raises(StorageFailed, match=r"leases.json is damaged"):
             ask()
     assert path.read_text() == "{"
+
+
+def test_managers_of_one_root_see_each_others_promises_and_overwrite_none(tmp_path: Path) -> None:
+    path = tmp_path / "leases.json"
+    one, two = Leases(path), Leases(path)
+    one.take("k1", job_id="01", session="s1", variant_id="v")
+    two.take("k2", job_id="01", session="s2", variant_id="v")
+    one.take("k3", job_id="02", session="s1", variant_id="v")
+    for leases in (one, two, Leases(path)):
+        assert set(leases.all()) == {"k1", "k2", "k3"}
+        assert leases.jobs() == {"s1/01", "s1/02", "s2/01"}
+    assert two.end({"s1/02"}) == ["k3"]
+    assert set(one.all()) == {"k1", "k2"}
+
+
+def test_many_managers_promise_at_once_and_each_promise_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "leases.json"
+    start = threading.Barrier(6)
+
+    def promise(number: int) -> None:
+        leases = Leases(path)
+        start.wait(20)
+        for job in range(5):
+            leases.take(f"k{number}", job_id=str(job), session=f"s{number}", variant_id="v")
+
+    threads = [threading.Thread(target=promise, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(Leases(path).jobs()) == 30
+
+
+class Cluster(Jobs):
+    """A cluster of its own, with a manager of its own on the shared root."""
+
+    def address(self) -> str:
+        return f"{self.name}:6379"
+
+
+def test_what_another_cluster_on_the_root_was_promised_is_not_collected(shared: Settings) -> None:
+    """An embedded Ray beside a running cluster is the usual case on a laptop."""
+
+    async def both(manager: EnvManager) -> None:
+        key = (await created(manager, "theirs", "six==1.14.0"))["key"]
+        await manager.get_options(variant_id="theirs", job_id="01")
+        other = EnvManager(settings=shared.to_environment(), nodes=Cluster(session="s2"))
+        try:
+            await other.delete_env(variant_id="theirs", force=True)
+            told = await other.cleanup(idle_hours=0)
+            (row,) = [each for each in told["kept"] if each["key"] == key]
+            assert "job 01" in row["because"]
+            assert key not in [each["key"] for each in told["deleted"]]
+        finally:
+            await other.stop()
+
+    managed(shared, both, nodes=Cluster("01", session="s1"))
+    for path in (shared.root / "sessions").iterdir():
+        os.utime(path, (0, 0))  # long after its end, a session is over, and so are its promises
+    told = managed(shared, lambda manager: manager.cleanup(idle_hours=0))
+    assert len(told["deleted"]) == 1
 
 
 # -- what it means

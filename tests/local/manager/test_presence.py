@@ -67,3 +67,17 @@ def test_an_announcement_that_cannot_be_written_leaves_no_lock_behind(
     fd = presence.announce(tmp_path, "10.0.0.2:6379")
     assert fd is not None
     os.close(fd)
+
+
+def test_a_session_counts_while_its_manager_lives_and_a_while_longer(tmp_path: Path) -> None:
+    fd = presence.join(tmp_path, "session_1")
+    again = presence.join(tmp_path, "session_2")
+    os.close(again)
+    assert presence.sessions(tmp_path) == {"session_1", "session_2"}  # that one may be restarted
+    for name in ("session_1", "session_2"):
+        os.utime(tmp_path / "sessions" / name, (0, 0))
+    assert presence.sessions(tmp_path) == {"session_1"}
+    assert os.listdir(tmp_path / "sessions") == ["session_1"]
+    os.close(fd)
+    assert presence.sessions(tmp_path) == set()
+    assert presence.sessions(tmp_path / "nowhere") == set()
