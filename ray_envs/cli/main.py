@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -16,7 +17,7 @@ from click.shell_completion import get_completion_class
 
 from ray_envs.cli.printing import complain, put
 from ray_envs.cli.waiting import INTERRUPTED
-from ray_envs.errors import RayEnvsError
+from ray_envs.errors import ClusterLost, RayEnvsError
 
 #: The variable that makes click print completions.
 _COMPLETE = "_RAY_ENVS_COMPLETE"
@@ -101,6 +102,10 @@ def main() -> None:
     except click.ClickException as exc:
         exc.show()
         code = exc.exit_code
+    except ClusterLost as exc:
+        complain(str(exc))
+        sys.stdout.flush()
+        os._exit(exc.exit_code)  # at the end of a process, Ray would wait for its cluster
     except RayEnvsError as exc:
         complain(str(exc))
         code = exc.exit_code

@@ -28,6 +28,7 @@ class ClusterWatch:
         self._has_raylet = True
         self._looked_at = self._raylet_at = time.monotonic()
         self._away_at: float | None = None
+        self.is_lost = False
 
     def head_answers(self) -> bool:
         """Return whether the head has answered at the last look."""
@@ -45,6 +46,7 @@ class ClusterWatch:
         """
         now, answers = time.monotonic(), self.head_answers()
         if not self._has_raylet:
+            self.is_lost = True
             raise ClusterLost(
                 "the Ray node of this machine has ended while the batch ran", hint=_HINT
             )
@@ -53,6 +55,7 @@ class ClusterWatch:
             return
         self._away_at = self._away_at or now
         if now - self._away_at > _LOST_S:
+            self.is_lost = True
             what = "no node of it is alive" if answers else "its head does not answer"
             raise ClusterLost(
                 f"the Ray cluster has ended while the batch ran: {what} since {_LOST_S:g} s",

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
-from ray_envs.cluster import actors, calls, nodes
+from ray_envs.cluster import actors, calls, connecting, nodes
 from ray_envs.errors import ManagerUnavailable
 from ray_envs.manager.fleet import ended
 from ray_envs.manager.manager import EnvManager
@@ -88,6 +88,8 @@ class ActorConnection:
     def close(self) -> None:
         import ray
 
+        if ray.is_initialized() and not connecting.raylet_answers():
+            return  # with its node gone, Ray would hang here, or end this process
         for call in list(self._pending):  # of other threads; the manager undoes a cancelled change
             with suppress(Exception):
                 ray.cancel(call)

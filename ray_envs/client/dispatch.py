@@ -331,7 +331,7 @@ class Dispatcher:
         """Stop every running item."""
         import ray
 
-        if ray.is_initialized():
+        if ray.is_initialized() and not self._cluster.is_lost:
             for stream in list(self.items):
                 self._end(stream)
         self.items.clear()

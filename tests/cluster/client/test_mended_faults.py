@@ -20,7 +20,7 @@ from ray_envs import (
     Settings,
 )
 from ray_envs.client.code_folder import pack_code
-from ray_envs.errors import InvalidInput
+from ray_envs.errors import WorkerCannotStart
 from ray_envs.node.store import Store
 
 pytestmark = pytest.mark.timeout(90)
@@ -89,9 +89,9 @@ def test_variables_that_keep_the_interpreter_from_starting_are_named_soon(
     started = time.monotonic()
     result = one(RayBatchRunner(cluster).run("os:getpid", variants=["unstartable"], cases=[[]]))
     kind, message = error_of(result)
-    assert kind == "InvalidInput"
+    assert kind == "WorkerCannotStart"
     assert "PYTHONHASHSEED" in message
-    with pytest.raises(InvalidInput, match="PYTHONHASHSEED"):
+    with pytest.raises(WorkerCannotStart, match="PYTHONHASHSEED"):
         cluster.environment("unstartable")
     assert time.monotonic() - started < 60
 

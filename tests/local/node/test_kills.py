@@ -134,6 +134,7 @@ _BUILT = (
     "make store/KEY/.venv/lib/__pycache__/_ray_envs_inside.pyc.*",
     "rename store/KEY/.venv/lib/__pycache__/_ray_envs_inside.pyc",
     "make store/KEY/.venv/lib/_ray_envs_inside.pth",
+    "rename worker-starts.json",
     "rename store/KEY/record.json",
     "event EnvironmentPrepared",
 )
@@ -223,6 +224,7 @@ STEPS = {
         "link store/KEY/.venv/lib/packaging/__pycache__/.ray_envs-mend-*",
         "rename store/KEY/.venv/lib/packaging/__pycache__/version.pyc",
         "remove store/KEY/.venv/lib/packaging/__pycache__/.ray_envs-mend-*",
+        "rename worker-starts.json",
         "event EnvironmentDamaged",
         "event EnvironmentRepaired",
         *_ended("EnvironmentSynced"),
