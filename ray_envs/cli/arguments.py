@@ -84,12 +84,17 @@ def requirements(packages: Iterable[str], file: str | None) -> list[str]:
 
 
 def disk() -> tuple[Registry, Store]:
-    """Return the definitions and the environments under this machine's root."""
+    """Return the definitions and the environments under this machine's root.
+
+    Raises `StorageFailed`: another version of ray_envs has written it in another format.
+    """
     from ray_envs.manager.registry import Registry
     from ray_envs.node.store import Store
 
     settings = Settings.from_environment()
-    return Registry(settings), Store(settings)
+    store = Store(settings)
+    store.check_format()
+    return Registry(settings), store
 
 
 def defined_ids(registry: Registry) -> list[str]:

@@ -209,7 +209,7 @@ class Dispatcher:
 
         try:
             message = ray.get(next(stream))
-            if item.began is None:
+            if item.began is None and "kind" not in message:
                 item.began = message
                 item.deadline = time.monotonic() + item.limits.timeout_s
                 return None
@@ -253,7 +253,7 @@ class Dispatcher:
         began = item.began or {}
         if not message["is_first"]:
             item.unfit_workers += not message["has_run"]
-        elif not message["has_run"]:
+        elif not message["has_run"] and began:
             self._refused[item.environment["key"], began["node_id"]] = time.monotonic() + _REFUSED_S
             item.refusals += item.refusals < _MAX_REFUSALS
         return self._again_or(item, message["error"]["type"], message["error"]["message"])

@@ -103,6 +103,7 @@ class RayBatchRunner:
 
         Raises:
             InvalidInput: an argument cannot be accepted. Nothing was started.
+            ClusterLost: while the results are read: the cluster has ended.
         """
         if isinstance(variants, str):
             raise InvalidInput(f"variants is the string {variants!r}", hint="give a list of ids")

@@ -25,24 +25,40 @@ def use_token(address: str) -> None:
     Raises `ManagerUnavailable`: it asks for a token, and this user has none or another one.
     """
     from ray._private.authentication import authentication_token_setup as setup
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined, unused-ignore]
 
-    loader = AuthenticationTokenLoader.instance()
-    if not _is_refused(address, loader.get_token_for_http_header()):
-        return
-    token = loader.get_token_for_http_header(ignore_auth_mode=True)
     mode = os.environ.get(setup.AUTH_MODE_ENV_VAR)
+    token = _own_token()
+    if not _is_refused(address, token if mode == "token" else {}):
+        if mode == "token" and not token:
+            raise _refused("RAY_AUTH_MODE is token, and this user has none")
+        return
     if token and mode is None and not _is_refused(address, token):
         setup._enable_token_auth()
         return
     why = "this user has another one" if token else "this user has none"
     if mode not in (None, "token"):
         why = f"{setup.AUTH_MODE_ENV_VAR} is {mode}"
-    raise ManagerUnavailable(
-        f"the cluster at {address} wants a token, and {why}",
+    raise _refused(f"the cluster at {address} wants a token, and {why}")
+
+
+def _refused(why: str) -> ManagerUnavailable:
+    return ManagerUnavailable(
+        why,
         hint="export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN with the token of the cluster: "
         "`ray get-auth-token` prints it there",
     )
+
+
+def _own_token() -> dict[str, str]:
+    """Return the header with this user's token; empty if there is none."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined, unused-ignore]
+    from ray.exceptions import AuthenticationError
+
+    try:
+        loader = AuthenticationTokenLoader.instance()
+        return dict(loader.get_token_for_http_header(ignore_auth_mode=True))
+    except AuthenticationError:
+        return {}
 
 
 def make_token_if_home_is_closed() -> None:
@@ -53,12 +69,11 @@ def make_token_if_home_is_closed() -> None:
     from ray._private.authentication import authentication_token_setup as setup
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined, unused-ignore]
 
-    loader = AuthenticationTokenLoader.instance()
     if os.environ.get(setup.AUTH_MODE_ENV_VAR, "token") != "token":
         return
-    if not loader.has_token(ignore_auth_mode=True) and not _can_write_home():
+    if not _own_token() and not _can_write_home():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        loader.reset_cache()
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _can_write_home() -> bool:

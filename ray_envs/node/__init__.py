@@ -22,6 +22,7 @@ which peers are asked for wheels       exchange
 what a node sends                      sending
 what a node receives                   receiving
 hashes of unpacked wheels              unpacked
+when unpacked code folders are deleted unpacked_code
 bundles as files                       bundles
 what doctor tests of a node            probing
 sizes, and who has a file open         usage

@@ -20,6 +20,7 @@ from ray_envs.cluster.peers import RayPeers
 from ray_envs.decisions.collecting import EnvUse
 from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed, UvFailed, from_dict
 from ray_envs.models import BuildRequest, NodeEnvState, Phase, Target
+from ray_envs.node import unpacked_code
 from ray_envs.node.exchange import Exchange
 from ray_envs.node.interpreter import this_platform, this_target, uv_version
 from ray_envs.node.maintenance import Maintenance
@@ -299,7 +300,7 @@ class NodeAgent:
         if not self._is_set_up:
             self._store.set_up()
             self._store.sweep()
-            self._store.sweep_code()
+            unpacked_code.sweep(self._settings.root)
             self._is_set_up = True
 
     async def _make_ready(self, request: BuildRequest, attempt: int, peers: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ray_envs.decisions.collecting import EnvUse
 from ray_envs.errors import EnvironmentInUse, RayEnvsError
 from ray_envs.models import BuildRequest, EnvRecord, Target
-from ray_envs.node import bytecode, mending, startup, wheels
+from ray_envs.node import bytecode, mending, startup, unpacked_code, wheels
 from ray_envs.node.interpreter import uv_version
 from ray_envs.node.probing import probe
 from ray_envs.node.store import Store
@@ -59,7 +59,7 @@ class Maintenance:
 
         A collection begins with it, and so does the sweep of unpacked code.
         """
-        await asyncio.to_thread(self._store.sweep_code)
+        await asyncio.to_thread(unpacked_code.sweep, self._store.root)
         uses = await asyncio.to_thread(self._store.inventory)
         return {"now": time.time(), "uses": [use.model_dump(mode="json") for use in uses]}
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import py_compile
-import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
@@ -27,14 +25,12 @@ from ray_envs.models import EnvRecord
 from ray_envs.node import usage
 from ray_envs.settings import Settings
 from ray_envs.worker import hold
-from ray_envs.worker.code import CODE_OF_USER, UNPACKING
-
-#: How long an unpacked code folder is kept after its last use.
-_CODE_IDLE_S = 7 * 24 * 3600.0
-_CODE_FOLDER = re.compile(rf"[0-9a-f]{{64}}|{UNPACKING}\w+(\.old)?")
 
 #: Changes with the layout below; an older layout is left alone, never migrated in place.
 _STORE = "store"
+#: The format of all files below a root. A root without a number was written before there was one.
+FORMAT = 1
+_FORMAT = "format"
 
 
 class Store:
@@ -71,7 +67,27 @@ class Store:
                 file.write(b"x")
                 fcntl.flock(file, fcntl.LOCK_EX)  # a file system without it cannot hold the store
             probe.unlink(missing_ok=True)  # another process sweeps
+            if not self.check_format():
+                write_atomically(self.root / _FORMAT, f"{FORMAT}\n", is_durable=False)
         self._check_free()
+
+    def check_format(self) -> bool:
+        """Return whether the root has a format number.
+
+        Raises `StorageFailed`: it has another one than this ray_envs knows.
+        """
+        with storage_errors(f"read the root {self.root}"):
+            try:
+                text = (self.root / _FORMAT).read_text(encoding="utf-8", errors="replace").strip()
+            except FileNotFoundError:
+                return False
+        if text != str(FORMAT):
+            raise StorageFailed(
+                f"the root {self.root} has the format {text[:20]!r}, and this ray_envs reads "
+                f"{FORMAT}",
+                hint="update ray_envs on this machine, or set RAY_ENVS_ROOT to another folder",
+            )
+        return True
 
     def _check_free(self) -> None:
         with storage_errors(f"read the free space of {self.root}"):
@@ -341,21 +357,6 @@ class Store:
                     os.close(lock)
         for entry in self._entries(self._trash):
             _delete(entry)
-
-    def sweep_code(self) -> None:
-        """Delete the code folders of this user that no item has used for a week.
-
-        Only folders that workers name so, and never through a link: if somebody has put a link
-        there, nothing behind it is ours.
-        """
-        parent = self.root / f"{CODE_OF_USER}{os.getuid()}"
-        if parent.is_symlink():
-            return
-        for entry in self._entries(parent):
-            with suppress(OSError):  # a worker has just renamed it
-                is_old = time.time() - entry.lstat().st_mtime > _CODE_IDLE_S
-                if is_old and _CODE_FOLDER.fullmatch(entry.name) and not entry.is_symlink():
-                    _delete(entry)
 
     @staticmethod
     def _entries(folder: Path) -> list[Path]:

@@ -24,6 +24,21 @@ from ray_envs.worker.restoring import restorer
 
 def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None) -> Iterator[Any]:
     """Run one item and report it. End the worker if it is not fit for another item."""
+    outcome: dict[str, Any] = {}
+    try:
+        yield from _steps(request, payload, code, outcome)
+    except Exception as exc:  # an item before this one has changed what we need
+        if not outcome.get("is_told"):
+            yield _unfit(outcome, f"the worker was damaged: {type(exc).__name__}: {exc}")
+        _end_worker()
+    if outcome["is_unfit"]:
+        _end_worker()
+
+
+def _steps(
+    request: dict[str, Any], payload: bytes | None, code: bytes | None, outcome: dict[str, Any]
+) -> Iterator[Any]:
+    """Run and report an item; what is raised here is not the payload's."""
     import time
 
     ray = sys.modules["ray"]
@@ -34,12 +49,11 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
         "pid": os.getpid(),
     }
     clock = time.monotonic()
-    outcome = _new_outcome(started)
+    outcome.update(_new_outcome(started))
     value, folder = None, current_folder()
     wrong = _what_is_wrong(request, outcome)
     if wrong:
-        outcome["kind"] = "environment"
-        outcome["error"] = {"type": "WrongEnvironment", "message": wrong, "traceback": ""}
+        _unfit(outcome, wrong)
     else:
         restore = None
         try:
@@ -60,17 +74,34 @@ def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None)
             outcome["error"] = described(exc)
         outcome["duration_s"] = time.monotonic() - clock
         wrong = _what_is_wrong(request, outcome, restore)
+        outcome["is_unfit"] = bool(wrong)
         if wrong and outcome["error"] is not None:  # it failed because the disk was lost meanwhile
             outcome["kind"] = "environment"
             outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
-    outcome["is_unfit"] = bool(wrong)
+    outcome["is_told"] = True
     yield outcome
     if not request["as_json"] and outcome["error"] is None:
         yield value
-    if wrong:
-        # The driver has what it needs before it kills this worker. Raising an error here would let
-        # Ray decide, which may have lost its own files.
+
+
+def _unfit(outcome: dict[str, Any], wrong: str) -> dict[str, Any]:
+    """Make `outcome` that of an item that met a worker in which no item can run."""
+    error = {"type": "WrongEnvironment", "message": wrong, "traceback": ""}
+    given = {"is_first": False, "has_run": False, **outcome}
+    outcome.update({**given, "kind": "environment", "error": error, "is_unfit": True})
+    return outcome
+
+
+def _end_worker() -> None:
+    """End this process. First the driver gets what was yielded; then it kills this worker itself.
+
+    An error here instead would let Ray decide, which may have lost its own files.
+    """
+    import time
+
+    try:
         time.sleep(10)
+    finally:
         os._exit(1)
 
 
@@ -78,12 +109,17 @@ def _what_is_wrong(
     request: dict[str, Any], outcome: dict[str, Any], restore: Callable[[], None] | None = None
 ) -> str:
     """Restore what an item has changed; return why no item can run here, empty if one can."""
+    import json
+    import time
+
     try:
         if restore is not None:
             restore()
-        sys.modules["ray"]  # an item may have emptied sys.modules
+        sys.modules["ray"]  # an item may have emptied sys.modules, or patched what we need
+        time.sleep(0 * (time.time() + time.monotonic()))
+        json.loads(json.dumps([os.getpid()]))
         return what_is_wrong_here(request, outcome)
-    except Exception as exc:  # an item has changed what we need
+    except Exception as exc:
         return f"the worker was damaged: {type(exc).__name__}: {exc}"
 
 
@@ -100,6 +136,7 @@ def _new_outcome(started_at: float) -> dict[str, Any]:
         "kind": "payload",
         "has_run": False,
         "duration_s": 0.0,
+        "is_unfit": False,
         #: If something is wrong here, no earlier item of this worker can be the reason.
         "is_first": is_first,
         "error": None,

@@ -14,13 +14,14 @@ def restorer(folder: str | None) -> Callable[[], None]:
 
     That is: the current folder (`folder`), environment variables, umask, `sys.path`, the recursion
     limit, Python's signal handlers, timers, standard streams, and builtins that were replaced.
-    Modules that an item has patched stay patched. Call it in the main thread.
+    Modules that an item has patched stay patched. Call it in the main thread. The returned function
+    raises an error if something cannot be restored, such as the user or a closed stream.
     """
     import builtins
     import contextlib
     import signal
 
-    variables = dict(os.environ)
+    user, variables = (os.geteuid(), os.getegid()), dict(os.environ)
     umask = os.umask(0o077)
     os.umask(umask)
     path, limit = list(sys.path), sys.getrecursionlimit()
@@ -40,6 +41,11 @@ def restorer(folder: str | None) -> Callable[[], None]:
         sys.setrecursionlimit(limit)
         for name, stream in streams.items():
             setattr(sys, name, stream)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        if (os.geteuid(), os.getegid()) != user:
+            raise PermissionError("an item has changed the user of its worker")
         if dict(os.environ) != variables:
             os.environ.clear()
             os.environ.update(variables)

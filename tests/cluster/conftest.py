@@ -6,6 +6,7 @@ The wheels are downloaded once a session: every other root links to the first on
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -91,6 +92,8 @@ def other_root(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def make(name: str) -> Settings:
         folder = tmp_path_factory.mktemp(name)
         (folder / "uv-cache").symlink_to(root / "uv-cache")
+        with suppress(FileNotFoundError):  # no worker has started there yet
+            shutil.copy(root / "worker-starts.json", folder)
         return Settings(root=folder)
 
     return make

@@ -209,11 +209,17 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory, locked: Locked) -> Path
     return Store(settings).cache
 
 
+def link_cache(warm_cache: Path, settings: Settings) -> None:
+    """Give a root links to a warm cache, and what is known of the starts of workers from it."""
+    subprocess.run(["cp", "-al", warm_cache, Store(settings).cache], check=True)
+    shutil.copy(warm_cache.parent / "worker-starts.json", settings.root)
+
+
 @pytest.fixture
 def warm(settings: Settings, warm_cache: Path) -> Settings:
     """Settings whose root has its own links to the warm cache."""
     settings.root.mkdir()
-    subprocess.run(["cp", "-al", warm_cache, Store(settings).cache], check=True)
+    link_cache(warm_cache, settings)
     return settings
 
 

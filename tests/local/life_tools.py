@@ -21,10 +21,9 @@ from ray_envs.cluster.nodes import LocalNodes, Nodes
 from ray_envs.manager.manager import EnvManager
 from ray_envs.models import Definition, EnvId
 from ray_envs.node.agent import NodeAgent
-from ray_envs.node.store import Store
 from ray_envs.settings import Settings
 from ray_envs.testing import FakeUv
-from tests.local.conftest import broken_promises, processes_of, wait_until
+from tests.local.conftest import broken_promises, link_cache, processes_of, wait_until
 
 Act = Callable[[EnvManager], Awaitable[Any]]
 
@@ -56,7 +55,7 @@ def warm_root(folder: Path, warm_cache: Path, **options: Any) -> Iterator[Settin
     folder.mkdir(parents=True)
     options = {"lock_timeout_s": 60, "tick_s": 0.5, "uv_retries": 0, "build_niceness": 0, **options}
     settings = Settings(root=folder, **options)
-    subprocess.run(["cp", "-al", warm_cache, Store(settings).cache], check=True)
+    link_cache(warm_cache, settings)
     yield settings
     with suppress(TimeoutError):  # what is left then is told by the next line
         wait_until(lambda: not processes_of(folder), "every process is gone")

@@ -22,7 +22,8 @@ import pytest
 from ray_envs.errors import EnvironmentInUse, LockTimeout, StorageFailed
 from ray_envs.models import EnvRecord
 from ray_envs.node import store as store_module
-from ray_envs.node.store import Store
+from ray_envs.node import unpacked_code
+from ray_envs.node.store import FORMAT, Store
 from ray_envs.settings import Settings
 from ray_envs.worker.hold import INSTALLED_AS
 from ray_envs.worker.hold import __file__ as hold_file
@@ -499,11 +500,11 @@ def test_the_sweep_of_code_deletes_only_what_workers_have_unpacked_and_follows_n
     for folder in (code / old, code / half, code / "notes", victim, victim / ("c" * 64)):
         os.utime(folder, (0, 0))
     os.utime(code / ("d" * 64), (0, 0), follow_symlinks=False)
-    store.sweep_code()
+    unpacked_code.sweep(store.root)
     assert sorted(os.listdir(code)) == sorted([fresh, "d" * 64, "notes"])
     code.rename(tmp_path / "moved")
     code.symlink_to(victim)  # by somebody who may write the root
-    store.sweep_code()
+    unpacked_code.sweep(store.root)
     assert os.listdir(victim) == ["c" * 64]
 
 
@@ -571,6 +572,28 @@ def test_nobody_is_named_where_the_system_does_not_tell(
     child(store.python("k"))
     monkeypatch.setattr("ray_envs.node.usage._PROC", store.root / "no-proc")
     assert (store.users("k"), store.users("unknown")) == ([], [])
+
+
+# -- format
+
+
+def test_a_root_gets_a_format_number_and_one_of_another_format_is_left_alone(
+    settings: Settings,
+) -> None:
+    store = Store(settings)
+    assert not store.check_format()
+    store.set_up()
+    assert store.check_format()
+    number = settings.root / "format"
+    assert number.read_text() == f"{FORMAT}\n"
+    for other in (f"{FORMAT + 1}\n", "", "\0" * 100, "9" * 10_000):
+        number.write_text(other)
+        for use in (store.set_up, store.check_format):
+            with pytest.raises(StorageFailed, match="this ray_envs reads 1") as caught:
+                use()
+            assert "update ray_envs" in caught.value.hint
+            assert len(str(caught.value)) < 500
+        assert number.read_text() == other
 
 
 # -- scratch, trash, space

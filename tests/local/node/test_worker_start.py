@@ -153,6 +153,7 @@ def test_variables_that_break_the_start_are_named(settings: Settings, place: Pla
 def test_a_new_environment_of_a_node_is_checked_and_the_next_one_with_the_same_ray_is_not(
     warm: Settings, locked: Locked, runs: list[str]
 ) -> None:
+    (warm.root / "worker-starts.json").unlink()
     first, second = locked("six==1.16.0"), locked("six==1.17.0")
     for request in (first, second):
         assert build(warm, request).phase is Phase.READY
