@@ -154,8 +154,6 @@ def import_project(
     options = definition.model_dump(
         mode="json", exclude={"pyproject", "uv_lock"}, exclude_defaults=True
     )
-    from ray_envs.decisions.policy import file_hosts
-
     wait_s = Settings.from_environment().prepare_timeout_s
     with open_provider() as provider:
         answer = watch(
@@ -175,8 +173,11 @@ def import_project(
         put_json(answer)
     else:
         put(answer["key"])
-        if bundle is not None and (hosts := file_hosts(definition.uv_lock or "")):
-            say(f"nodes that lack one of its files fetch it from {', '.join(hosts)}")
+        if bundle is not None:
+            from ray_envs.decisions.policy import file_hosts
+
+            hosts = ", ".join(file_hosts(definition.uv_lock or ""))
+            say(f"nodes that lack one of its files fetch it from {hosts}")
         if dry_run and bundle is not None:
             say("dry run: its wheels are in this machine's uv cache; nothing else was changed")
         elif dry_run:

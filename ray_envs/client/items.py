@@ -69,19 +69,12 @@ def unreadable(item: Item, exc: Exception) -> ItemResult:
     outcome = item.outcome or {}
     missing = re.search(r"No module named '[\w.]+'|Can't get attribute .*", str(exc))
     reason = missing[0] if missing else (str(exc).strip().splitlines() or [type(exc).__name__])[-1]
-    return _filled(
-        item,
-        ok=False,
-        error=ErrorInfo(
-            type="UnreadableValue",
-            message=f"the value cannot be read here ({reason}); return plain data, such as "
-            f"numbers, lists and dicts. It was: {outcome.get('text', '')}",
-        ),
-        python=outcome.get("python"),
-        ray=outcome.get("ray"),
-        duration_s=round(outcome.get("duration_s", 0.0), 6),
-        shadowed=tuple(outcome.get("shadowed", ())),
+    message = (
+        f"the value cannot be read here ({reason}); return plain data, such as numbers, lists and "
+        f"dicts. It was: {outcome.get('text', '')}"
     )
+    item.outcome = {**outcome, "error": {"type": "UnreadableValue", "message": message}}
+    return result_of(item, None)
 
 
 def not_run(item: Item, error: RayEnvsError) -> ItemResult:

@@ -49,7 +49,8 @@ class Chores:
         parts = self._parts
         self._announce()  # again in each turn: the manager that had the root may have ended
         if self._joined is not None:
-            os.utime(self._joined)
+            with suppress(OSError):  # the lock alone shows that this manager lives
+                os.utime(self._joined)
         if not self._is_settled:
             self._is_settled = True
             await parts.operations.settle_all()
@@ -66,7 +67,8 @@ class Chores:
         if self._announced is None:
             root, cluster = self._parts.settings.root, self._parts.cluster
             if self._joined is None and cluster.address():
-                self._joined = presence.join(root, cluster.session())
+                with suppress(StorageFailed):  # a full disk must not keep it from being emptied
+                    self._joined = presence.join(root, cluster.session())
             self._announced = presence.announce(root, cluster.address())
             if self._announced is not None:
                 self._parts.variants.wishes.write_from_now()

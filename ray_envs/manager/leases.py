@@ -98,10 +98,11 @@ class Leases:
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Holders]]:
         """The leases, to be changed in the block and written after it, by one manager at a time."""
-        with storage_errors("write the leases"):
+        fd = None
+        with suppress(OSError):  # a full disk: the lease holds as long as this process
             fd = os.open(self._path.with_suffix(".lock"), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC)
-        try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
             leases = self._all()
             yield leases
             with storage_errors("write the leases"):
@@ -109,4 +110,5 @@ class Leases:
                 found = self._path.stat()
                 self._stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
         finally:
-            os.close(fd)
+            if fd is not None:
+                os.close(fd)

@@ -116,7 +116,9 @@ def _what_is_wrong(
         if restore is not None:
             restore()
         sys.modules["ray"]  # an item may have emptied sys.modules, or patched what we need
-        time.sleep(0 * (time.time() + time.monotonic()))
+        time.sleep(0)
+        time.time()
+        time.monotonic()
         json.loads(json.dumps([os.getpid()]))
         return what_is_wrong_here(request, outcome)
     except Exception as exc:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
 import threading
@@ -143,6 +145,25 @@ def test_many_managers_promise_at_once_and_each_promise_is_kept(tmp_path: Path) 
     for thread in threads:
         thread.join(60)
     assert len(Leases(path).jobs()) == 30
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_promise_holds_where_the_disk_takes_no_lock_and_perhaps_no_file(
+    tmp_path: Path, is_written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "leases.json"
+    path.with_suffix(".lock").mkdir()  # it cannot be opened as a file
+    if not is_written:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("ray_envs.manager.leases.write_atomically", full)
+    leases = Leases(path)
+    with contextlib.suppress(StorageFailed):
+        leases.take("k1", job_id="01", session="s1", variant_id="v")
+    assert leases.of("k1") == ["01"]
+    assert path.exists() is is_written
 
 
 class Cluster(Jobs):
