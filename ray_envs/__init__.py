@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from ray_envs.client.provider import RayEnvironmentProvider
     from ray_envs.client.runner import BatchState, Progress, RayBatchRunner
     from ray_envs.errors import RayEnvsError
-    from ray_envs.models import EnvSpec
     from ray_envs.settings import Settings
+    from ray_envs.specs import EnvSpec
 
 #: Where each public name lives; imported at first use, so that a read does not pay for a batch.
 _HOMES = {
     "BatchSpec": "batch_models",
     "BatchState": "client.runner",
     "CaseSpec": "batch_models",
-    "EnvSpec": "models",
+    "EnvSpec": "specs",
     "EnvironmentProvider": "client.environments",
     "InMemoryEnvironmentProvider": "client.in_memory",
     "ItemResult": "batch_models",

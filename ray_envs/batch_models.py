@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import Field
 
 from ray_envs.errors import InvalidInput
-from ray_envs.models import Amount, EnvSpec, Gpus, Model
+from ray_envs.specs import Amount, EnvSpec, Gpus
+from ray_envs.validation import Model
 
 
 class ErrorInfo(Model):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ray_envs.models import Model
+from ray_envs.validation import Model
 
 
 class EventKind(str, Enum):

@@ -1,6 +1,6 @@
-"""Data of environments: ids, specs, definitions, generations, records and states.
+"""Data of environments: ids, generations, records and states.
 
-People write it, disks keep it and actors exchange it. Each model validates itself; nothing here
+Disks keep it and actors exchange it. Each model validates itself; nothing here
 decides anything, reads files or uses Ray.
 """
 
@@ -11,9 +11,11 @@ from datetime import datetime
 from enum import Enum
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ray_envs.errors import InvalidId
+from ray_envs.specs import Definition
+from ray_envs.validation import Model
 
 #: The form of an id. It may contain `_`, which the names of folders encode (`EnvId.folder`).
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -24,16 +26,6 @@ _MAX_FOLDER_LENGTH = 240
 #: The dependency group for the cluster's Ray: `uv add ray` fails on dynamic dependencies.
 RAY_GROUP = "ray-envs"
 
-#: Variables that decide what a worker imports. ray_envs sets them, a spec cannot.
-RESERVED_VARIABLES = ("PATH", "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH")
-
-#: The label that Ray gives each node.
-NODE_ID_LABEL = "ray.io/node-id"
-#: The keys and selectors of labels that Ray accepts.
-_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-_LABEL_KEY = re.compile(rf"([A-Za-z0-9.-]{{1,253}}/)?{_LABEL}")
-_SELECTOR = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
-
 #: The workflow of a variant whose id names none.
 DEFAULT_WORKFLOW = "default"
 
@@ -41,33 +33,6 @@ DEFAULT_WORKFLOW = "default"
 Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
 #: The highest number of a generation; more than any variant reaches.
 _MAX_NUMBER = 10**6
-
-
-#: Ray counts resources in steps of this size, and refuses less.
-_SMALLEST_AMOUNT = 0.0001
-
-
-def _amount(value: float) -> float:
-    if 0 < value < _SMALLEST_AMOUNT:
-        raise ValueError(f"{value:g} is less than Ray's smallest amount, {_SMALLEST_AMOUNT}")
-    return value
-
-
-def _gpus(value: float) -> float:
-    if value > 1 and not value.is_integer():
-        raise ValueError(f"{value:g}: Ray gives a part of one GPU, or whole ones")
-    return _amount(value)
-
-
-#: An amount of a resource in a runtime_env, as Ray takes it.
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_amount)]
-Gpus = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_gpus)]
-
-
-class Model(BaseModel):
-    """Frozen data that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def checked_id(value: str, *, kind: str) -> str:
@@ -140,86 +105,6 @@ class EnvId(Model):
         if self.workflow_id == DEFAULT_WORKFLOW:
             return self.node_id
         return f"{self.workflow_id}/{self.node_id}"
-
-
-class _EnvOptions(Model):
-    """The options that a spec and a definition share."""
-
-    #: Requirement strings (PEP 508), installed in addition to a project's own.
-    packages: tuple[str, ...] = ()
-    #: A version ("3.11", "3.11.7") or specifier (">=3.11") that must admit the cluster's Python.
-    python: str | None = None
-    #: Extras and dependency groups of the project to install.
-    extras: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    #: Environment variables of the workers. Ray logs them in plain text: no secrets.
-    env_vars: dict[str, str] = Field(default_factory=dict)
-    #: uv ignores files that were uploaded later (a date or an RFC 3339 time).
-    exclude_newer: str | None = None
-    #: Accept that the cluster's Ray changes pins of the project's own uv.lock.
-    allow_moved_pins: bool = False
-    #: Install wheels only: nothing is built from source.
-    only_binary: bool = False
-    #: A package without a version gets that of the cluster's own environment.
-    inherit_versions: bool = False
-    #: Labels that a node must have, as in Ray's option `label_selector`.
-    label_selector: dict[str, str] = Field(default_factory=dict)
-    #: The GPUs of each task, by default. Only nodes with so many get the environment.
-    num_gpus: Gpus | None = None
-    #: On how many of the eligible nodes it is prepared.
-    nodes: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
-
-    @field_validator("label_selector")
-    @classmethod
-    def _label_selector(cls, value: dict[str, str]) -> dict[str, str]:
-        for name, wanted in value.items():
-            if name == NODE_ID_LABEL:
-                raise ValueError(f"{name} is set by ray_envs and cannot be given")
-            if not _LABEL_KEY.fullmatch(name) or not _SELECTOR.fullmatch(wanted):
-                raise ValueError(
-                    f"{name!r}: {wanted!r} is not a selector: "
-                    "write value, !value, in(a,b) or !in(a,b)"
-                )
-        return value
-
-    @field_validator("env_vars")
-    @classmethod
-    def _env_vars(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} is not the name of an environment variable")
-            if name in RESERVED_VARIABLES:
-                raise ValueError(f"{name} is set by ray_envs and cannot be given")
-        return value
-
-
-class EnvSpec(_EnvOptions):
-    """What a user asks for: packages, a requirements file or a project folder, and options.
-
-    Example:
-        >>> EnvSpec(packages=["scikit-learn==1.7.*"], python="3.11").packages
-        ('scikit-learn==1.7.*',)
-    """
-
-    #: A folder with a pyproject.toml. If it has a uv.lock too, its versions are kept.
-    project: str | None = None
-    #: A requirements file with names, versions and markers, without options.
-    requirements: str | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> EnvSpec:
-        if self.project is not None and self.requirements is not None:
-            raise ValueError("give either project or requirements, not both")
-        if self.project is None and (self.extras or self.groups):
-            raise ValueError("extras and groups belong to a project: give project too")
-        return self
-
-
-class Definition(_EnvOptions):
-    """A spec that contains the texts of its files: it means the same on every machine."""
-
-    pyproject: str | None = None
-    uv_lock: str | None = None
 
 
 class Target(Model):

@@ -12,8 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from ray_envs.errors import InvalidInput
-from ray_envs.models import Model
-from ray_envs.validation import nearest_hint, validated
+from ray_envs.validation import Model, nearest_hint, validated
 
 _PREFIX = "RAY_ENVS_"
 

@@ -1,4 +1,4 @@
-"""Turns plain data into models, or raises one clear error."""
+"""What all models share, and how plain data becomes a model, or raises one clear error."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ray_envs.errors import InvalidInput
+
+
+class Model(BaseModel):
+    """Frozen data that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from ray_envs import errors as e
-from ray_envs.models import EnvId, Model
+from ray_envs.models import EnvId
 from ray_envs.settings import Settings
-from ray_envs.validation import validated
+from ray_envs.validation import Model, validated
 
 RequestT = TypeVar("RequestT", bound="Request")
 
@@ -204,7 +204,7 @@ class CreateEnv(_Definition):
     which is prepared on every node before it replaces the current one.
     """
 
-    spec: dict[str, Any] = Field(description="The fields of `models.Definition`: texts, not paths.")
+    spec: dict[str, Any] = Field(description="The fields of `specs.Definition`: texts, not paths.")
 
 
 class ImportEnv(_Definition):

@@ -15,8 +15,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from ray_envs.errors import InvalidPackages, NotFound, RayEnvsError
-from ray_envs.models import EnvId, EnvSpec
+from ray_envs.models import EnvId
 from ray_envs.settings import Settings
+from ray_envs.specs import EnvSpec
 
 if TYPE_CHECKING:
     from ray_envs.manager.registry import Registry

@@ -13,8 +13,9 @@ from ray_envs.cli.printing import put, put_json, say
 from ray_envs.cli.verb_options import dry_run_option, replace_option, verb_option
 from ray_envs.cli.waiting import open_provider, wait_for, watch
 from ray_envs.errors import InvalidInput
-from ray_envs.models import Definition, EnvId, EnvSpec
+from ray_envs.models import EnvId
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition, EnvSpec
 from ray_envs.validation import validated
 from ray_envs.verbs import ExportEnv
 

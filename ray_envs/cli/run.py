@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ray_envs.batch_models import BatchSpec
     from ray_envs.cli.display import RunDisplay
     from ray_envs.client.provider import RayEnvironmentProvider
-    from ray_envs.models import Definition
+    from ray_envs.specs import Definition
 
 _SOME_FAILED = 1
 

@@ -15,8 +15,9 @@ from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.statuses import Statuses, raise_status_error
 from ray_envs.decisions import placement, requirements
 from ray_envs.errors import AlreadyExists, RayEnvsError
-from ray_envs.models import Definition, EnvId, Status
+from ray_envs.models import EnvId, Status
 from ray_envs.node.interpreter import this_target
+from ray_envs.specs import Definition
 from ray_envs.verbs import CreateEnv, DeleteEnv
 
 

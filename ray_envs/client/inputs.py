@@ -15,7 +15,8 @@ from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.decisions.requirements import requirement_lines
 from ray_envs.disk.files import check_folder, kind_of, read_bytes
 from ray_envs.errors import InvalidId, InvalidInput
-from ray_envs.models import Definition, EnvId, EnvSpec, checked_id
+from ray_envs.models import EnvId, checked_id
+from ray_envs.specs import Definition, EnvSpec
 from ray_envs.validation import nearest_hint, validated
 
 _TOML_HINT = "correct that line; strings need quotes"

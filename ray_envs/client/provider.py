@@ -20,8 +20,9 @@ from ray_envs.cluster import actors, bootstrap, connecting
 from ray_envs.errors import RayEnvsError, RayEnvsWarning, WorkerCannotStart, from_dict
 from ray_envs.manager import presence
 from ray_envs.manager.manager import EnvManager
-from ray_envs.models import Definition, EnvId
+from ray_envs.models import EnvId
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 
 
 class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):

@@ -25,8 +25,9 @@ from ray_envs.client.statuses import (
 )  # fmt: skip
 from ray_envs.decisions import placement, requirements
 from ray_envs.errors import EnvironmentNotReady, RayEnvsError
-from ray_envs.models import Definition, EnvId, EnvSpec
+from ray_envs.models import EnvId
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition, EnvSpec
 from ray_envs.validation import validated
 from ray_envs.verbs import DEFAULT, CreateEnv, DeleteEnv, request_of
 

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from pydantic import Field
 
-from ray_envs.models import Model
+from ray_envs.validation import Model
 
 
 class EnvUse(Model):

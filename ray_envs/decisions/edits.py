@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from ray_envs.decisions import resolving
 from ray_envs.decisions.requirements import requirement_lines
 from ray_envs.errors import InvalidInput, InvalidPackages
-from ray_envs.models import Definition
+from ray_envs.specs import Definition
 
 Diff = dict[str, Any]
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_envs.models import Installed, Model
-from ray_envs.validation import validated
+from ray_envs.models import Installed
+from ray_envs.validation import Model, validated
 
 #: How much is read, sent and kept in memory at once. A guess: Ray's own chunks are 5 MiB.
 CHUNK_BYTES = 8 * 1024 * 1024

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray_envs.errors import InvalidInput, NoEligibleNode
-from ray_envs.models import NODE_ID_LABEL, RESERVED_VARIABLES
+from ray_envs.specs import NODE_ID_LABEL, RESERVED_VARIABLES
 
 #: Each name in a selector costs every task time (measured: 1,000 names 12 ms, 32 names 0.6 ms).
 MAX_NAMED_NODES = 32

@@ -17,8 +17,8 @@ from ray_envs.decisions.credentials import check_env_vars, check_file, redacted
 from ray_envs.decisions.parsing import parsed_toml, strings
 from ray_envs.decisions.requirements import LOCAL_HINT
 from ray_envs.errors import InvalidInput, InvalidPackages
-from ray_envs.models import Definition
 from ray_envs.settings import Settings, cut_off
+from ray_envs.specs import Definition
 
 #: The places of requirements in a pyproject.toml.
 _REQUIREMENT_TABLES = (

@@ -26,7 +26,8 @@ from ray_envs.decisions.requirements import (
     requirement_lines,
 )
 from ray_envs.errors import InvalidInput
-from ray_envs.models import RAY_GROUP, Definition, Target
+from ray_envs.models import RAY_GROUP, Target
+from ray_envs.specs import Definition
 from ray_envs.validation import nearest_hint
 
 _PYPROJECT = "pyproject.toml"

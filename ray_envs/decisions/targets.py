@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ray_envs.models import Definition, NodeEnvState, Phase
+from ray_envs.models import NodeEnvState, Phase
+from ray_envs.specs import Definition
 
 #: The progress of a node with an environment, the preferred ones first. Failed nodes come last, so
 #: that others replace them.

@@ -20,8 +20,9 @@ from ray_envs.manager.resolver import Resolver
 from ray_envs.manager.statuses import Statuses
 from ray_envs.manager.switching import Answer, Switching, facts
 from ray_envs.manager.variants import Variants
-from ray_envs.models import Definition, EnvId, VariantRecord
+from ray_envs.models import EnvId, VariantRecord
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 
 #: Returns the users of any of some keys, in words, without the leases of the given job.
 Users = Callable[[list[str], str | None], Awaitable[list[str]]]

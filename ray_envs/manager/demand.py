@@ -13,7 +13,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from ray_envs.disk.files import write_atomically
-from ray_envs.models import Key, Model
+from ray_envs.models import Key
+from ray_envs.validation import Model
 
 
 class _Kept(Model):

@@ -22,7 +22,7 @@ from ray_envs.disk.secrets import known_secrets
 from ray_envs.errors import InvalidInput
 from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
 from ray_envs.manager.database import Database
-from ray_envs.models import Model
+from ray_envs.validation import Model
 
 ModelT = TypeVar("ModelT", bound=Model)
 

@@ -28,8 +28,9 @@ from ray_envs.manager.reconciler import Reconciler
 from ray_envs.manager.registry import Registry
 from ray_envs.manager.statuses import Statuses
 from ray_envs.manager.variants import Variants
-from ray_envs.models import Definition, EnvId, Generation, Phase, Target, VariantRecord
+from ray_envs.models import EnvId, Generation, Phase, Target, VariantRecord
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 
 #: The command line of a Ray worker that waits for work: it does not count as use.
 _IDLE = "ray::IDLE"

@@ -19,9 +19,10 @@ from ray_envs.decisions import edits, locks, policy, requirements, resolving
 from ray_envs.errors import RayEnvsError, ResolutionFailed
 from ray_envs.manager.fleet import Fleet
 from ray_envs.manager.registry import Registry
-from ray_envs.models import Definition, Generation, Platform, Target, VariantRecord
+from ray_envs.models import Generation, Platform, Target, VariantRecord
 from ray_envs.node.interpreter import index_settings
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 from ray_envs.validation import validated
 
 #: The operations whose lock must keep every pin of the user's own uv.lock.

@@ -19,9 +19,10 @@ from ray_envs.manager.registry import Registry
 from ray_envs.manager.resolver import Resolved, Resolver
 from ray_envs.manager.statuses import Statuses
 from ray_envs.manager.variants import Variants
-from ray_envs.models import Definition, EnvId, Generation, VariantRecord
+from ray_envs.models import EnvId, Generation, VariantRecord
 from ray_envs.node.store import Store
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 
 #: The answer of a verb: plain data.
 Answer = dict[str, Any]

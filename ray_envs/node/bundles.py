@@ -22,10 +22,9 @@ from ray_envs.decisions.packs import CHUNK_BYTES, MadeFor, Manifest
 from ray_envs.decisions.parsing import parsed_json
 from ray_envs.disk.files import kind_of, storage_errors, sync_folder, unreadable
 from ray_envs.errors import InvalidInput, StorageFailed
-from ray_envs.models import Model
 from ray_envs.node import sending
 from ray_envs.node.uv_cache import UvCache
-from ray_envs.validation import validated
+from ray_envs.validation import Model, validated
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

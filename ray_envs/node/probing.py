@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from ray_envs.models import Model, Target
+from ray_envs.models import Target
 from ray_envs.node.uv_entries import UV_SERIES
+from ray_envs.validation import Model
 
 #: Linux's ioctl that lets a file share the blocks of another one (linux/fs.h).
 _FICLONE = 0x40049409

@@ -24,7 +24,7 @@ from typing import Literal
 from packaging.utils import canonicalize_name
 
 from ray_envs.disk.files import has_vanished, storage_errors
-from ray_envs.models import Model
+from ray_envs.validation import Model
 from ray_envs.worker.hold import INSTALLED_AS
 
 Kind = Literal["missing", "changed", "extra"]

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 
 from ray_envs.disk.files import write_atomically
 from ray_envs.errors import WorkerCannotStart
-from ray_envs.models import Model
 from ray_envs.node.interpreter import base_python
 from ray_envs.node.startup import run_clean
 from ray_envs.settings import Settings
+from ray_envs.validation import Model
 from ray_envs.worker import starting
 from ray_envs.worker.hold import INSTALLED_AS
 

@@ -20,12 +20,13 @@ import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs 
 import pytest
 
 from ray_envs.decisions import locks, resolving
-from ray_envs.models import BuildRequest, Definition, NodeEnvState
+from ray_envs.models import BuildRequest, NodeEnvState
 from ray_envs.node.agent import NodeAgent
 from ray_envs.node.interpreter import this_platform, this_target
 from ray_envs.node.store import Store
 from ray_envs.node.uv import Builder
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 from ray_envs.testing import FakeUv
 
 RAY = version("ray")

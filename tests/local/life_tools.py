@@ -19,9 +19,10 @@ from typing import Any
 
 from ray_envs.cluster.nodes import LocalNodes, Nodes
 from ray_envs.manager.manager import EnvManager
-from ray_envs.models import Definition, EnvId
+from ray_envs.models import EnvId
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 from ray_envs.testing import FakeUv
 from tests.local.conftest import broken_promises, link_cache, processes_of, wait_until
 

@@ -26,9 +26,10 @@ from ray_envs.errors import InvalidInput, StorageFailed
 from ray_envs.manager import registry as registry_module
 from ray_envs.manager.manager import EnvManager
 from ray_envs.manager.registry import Registry
-from ray_envs.models import Definition, EnvId, Generation, Target, VariantRecord
+from ray_envs.models import EnvId, Generation, Target, VariantRecord
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 from tests import definitions
 
 V = EnvId.parse("v")

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from ray_envs.batch_models import BatchSpec, RunDefaults, VariantSpec, split_entrypoint
 from ray_envs.errors import InvalidId, InvalidInput, RayEnvsError, all_errors, from_dict
-from ray_envs.models import MAX_ID_LENGTH, EnvId, EnvSpec, Phase, Target
+from ray_envs.models import MAX_ID_LENGTH, EnvId, Phase, Target
 from ray_envs.settings import Settings, cut_off
+from ray_envs.specs import EnvSpec
 from ray_envs.validation import nearest_hint, validated
 
 # -- errors

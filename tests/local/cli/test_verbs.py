@@ -28,9 +28,10 @@ from ray_envs.client.provider import RayEnvironmentProvider
 from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
 from ray_envs.manager.history import History
 from ray_envs.manager.registry import Registry
-from ray_envs.models import RAY_GROUP, Definition, EnvId, Generation, Target
+from ray_envs.models import RAY_GROUP, EnvId, Generation, Target
 from ray_envs.node.store import Store
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 from tests import definitions
 from tests.cluster.cli_tools import BIN, Ended, Shell, WatchedUv, ended, wait_until
 

@@ -10,7 +10,7 @@ import pytest
 from ray_envs.batch_models import CaseSpec, VariantSpec
 from ray_envs.client.inputs import read_batch, read_definition
 from ray_envs.errors import InvalidId, InvalidInput, InvalidPackages
-from ray_envs.models import EnvSpec
+from ray_envs.specs import EnvSpec
 
 GOOD = """
 name = "upgrade"

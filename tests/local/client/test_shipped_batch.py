@@ -10,7 +10,7 @@ from ray_envs.batch_models import BatchSpec
 from ray_envs.client.code_folder import pack_code
 from ray_envs.client.entrypoints import check_entrypoint
 from ray_envs.client.inputs import read_batch, read_definition
-from ray_envs.models import Definition
+from ray_envs.specs import Definition
 
 if sys.version_info >= (3, 11):
     import tomllib

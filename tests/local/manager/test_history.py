@@ -27,7 +27,7 @@ from ray_envs.events import EnvEvent, EventKind, Operation, OperationStatus
 from ray_envs.manager import database as database_module
 from ray_envs.manager import history as history_module
 from ray_envs.manager.history import History
-from ray_envs.models import Model
+from ray_envs.validation import Model
 
 Open = Callable[..., History]
 

@@ -24,10 +24,11 @@ from ray_envs.errors import (
 )
 from ray_envs.manager.manager import EnvManager
 from ray_envs.manager.registry import Registry
-from ray_envs.models import Definition, EnvId
+from ray_envs.models import EnvId
 from ray_envs.node.agent import NodeAgent
 from ray_envs.node.store import Store
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 from ray_envs.testing import FakeUv
 from tests.local.conftest import processes_of, wait_until
 

@@ -20,8 +20,9 @@ from ray_envs.manager import registry as registry_module
 from ray_envs.manager import venv_view
 from ray_envs.manager.reconciler import build_request
 from ray_envs.manager.registry import Registry
-from ray_envs.models import Definition, EnvId, Generation, Target, VariantRecord
+from ray_envs.models import EnvId, Generation, Target, VariantRecord
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 from tests import definitions
 
 V = EnvId.parse("v")

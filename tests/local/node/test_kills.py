@@ -29,10 +29,10 @@ from ray_envs.decisions import locks
 from ray_envs.errors import InvalidPackages, StorageFailed, UvFailed
 from ray_envs.manager.manager import EnvManager
 from ray_envs.manager.registry import Registry
-from ray_envs.models import Definition
 from ray_envs.node.agent import NodeAgent
 from ray_envs.node.store import Store
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 from ray_envs.testing import FakeUv
 from tests.local.conftest import broken_promises, processes_of, wait_until
 from tests.local.killing import END, Killer

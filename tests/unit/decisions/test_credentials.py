@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from ray_envs.decisions.credentials import check_credentials, check_env_vars, redacted
 from ray_envs.decisions.policy import check_definition
 from ray_envs.errors import InvalidInput, InvalidPackages
-from ray_envs.models import Definition
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

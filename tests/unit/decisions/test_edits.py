@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from ray_envs.decisions import edits, resolving
 from ray_envs.decisions.requirements import requirement_lines
 from ray_envs.errors import InvalidInput, InvalidPackages
-from ray_envs.models import Definition, Target
+from ray_envs.models import Target
+from ray_envs.specs import Definition
 
 if sys.version_info >= (3, 11):
     import tomllib

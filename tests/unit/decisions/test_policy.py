@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ray_envs.decisions.policy import check_definition, check_lock, normalised
 from ray_envs.errors import InvalidInput, InvalidPackages, RayEnvsError
-from ray_envs.models import Definition
 from ray_envs.settings import Settings
+from ray_envs.specs import Definition
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = "https://packages.example/simple"

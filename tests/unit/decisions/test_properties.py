@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ray_envs.decisions import locks, resolving
 from ray_envs.errors import InvalidId
-from ray_envs.models import MAX_ID_LENGTH, Definition, EnvId, Installed, Platform, Target
+from ray_envs.models import MAX_ID_LENGTH, EnvId, Installed, Platform, Target
+from ray_envs.specs import Definition
 
 # -- names: different things never share one
 

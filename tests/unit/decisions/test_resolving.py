@@ -12,7 +12,8 @@ import tomlkit
 
 from ray_envs.decisions import resolving
 from ray_envs.errors import InvalidInput, InvalidPackages
-from ray_envs.models import Definition, Target
+from ray_envs.models import Target
+from ray_envs.specs import Definition
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_envs.decisions.targets import Need, NodeView, chosen, fits
-from ray_envs.models import Definition, NodeEnvState, Phase
+from ray_envs.models import NodeEnvState, Phase
+from ray_envs.specs import Definition
 
 KEY = "k"
 NODES = [f"n{number}" for number in range(6)]
