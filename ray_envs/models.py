@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ray_envs.errors import InvalidId
-from ray_envs.specs import Definition
+from ray_envs.specs import Definition, LocalWheel
 from ray_envs.validation import Model
 
 #: The form of an id. It may contain `_`, which the names of folders encode (`EnvId.folder`).
@@ -215,6 +215,8 @@ class BuildRequest(Model):
     platform: str
     lock_sha256: str
     packages: dict[str, str]
+    #: Local packages: their content is under the root of the head, and of nodes that have them.
+    wheels: tuple[LocalWheel, ...] = ()
 
 
 class Phase(str, Enum):

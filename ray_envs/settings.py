@@ -52,7 +52,7 @@ class Settings(Model):
     #: The only package indexes that may be used, separated by commas; empty for any.
     allowed_indexes: tuple[str, ...] = ()
     #: What packages may come from besides indexes: "git" (a commit), "url" (a file).
-    allowed_sources: tuple[Literal["git", "url"], ...] = ()
+    allowed_sources: tuple[Literal["local", "git", "url"], ...] = ("local",)
     #: Install wheels only, for every spec: nothing is built from source.
     only_binary: bool = False
     #: uv ignores files uploaded later (a date or an RFC 3339 time); a spec may give an earlier one.
@@ -94,7 +94,7 @@ class Settings(Model):
         if info.field_name == "allowed_sources":
             for name in ("path", "editable", "directory", "workspace"):
                 if name in value:
-                    raise ValueError(f"{name} cannot be allowed: other nodes lack local files")
+                    raise ValueError(f"{name} is not a kind of source: write local")
         return value
 
     @field_validator("exclude_newer", "max_bytes", "max_inodes", mode="before")

@@ -106,6 +106,8 @@ class EnvSpec(_EnvOptions):
     project: str | None = None
     #: A requirements file with names, versions and markers, without options.
     requirements: str | None = None
+    #: Whether the project's own package is installed; by default, if it has a build system.
+    install_project: bool | None = None
 
     @model_validator(mode="after")
     def _check(self) -> EnvSpec:
@@ -113,7 +115,28 @@ class EnvSpec(_EnvOptions):
             raise ValueError("give either project or requirements, not both")
         if self.project is None and (self.extras or self.groups):
             raise ValueError("extras and groups belong to a project: give project too")
+        if self.project is None and self.install_project is not None:
+            raise ValueError("install_project belongs to a project: give project too")
         return self
+
+
+class LocalWheel(Model):
+    """A wheel of local files, built or found where the spec was read; every node gets it."""
+
+    #: The name of its package, in canonical form.
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    version: str
+    filename: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,200}\.whl$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    #: Bytes.
+    size: int = Field(ge=0)
+    #: Its content while it is sent; it is kept beside definitions, never in them.
+    content: bytes | None = Field(default=None, exclude=True, repr=False)
+
+    @property
+    def path(self) -> str:
+        """Where uv finds it, from the folder of any project below a root; see `local_wheels`."""
+        return f"../../wheels/{self.sha256}/{self.filename}"
 
 
 class Definition(_EnvOptions):
@@ -121,3 +144,9 @@ class Definition(_EnvOptions):
 
     pyproject: str | None = None
     uv_lock: str | None = None
+    #: The local packages that `pyproject` names as sources.
+    wheels: tuple[LocalWheel, ...] = ()
+
+    def contents(self) -> dict[str, bytes]:
+        """The contents of the wheels, by sha256, where the spec was read."""
+        return {w.sha256: w.content for w in self.wheels if w.content is not None}

@@ -195,6 +195,7 @@ class DeleteOperations(_Operations):
 class _Definition(ChangeOfVariant):
     replace: Replace = False
     wait_s: Wait = 0
+    wheels: dict[str, bytes] = Field({}, description="Its local packages' contents, by sha256.")
 
 
 class CreateEnv(_Definition):
@@ -382,7 +383,6 @@ VERBS = {
         Verb("describe", Describe),
     )
 }
-#: The verb of each kind of request.
 VERB_OF = {verb.request: verb for verb in VERBS.values()}
 
 #: Stands for "the default of the verb" in the signatures of the provider.

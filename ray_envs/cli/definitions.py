@@ -28,6 +28,11 @@ from ray_envs.verbs import DeleteEnv
 @click.option(
     "--group", "groups", multiple=True, help="A dependency group of the project. Repeatable."
 )
+@click.option(
+    "--install-project/--no-install-project",
+    default=None,
+    help="Install the project's own package, or not. Default: if it has a build system.",
+)
 @click.option("--python", help="A version or specifier that allows the cluster's Python.")
 @click.option("--exclude-newer", metavar="DATE", help="Ignore files that were uploaded later.")
 @click.option("--only-binary", is_flag=True, help="Install wheels only: build nothing from source.")
@@ -75,7 +80,7 @@ def create(
     \b
     Example: ray-envs create old 'scikit-learn==1.7.*'
     """
-    given = {name: value for name, value in options.items() if value}
+    given = {name: value for name, value in options.items() if value or value is False}
     given |= {
         "packages": packages,
         "env_vars": _pairs(variables, option="--env-var"),

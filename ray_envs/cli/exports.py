@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +16,13 @@ from ray_envs.cli.waiting import open_provider, wait_for, watch
 from ray_envs.errors import InvalidInput
 from ray_envs.models import EnvId
 from ray_envs.settings import Settings
-from ray_envs.specs import Definition, EnvSpec
+from ray_envs.specs import Definition, LocalWheel
 from ray_envs.validation import validated
 from ray_envs.verbs import ExportEnv
+
+if TYPE_CHECKING:
+    from ray_envs.models import Generation
+    from ray_envs.node.store import Store
 
 
 @click.command()
@@ -76,7 +81,7 @@ def export(
         with open_provider() as provider:
             files = wait_for(lambda: provider.export(name, form, generation=made.number)["files"])
     if folder is not None and bundle is None:
-        _write(files, folder, force=force)
+        _write({**files, **_wheels(made, store)}, folder, force=force)
     if as_json:
         put_json(
             {
@@ -97,24 +102,32 @@ def export(
         put("\n".join(str(folder / name) for name in files))
 
 
-def _write(files: dict[str, str], folder: Path, *, force: bool) -> None:
+def _wheels(made: Generation, store: Store) -> dict[str, bytes]:
+    """The local packages of a generation, by their places in an export."""
+    from ray_envs.disk.local_wheels import read
+
+    return {f"wheels/{w.filename}": read(store.root, w) for w in made.definition.wheels}
+
+
+def _write(files: Mapping[str, str | bytes], folder: Path, *, force: bool) -> None:
     """Write `files` into `folder`. If one exists there and differs, write none of them.
 
     Raises `InvalidInput`: a file differs and `force` is not set, or the folder cannot be written.
     """
     from ray_envs.disk.files import write_atomically
 
+    contents = {n: t.encode() if isinstance(t, str) else t for n, t in files.items()}
     try:
-        for name, text in files.items():
+        for name, content in contents.items():
             file = folder / name
-            if not force and os.path.lexists(file) and file.read_bytes() != text.encode():
+            if not force and os.path.lexists(file) and file.read_bytes() != content:
                 raise InvalidInput(
                     f"{file} exists and differs",
                     hint="give another folder with --to, or --force to overwrite it",
                 )
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            write_atomically(folder / name, text)
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / name, content)
     except OSError as exc:
         raise InvalidInput(
             f"cannot write to {folder}: {exc.strerror or exc}", hint="give another folder with --to"
@@ -155,6 +168,7 @@ def import_project(
     options = definition.model_dump(
         mode="json", exclude={"pyproject", "uv_lock"}, exclude_defaults=True
     )
+    wheels = definition.contents()
     wait_s = Settings.from_environment().prepare_timeout_s
     with open_provider() as provider:
         answer = watch(
@@ -165,6 +179,7 @@ def import_project(
                 pyproject=definition.pyproject or "",
                 uv_lock=definition.uv_lock or "",
                 options=options,
+                wheels=wheels,
                 replace=replace,
                 wait_s=wait_s,
                 dry_run=dry_run,
@@ -209,12 +224,12 @@ def _exported(folder: Path) -> Definition:
 
     Raises `InvalidInput`: a file is missing or damaged.
     """
-    from ray_envs.client.inputs import read_definition
+    from ray_envs.client.inputs import read_texts
     from ray_envs.decisions.parsing import parsed_json
     from ray_envs.disk.files import kind_of, read_bytes
 
-    texts = read_definition(EnvSpec(project=str(folder)), Path.cwd())
-    if texts.uv_lock is None:
+    pyproject, uv_lock = read_texts(folder)
+    if uv_lock is None:
         raise InvalidInput(
             "there is no uv.lock",
             where=str(folder),
@@ -228,4 +243,21 @@ def _exported(folder: Path) -> Definition:
         if not isinstance(options, dict):
             raise InvalidInput("it is not a JSON object", where=str(file), hint=hint)
     read = validated(Definition, options, where=str(file))
-    return read.model_copy(update={"pyproject": texts.pyproject, "uv_lock": texts.uv_lock})
+    wheels = tuple(_with_content(wheel, folder) for wheel in read.wheels)
+    return read.model_copy(update={"pyproject": pyproject, "uv_lock": uv_lock, "wheels": wheels})
+
+
+def _with_content(wheel: LocalWheel, folder: Path) -> LocalWheel:
+    """`wheel` with its content, from an export or from the files of a bundle."""
+    from ray_envs.decisions.local_wheels import LIMIT_BYTES, check_content
+    from ray_envs.disk.files import read_at_most, unreadable
+
+    file = folder / f"{wheel.sha256}.whl"
+    if not file.is_file():
+        file = folder / "wheels" / wheel.filename
+    try:
+        content = read_at_most(file, LIMIT_BYTES + 1)
+    except OSError as exc:
+        raise unreadable(file, exc) from None
+    check_content(wheel, content)
+    return wheel.model_copy(update={"content": content})

@@ -16,7 +16,7 @@ from ray_envs.decisions.requirements import requirement_lines
 from ray_envs.disk.files import check_folder, kind_of, read_bytes
 from ray_envs.errors import InvalidId, InvalidInput
 from ray_envs.models import EnvId, checked_id
-from ray_envs.specs import Definition, EnvSpec
+from ray_envs.specs import Definition, EnvSpec, LocalWheel
 from ray_envs.validation import nearest_hint, validated
 
 _TOML_HINT = "correct that line; strings need quotes"
@@ -37,6 +37,7 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
     packages = requirement_lines(spec.packages, where=f"{where}.packages" if where else "packages")
     pyproject: str | None = None
     uv_lock: str | None = None
+    wheels: tuple[LocalWheel, ...] = ()
     if spec.requirements is not None:
         file = base / spec.requirements
         if kind_of(file) == "folder":
@@ -48,23 +49,63 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
         packages += requirement_lines(_read_text(file), where=str(file))
     if spec.project is not None:
         folder = base / spec.project
-        names_its_file = folder.name in ("pyproject.toml", "uv.lock")
-        check_folder(
-            folder,
-            "the project folder",
-            where=str(folder),
-            if_file="name the folder that holds it"
-            if names_its_file
-            else "for a requirements file write requirements = … instead",
-        )
-        pyproject = _read_text(folder / "pyproject.toml")
-        parsed_toml(pyproject, where=str(folder / "pyproject.toml"), hint=_TOML_HINT)
-        if kind_of(folder / "uv.lock") != "missing":
-            uv_lock = _read_text(folder / "uv.lock")
+        _check_project_folder(folder)
+        pyproject, uv_lock, wheels = _read_project(folder, install=spec.install_project)
     shared = {name: getattr(spec, name) for name in Definition.model_fields if hasattr(spec, name)}
     return Definition(
-        **{**shared, "packages": packages, "pyproject": pyproject, "uv_lock": uv_lock}
+        **{
+            **shared,
+            "packages": packages,
+            "pyproject": pyproject,
+            "uv_lock": uv_lock,
+            "wheels": wheels,
+        }
     )
+
+
+def _check_project_folder(folder: Path) -> None:
+    names_its_file = folder.name in ("pyproject.toml", "uv.lock")
+    check_folder(
+        folder,
+        "the project folder",
+        where=str(folder),
+        if_file="name the folder that holds it"
+        if names_its_file
+        else "for a requirements file write requirements = … instead",
+    )
+
+
+def read_texts(folder: Path) -> tuple[str, str | None]:
+    """Return the pyproject.toml and the uv.lock in `folder` as they are; None without a lock.
+
+    Raises `InvalidInput`: there is no pyproject.toml, or a file cannot be read or is not TOML.
+    """
+    _check_project_folder(folder)
+    text = _read_text(folder / "pyproject.toml")
+    parsed_toml(text, where=str(folder / "pyproject.toml"), hint=_TOML_HINT)
+    lock = folder / "uv.lock"
+    return text, None if kind_of(lock) == "missing" else _read_text(lock)
+
+
+def _read_project(
+    folder: Path, *, install: bool | None
+) -> tuple[str, str | None, tuple[LocalWheel, ...]]:
+    """Return the texts of a project with wheels in place of its local packages, and the wheels."""
+    from ray_envs.client.local_packages import LocalPackages, has_setup_files
+    from ray_envs.client.workspaces import Workspace
+
+    file, lock = folder / "pyproject.toml", folder / "uv.lock"
+    text = ""
+    if kind_of(file) != "missing" or not has_setup_files(folder):
+        text = _read_text(file)
+    data = parsed_toml(text, where=str(file), hint=_TOML_HINT)
+    local = LocalPackages()
+    replaced = local.of_project(folder, text, install=install)
+    if kind_of(lock) == "missing":
+        workspace = Workspace.of(folder, data)
+        lock = lock if workspace is None else workspace.root / "uv.lock"
+    uv_lock = None if kind_of(lock) == "missing" else _read_text(lock)
+    return replaced, uv_lock, local.wheels
 
 
 def read_batch(path: Path) -> BatchSpec:

@@ -272,7 +272,8 @@ class Variants(ABC):
 
     def _created(self, env_id: EnvId, definition: Definition, **given: Any) -> dict[str, Any]:
         spec = definition.model_dump(mode="json", exclude_defaults=True)
-        request = request_of(CreateEnv, {"variant_id": str(env_id), "spec": spec, **given})
+        arguments = {"variant_id": str(env_id), "spec": spec, "wheels": definition.contents()}
+        request = request_of(CreateEnv, {**arguments, **given})
         status: dict[str, Any] = self._create(request, definition)
         return status
 

@@ -12,6 +12,8 @@ which environments are deleted                                     collecting
 which requirements and Python versions are accepted                requirements
 the pyproject.toml that uv resolves, and its fingerprint           resolving
 what a lock installs, and the key of an environment                locks
+which sources of a project are local, and what replaces them       local_sources
+what the wheel of a local package is, also in an export            local_wheels
 how packages are added, removed or upgraded in a definition        edits
 what the operator's settings forbid                                policy
 which secrets are hidden or refused                                credentials

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from ray_envs.decisions import resolving
 from ray_envs.decisions.requirements import requirement_lines
 from ray_envs.errors import InvalidInput, InvalidPackages
+from ray_envs.models import Generation
 from ray_envs.specs import Definition
 
 Diff = dict[str, Any]
@@ -88,6 +89,15 @@ def inherited(packages: Iterable[str], versions: Mapping[str, str]) -> tuple[str
             requirement.specifier = SpecifierSet(f"=={version}")
         lines.append(str(requirement))
     return requirement_lines(lines)
+
+
+def versions(generation: Generation) -> dict[str, str]:
+    """Return the versions of its packages for `diff`; those of local ones with their hash."""
+    hashes = {wheel.name: wheel.sha256[:8] for wheel in generation.definition.wheels}
+    return {
+        name: f"{version} ({hashes[name]})" if name in hashes else version
+        for name, version in generation.packages.items()
+    }
 
 
 def diff(before: Mapping[str, str], after: Mapping[str, str]) -> Diff:

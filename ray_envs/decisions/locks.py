@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -38,8 +38,12 @@ def installed(
     return tuple(sorted(found, key=lambda item: (item.name, item.version)))
 
 
-def moved_pins(before: str, after: str, platform: Platform) -> tuple[str, ...]:
+def moved_pins(
+    before: str, after: str, platform: Platform, *, ignored: Collection[str] = ()
+) -> tuple[str, ...]:
     """Return the packages that `after` installs in another version than `before`.
+
+    Names in `ignored` are not compared: local packages have the version of now.
 
     Returns:
         Lines such as "packaging 21.0 -> 26.3", sorted. A package that `before` does not have is
@@ -55,7 +59,7 @@ def moved_pins(before: str, after: str, platform: Platform) -> tuple[str, ...]:
     moved = []
     for package in _walk(parsed_toml(after, where="uv.lock"), platform, None, None):
         versions, version = old.get(package["name"]), package.get("version", "")
-        if versions is not None and version not in versions:
+        if versions is not None and version not in versions and package["name"] not in ignored:
             moved.append(f"{package['name']} {' or '.join(sorted(versions))} -> {version}")
     return tuple(sorted(moved))
 

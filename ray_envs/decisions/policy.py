@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ from ray_envs.decisions.parsing import parsed_toml, strings
 from ray_envs.decisions.requirements import LOCAL_HINT
 from ray_envs.errors import InvalidInput, InvalidPackages
 from ray_envs.settings import Settings, cut_off
-from ray_envs.specs import Definition
+from ray_envs.specs import Definition, LocalWheel
 
 #: The places of requirements in a pyproject.toml.
 _REQUIREMENT_TABLES = (
@@ -51,10 +51,15 @@ def check_definition(definition: Definition, settings: Settings, *, where: str) 
             TOML; or a file or env_vars hold a secret.
     """
     check_env_vars(definition.env_vars, where=where)
+    for wheel in definition.wheels:
+        _check_source(
+            "local", settings, InvalidPackages, what=f"{wheel.name} is a local package", where=where
+        )
     for text in definition.packages:
         _check_requirement(text, settings, where=_place(where, "packages"))
     project = parsed_toml(definition.pyproject or "", where=_place(where, "pyproject.toml"))
-    _check_project(project, settings, where=_place(where, "pyproject.toml"))
+    local = {wheel.path for wheel in definition.wheels}
+    _check_project(project, settings, local, where=_place(where, "pyproject.toml"))
     check_file(definition.pyproject or "", where=_place(where, "pyproject.toml"))
     check_file(definition.uv_lock or "", where=_place(where, "uv.lock"))
     changed: dict[str, Any] = {"only_binary": definition.only_binary or settings.only_binary}
@@ -78,7 +83,9 @@ def check_definition(definition: Definition, settings: Settings, *, where: str) 
     return definition.model_copy(update=changed)
 
 
-def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> None:
+def check_lock(
+    lock: str, settings: Settings, *, only_binary: bool = False, wheels: Iterable[LocalWheel] = ()
+) -> None:
     """Check that the operator's settings allow the sources of all packages in a lock.
 
     This is the last check: it also sees packages that came from UV_* variables or from the user's
@@ -88,10 +95,11 @@ def check_lock(lock: str, settings: Settings, *, only_binary: bool = False) -> N
         InvalidPackages: a package has another source, or no wheel and only wheels are allowed.
         InvalidInput: `lock` is not TOML, or a URL in it has credentials.
     """
+    local = {wheel.path for wheel in wheels}
     for package in parsed_toml(lock, where="uv.lock").get("package", []):
         source = package.get("source", {})
         kind, at = next(iter(source.items()), ("registry", ""))
-        if kind == "virtual" and at == ".":
+        if (kind, at) == ("virtual", ".") or (kind == "path" and at in local):
             continue
         name = " ".join([package.get("name", "?"), package.get("version", "")]).strip()
         what = f"{name} comes from {kind} {redacted(str(at))}"
@@ -160,13 +168,17 @@ def _table(data: Any, *path: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_project(project: Mapping[str, Any], settings: Settings, *, where: str) -> None:
+def _check_project(
+    project: Mapping[str, Any], settings: Settings, local: Collection[str], *, where: str
+) -> None:
     for path in _REQUIREMENT_TABLES:
         for text in strings(_at(project, *path)):
             _check_requirement(text, settings, where=_place(where, ".".join(path)))
     uv = _table(project, "tool", "uv")
     for name, given in _table(uv, "sources").items():
         for source in given if isinstance(given, list) else [given]:
+            if _table(source).get("path") in local:
+                continue
             for kind in sorted({"git", "url", *_LOCAL_SOURCES} & _table(source).keys()):
                 what = f"{name} comes from {kind} {redacted(str(source[kind]))}"
                 place = _place(where, f"tool.uv.sources.{name}")

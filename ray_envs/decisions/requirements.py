@@ -17,7 +17,10 @@ from ray_envs.errors import InvalidInput, InvalidPackages
 from ray_envs.models import Target
 
 COMMIT = re.compile(r"[0-9a-fA-F]{40}")
-LOCAL_HINT = "build a wheel, publish it to an index that every node reaches, and name it here"
+LOCAL_HINT = (
+    "give its folder as a project, or as a path in [tool.uv.sources] of one, to `ray-envs create` "
+    "or a provider, which build its wheel; or publish a wheel to a package index"
+)
 _OPTION_HINTS = (
     (("-e", "--editable"), f"{LOCAL_HINT}, or give the folder as a project"),
     (("-r", "--requirement"), 'give the file as `requirements = "…"`'),

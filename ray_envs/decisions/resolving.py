@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -76,7 +76,7 @@ def project_text(definition: Definition, target: Target) -> str:
             "[tool.uv]\npackage = false\n"
         )
     data = parsed_toml(text, where=_PYPROJECT)
-    _check_project(data, target)
+    _check_project(data, target, {wheel.path for wheel in definition.wheels})
     groups = table(data, "dependency-groups")
     _check_names(definition, table(data, "project", "optional-dependencies"), groups)
 
@@ -167,8 +167,11 @@ def _refused(what: str, hint: str, place: str = "") -> InvalidInput:
     return InvalidInput(what, hint=hint, where=f"{_PYPROJECT}: {place}" if place else _PYPROJECT)
 
 
-def _check_project(data: Mapping[str, Any], target: Target) -> None:
-    """Refuse a project that would not install the same on every node."""
+def _check_project(data: Mapping[str, Any], target: Target, wheels: Collection[str]) -> None:
+    """Refuse a project that would not install the same on every node.
+
+    Of local sources only the paths of `wheels` are the same there.
+    """
     if "project" not in data:
         raise _refused("no [project] table", "add one with name, version and dependencies")
     project = table(data, "project")
@@ -178,7 +181,7 @@ def _check_project(data: Mapping[str, Any], target: Target) -> None:
     if "requires-python" in project:
         where = f"{_PYPROJECT}: project.requires-python"
         check_python(str(project["requires-python"]), target, where=where)
-    _check_uv(table(data, "tool", "uv"))
+    _check_uv(table(data, "tool", "uv"), wheels)
     lists = {"project.dependencies": project.get("dependencies", [])}
     for path in (("project", "optional-dependencies"), ("dependency-groups",)):
         lists |= {".".join((*path, name)): value for name, value in table(data, *path).items()}
@@ -193,7 +196,7 @@ def _check_project(data: Mapping[str, Any], target: Target) -> None:
                 raise _refused(f"{entry!r} is not a string", "write requirements only", place)
 
 
-def _check_uv(uv: Mapping[str, Any]) -> None:
+def _check_uv(uv: Mapping[str, Any], wheels: Collection[str]) -> None:
     """Refuse workspaces, conflicts, credentials and sources that other nodes do not have."""
     for name, hint in (
         ("workspace", LOCAL_HINT),
@@ -208,6 +211,8 @@ def _check_uv(uv: Mapping[str, Any]) -> None:
         for source in given if isinstance(given, list) else [given]:
             if not isinstance(source, dict):
                 raise _refused("this is not a table", 'write it like { index = "…" }', place)
+            if source.get("path") in wheels:
+                continue
             if {"path", "workspace", "editable"} & source.keys():
                 raise _refused("a local source, which other nodes do not have", LOCAL_HINT, place)
             if "git" in source and not COMMIT.fullmatch(str(source.get("rev", ""))):

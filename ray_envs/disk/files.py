@@ -170,12 +170,12 @@ def storage_errors(doing: str) -> Iterator[None]:
         ) from exc
 
 
-def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
-    """Write `text` to `path`: after a crash the file has all of the old or all of the new content.
+def write_atomically(path: Path, content: str | bytes, *, is_durable: bool = True) -> None:
+    """Write `content` to `path`: after a crash the file has all of the old or all of the new one.
 
     Args:
         path: the file.
-        text: its content.
+        content: bytes, or a text that is written as UTF-8.
         is_durable: whether it must survive a crash of the machine, not only of the process. A copy
             of other data need not wait for the disk.
 
@@ -183,8 +183,8 @@ def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
     """
     fd, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             if is_durable:
                 os.fsync(file.fileno())

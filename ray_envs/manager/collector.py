@@ -203,7 +203,8 @@ class Collector:
     async def _prune(self, change: Change, node: Node) -> int:
         """Remove from uv's cache on a node what no lock needs; returns the freed bytes."""
         try:
-            told = await node.call("prune_cache", needed=self._needed())
+            local = await asyncio.to_thread(self._registry.local_wheels)
+            told = await node.call("prune_cache", needed=self._needed(), local=local)
         except RayEnvsError as exc:  # uv is busy; the next collection prunes
             change.told(str(exc))
             return 0

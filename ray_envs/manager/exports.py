@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ray_envs.decisions import edits, locks, resolving
+from ray_envs.decisions.local_wheels import in_export
 from ray_envs.decisions.packs import MadeFor
 from ray_envs.decisions.parsing import parsed_json
+from ray_envs.disk import local_wheels
 from ray_envs.errors import EnvironmentNotReady, InvalidInput, StorageFailed
 from ray_envs.manager.registry import Registry
 from ray_envs.models import Generation, Installed, VariantRecord
@@ -18,6 +20,7 @@ from ray_envs.node import bundles, receiving, sending
 from ray_envs.node.interpreter import this_platform
 from ray_envs.node.store import Store
 from ray_envs.node.uv_cache import UvCache
+from ray_envs.specs import Definition
 
 #: What stands in the exported texts themselves.
 _IN_TEXTS = {"packages", "pyproject", "uv_lock"}
@@ -77,9 +80,9 @@ def generations(
             "python_version": made.target.python,
             "ray_version": made.target.ray,
             **facts(made),
-            "diff": edits.diff(before, made.packages),
+            "diff": edits.diff(before, edits.versions(made)),
         }
-        before = made.packages
+        before = edits.versions(made)
     return rows
 
 
@@ -92,7 +95,7 @@ def difference(
         "variant_id": str(record.env_id),
         "from": one.number,
         "to": other.number,
-        "diff": edits.diff(one.packages, other.packages),
+        "diff": edits.diff(edits.versions(one), edits.versions(other)),
     }
 
 
@@ -100,9 +103,10 @@ def project_files(registry: Registry, record: VariantRecord, made: Generation) -
     """The texts, by file name, from which `import_env` makes the same generation again."""
     pyproject, uv_lock = registry.lock_text(record.env_id, made.number)
     options = made.definition.model_dump(mode="json", exclude=_IN_TEXTS, exclude_defaults=True)
+    wheels = made.definition.wheels
     return {
-        "pyproject.toml": pyproject,
-        "uv.lock": uv_lock,
+        "pyproject.toml": in_export(pyproject, wheels),
+        "uv.lock": in_export(uv_lock, wheels),
         "options.json": json.dumps(options, indent=1, sort_keys=True) + "\n",
     }
 
@@ -124,8 +128,9 @@ def put_bundle(
         files["uv.lock"], this_platform(), extras=definition.extras, groups=definition.groups
     )
     cache = UvCache(store.cache)
-    wheels = sending.offers(cache, packages)
-    lacking = {package.name for package in packages} - {wheel.package.name for wheel in wheels}
+    wheels = sending.offers(cache, [p for p in packages if p.pin not in _pins(definition)])
+    local = {wheel.name for wheel in definition.wheels}
+    lacking = {p.name for p in packages} - {wheel.package.name for wheel in wheels} - local
     if lacking:
         raise EnvironmentNotReady(
             f"this machine lacks wheels of {record.env_id}: {', '.join(sorted(lacking))}",
@@ -133,8 +138,14 @@ def put_bundle(
             hint="prepare it here first (`ray-envs sync`), or export where it is prepared",
         )
     manifests = [sending.manifest(cache, wheel) for wheel in wheels]
-    bundles.write_bundle(path, cache, manifests, files, ray=made.target.ray)
+    contents = {f"{w.sha256}.whl": local_wheels.read(store.root, w) for w in definition.wheels}
+    bundles.write_bundle(path, cache, manifests, {**files, **contents}, ray=made.target.ray)
     return files
+
+
+def _pins(definition: Definition) -> set[str]:
+    """The pins of local packages, which do not come from uv's cache."""
+    return {f"sha256:{wheel.sha256}" for wheel in definition.wheels}
 
 
 def take_bundle(path: Path, store: Store) -> dict[str, bytes]:

@@ -14,6 +14,8 @@ from typing import Any
 from ray_envs import verbs
 from ray_envs.cluster.nodes import Nodes, RayNodes
 from ray_envs.decisions import placement
+from ray_envs.decisions.local_wheels import from_export, in_export
+from ray_envs.disk import local_wheels as files_of_wheels
 from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed
 from ray_envs.events import EventKind, OperationStatus
 from ray_envs.manager import exports
@@ -24,7 +26,8 @@ from ray_envs.manager.wiring import wired
 from ray_envs.models import EnvId, Generation
 from ray_envs.node.agent import NodeAgent
 from ray_envs.settings import Settings
-from ray_envs.validation import nearest_hint
+from ray_envs.specs import Definition
+from ray_envs.validation import nearest_hint, validated
 
 #: The formats that uv makes from a lock, and the file that holds each.
 _CONVERTED = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
@@ -117,6 +120,7 @@ class EnvManager:
     async def export_env(self, asked: verbs.ExportEnv) -> Answer:
         record = self._variants.get(asked.variant_id)
         made = exports.generation(self._registry, record, asked.generation)
+        root = self._parts.settings.root
         if asked.format == "project":
             files = exports.project_files(self._registry, record, made)
         elif asked.format in _CONVERTED:
@@ -129,7 +133,7 @@ class EnvManager:
                 groups=list(made.definition.groups),
                 format=asked.format,
             )
-            files = {_CONVERTED[asked.format]: text}
+            files = {_CONVERTED[asked.format]: in_export(text, made.definition.wheels)}
         else:
             hint = nearest_hint(asked.format, ["project", *_CONVERTED])
             raise InvalidInput(f"unknown format {asked.format!r}", hint=hint)
@@ -139,6 +143,7 @@ class EnvManager:
             "key": made.key,
             "lock_sha256": made.lock_sha256,
             "files": files,
+            "wheels": {w.sha256: files_of_wheels.read(root, w) for w in made.definition.wheels},
         }
 
     @serves
@@ -187,7 +192,9 @@ class EnvManager:
 
     @serves
     async def import_env(self, asked: verbs.ImportEnv) -> Answer:
-        spec = {**(asked.options or {}), "pyproject": asked.pyproject, "uv_lock": asked.uv_lock}
+        wheels = validated(Definition, asked.options or {}, where="options").wheels
+        pyproject, uv_lock = (from_export(t, wheels) for t in (asked.pyproject, asked.uv_lock))
+        spec = {**(asked.options or {}), "pyproject": pyproject, "uv_lock": uv_lock}
         return await self._create("import", asked, spec, "options")
 
     async def _create(
@@ -200,8 +207,11 @@ class EnvManager:
         """Define a variant. Requests are equal if their definitions are; `field` takes it."""
         where = f"variant {asked.variant_id}"
         definition = self._parts.resolver.checked(spec, where=where)
+        root = self._parts.settings.root
+        await asyncio.to_thread(files_of_wheels.take, root, definition.wheels, asked.wheels)
+        plain = {field: definition.model_dump(mode="json"), "wheels": {}}
         return await self._sharing.once(
-            asked.model_copy(update={field: definition.model_dump(mode="json")}),
+            asked.model_copy(update=plain),
             lambda: self._changes.create(
                 asked.env_id,
                 definition,

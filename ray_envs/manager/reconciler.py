@@ -192,11 +192,14 @@ class Reconciler:
         self.fleet.becauses[action.node_id, action.key] = action.because
         try:
             request = self._request_of_any(sources)
+            peers = list(action.peers)
+            if request["wheels"] and not peers and not node.info.is_head:
+                peers = [self.fleet.head().info.node_id]  # it has the local packages
             state = await node.call(
                 "ensure",
                 request=request,
                 attempt=action.attempt,
-                peers=list(action.peers),
+                peers=peers,
                 is_cache_only=action.is_cache_only,
             )
             node.know_one(NodeEnvState.model_validate(state))
@@ -248,4 +251,5 @@ def build_request(generation: Generation, pyproject: str, uv_lock: str) -> Build
         platform=generation.platform,
         lock_sha256=generation.lock_sha256,
         packages=generation.packages,
+        wheels=definition.wheels,
     )

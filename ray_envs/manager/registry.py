@@ -114,6 +114,19 @@ class Registry:
                 raise StorageFailed(f"{path} is damaged", detail=_reason(exc)) from exc
         return found
 
+    def local_wheels(self) -> list[str] | None:
+        """The sha256 of the local packages of all generations; None if that cannot be known."""
+        found = set()
+        try:
+            for path in self._envs.glob("*/generations/*/generation.json"):
+                text = path.read_bytes()
+                if b'.whl"' in text:
+                    made = Generation.model_validate_json(text)
+                    found |= {wheel.sha256 for wheel in made.definition.wheels}
+        except (OSError, ValidationError):  # damaged, or on its way out
+            return None
+        return sorted(found)
+
     def stamps(self) -> dict[str, int]:
         """The stamp of every definition, by its folder's name; cheap, for a look at changes."""
         with storage_errors("read the definitions"):

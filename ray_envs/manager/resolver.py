@@ -113,7 +113,9 @@ class Resolver:
             uv_lock, output = await self._shared(fingerprint, project, base, definition, names)
         else:
             (same_lock, uv_lock), output = known, ""
-        policy.check_lock(uv_lock, self._settings, only_binary=definition.only_binary)
+        policy.check_lock(
+            uv_lock, self._settings, only_binary=definition.only_binary, wheels=definition.wheels
+        )
         if made_by in _KEEPS_PINS:
             self._check_pins(definition, uv_lock)
         generation = self._generation(definition, project, uv_lock, fingerprint, number, made_by)
@@ -152,7 +154,8 @@ class Resolver:
     def _check_pins(self, definition: Definition, uv_lock: str) -> None:
         if definition.uv_lock is None or definition.allow_moved_pins:
             return
-        moved = locks.moved_pins(definition.uv_lock, uv_lock, self._platform)
+        local = {wheel.name for wheel in definition.wheels}
+        moved = locks.moved_pins(definition.uv_lock, uv_lock, self._platform, ignored=local)
         if moved:
             raise ResolutionFailed(
                 f"with ray {self._target.ray} in it, the project moves pins of its uv.lock",

@@ -177,10 +177,10 @@ class Switching:
         self, before: VariantRecord | None, generation: Generation, *, dry_run: bool
     ) -> Answer:
         """The packages that a change adds, removes and changes, and whether it changes anything."""
-        packages = before.current.packages if before else {}
+        packages = edits.versions(before.current) if before else {}
         answer: Answer = {
             "dry_run": dry_run,
-            "diff": edits.diff(packages, generation.packages),
+            "diff": edits.diff(packages, edits.versions(generation)),
             "is_changed": before is None or not _is_same(before.current, generation),
         }
         if dry_run:

@@ -214,6 +214,10 @@ class NodeAgent:
         """A piece of what the manifest of that identity describes, as a reference."""
         return await self._exchange.chunk(wheel, identity, number)
 
+    async def local_wheel(self, *, wheel: dict[str, Any]) -> list[Any]:
+        """The whole of a local package, as a reference."""
+        return await self._exchange.local_wheel(wheel)
+
     async def try_start(self, *, key: str, env_vars: dict[str, str]) -> None:
         """Start a worker of `key` with these variables, as far as its imports.
 
@@ -236,10 +240,12 @@ class NodeAgent:
         self._forget_lost()
         return freed
 
-    async def prune_cache(self, *, needed: dict[str, list[str]]) -> dict[str, Any]:
+    async def prune_cache(
+        self, *, needed: dict[str, list[str]], local: list[str] | None = None
+    ) -> dict[str, Any]:
         """Prune uv's cache; see `Maintenance.prune_cache`."""
         await self._set_up()
-        return await self._maintenance.prune_cache(needed)
+        return await self._maintenance.prune_cache(needed, local)
 
     async def check(self, *, request: dict[str, Any], repair: bool) -> dict[str, Any]:
         """Check an environment and, on request, repair it; see `Maintenance.check`."""

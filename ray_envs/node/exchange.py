@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 from ray_envs.cluster.calls import Call
 from ray_envs.decisions.packs import Manifest, Wheel, why_not
-from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError, StorageFailed
+from ray_envs.disk import local_wheels
+from ray_envs.errors import InvalidInput, ManagerUnavailable, RayEnvsError, StorageFailed, UvFailed
 from ray_envs.models import Installed
 from ray_envs.node import receiving, sending
 from ray_envs.node.receiving import Receiving
 from ray_envs.node.uv_cache import UvCache
+from ray_envs.specs import LocalWheel
 from ray_envs.validation import validated
 
 #: How many pieces a sender keeps in Ray's object store for further receivers.
@@ -80,9 +82,20 @@ class Exchange:
         made = self._manifests.get(identity)
         if made is None:
             raise StorageFailed("the wheel is another one than was offered", hint="ask again")
-        place = (identity, number)
+        return await self._shared(
+            (identity, number), lambda: sending.read_chunk(self._cache, made, number)
+        )
+
+    async def local_wheel(self, wheel: Mapping[str, Any]) -> list[Any]:
+        """The whole of a local package, as a reference in a list."""
+        asked = LocalWheel.model_validate(wheel)
+        root = self._cache.folder.parent
+        return await self._shared((asked.sha256, 0), lambda: local_wheels.read(root, asked))
+
+    async def _shared(self, place: tuple[str, int], read: Callable[[], bytes]) -> list[Any]:
+        """What `read` returns, as a reference that further receivers get too."""
         if place not in self._chunks:
-            self._chunks[place] = asyncio.ensure_future(self._put(made, number))
+            self._chunks[place] = asyncio.ensure_future(self._put(read))
             if len(self._chunks) > _KEPT_CHUNKS:
                 self._chunks.popitem(last=False)
         task = self._chunks[place]
@@ -92,9 +105,27 @@ class Exchange:
             self._chunks.pop(place, None)
             raise
 
-    async def _put(self, made: Manifest, number: int) -> Any:
-        data = await asyncio.to_thread(sending.read_chunk, self._cache, made, number)
-        return await self._peers.put(data)
+    async def _put(self, read: Callable[[], bytes]) -> Any:
+        return await self._peers.put(await asyncio.to_thread(read))
+
+    async def fetch_local(self, wheel: LocalWheel, peers: Iterable[str]) -> bytes:
+        """Take a local package from the first of `peers` that gives it.
+
+        Raises `UvFailed`: none does.
+        """
+        reasons = []
+        for node_id in peers:
+            try:
+                call = self._peers.peer(node_id)
+                told = await _soon(call("local_wheel", wheel=wheel.model_dump(mode="json")))
+                return await _soon(self._peers.take(told[0]))  # type: ignore[no-any-return]
+            except RayEnvsError as exc:
+                reasons.append(f"node {node_id[:12]}: {exc}")
+        raise UvFailed(
+            f"no other node gave the local package {wheel.filename}",
+            detail="\n".join(reasons),
+            hint="create the variant again from its files, if the head has lost them",
+        )
 
     async def fetch(
         self, packages: Iterable[Installed], peers: Iterable[str], say: Say

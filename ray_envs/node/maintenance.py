@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_envs.decisions.collecting import EnvUse
+from ray_envs.disk import local_wheels
 from ray_envs.errors import EnvironmentInUse, RayEnvsError
 from ray_envs.models import BuildRequest, EnvRecord, Target
 from ray_envs.node import bytecode, mending, startup, unpacked_code, wheels
@@ -78,8 +79,12 @@ class Maintenance:
                 raise EnvironmentInUse(f"the environment {key} was used meanwhile", key=key)
             return await asyncio.to_thread(self._store.discard, key) or 0
 
-    async def prune_cache(self, needed: Mapping[str, list[str]]) -> dict[str, Any]:
+    async def prune_cache(
+        self, needed: Mapping[str, list[str]], local: list[str] | None
+    ) -> dict[str, Any]:
         """Remove from uv's cache what neither `needed` nor an environment of this node has.
+
+        Local packages go if their sha256 is not in `local`; all stay if that is None.
 
         Raises `LockTimeout`: uv works for longer than we wait.
         """
@@ -88,6 +93,8 @@ class Maintenance:
             for name, version in record.packages.items():
                 keep.setdefault(name, set()).add(version)
         entries, freed = await asyncio.to_thread(self._cache.forget_unneeded, keep)
+        if local is not None:
+            freed += await asyncio.to_thread(local_wheels.sweep, self._store.root, local)
         output = await self._builder.prune_cache()
         return {"entries": entries, "freed_bytes": freed, "output": output}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ray_envs.decisions import locks
+from ray_envs.disk import local_wheels
 from ray_envs.errors import RayEnvsError, StorageFailed, UvFailed
 from ray_envs.models import BuildRequest, EnvRecord, Installed, Phase
 from ray_envs.node import bytecode, startup
@@ -117,9 +118,25 @@ class Provisioning:
         progress: Progress,
     ) -> tuple[How, float]:
         """Install into `venv`; returns where the wheels came from, and when uv began to link."""
+        await self._get_local(request, peers, progress)
         packages = self._packages(request)
         async with self._getting_alone(await self._exchange.lacking(packages)):
             return await self._got(project, venv, request, packages, peers, progress)
+
+    async def _get_local(
+        self, request: BuildRequest, peers: Iterable[str], progress: Progress
+    ) -> None:
+        """Get the local packages that this node lacks: only other nodes have them.
+
+        Raises `UvFailed`: no peer gives one.
+        """
+        lacking = local_wheels.missing(self._settings.root, request.wheels)
+        for wheel in lacking:
+            progress(Phase.FETCHING, wheel.filename)
+            content = await self._exchange.fetch_local(wheel, peers)
+            await asyncio.to_thread(
+                local_wheels.take, self._settings.root, [wheel], {wheel.sha256: content}
+            )
 
     @asynccontextmanager
     async def _getting_alone(self, packages: list[Installed]) -> AsyncIterator[None]:
@@ -175,9 +192,12 @@ class Provisioning:
         return "built", began_at
 
     def _packages(self, request: BuildRequest) -> tuple[Installed, ...]:
-        return locks.installed(
+        """What comes from uv's cache, other nodes or an index: all but local packages."""
+        found = locks.installed(
             request.uv_lock, this_platform(), extras=request.extras, groups=request.groups
         )
+        local = {f"sha256:{wheel.sha256}" for wheel in request.wheels}
+        return tuple(package for package in found if package.pin not in local)
 
     async def _compile(self, site: Path, late: list[str], progress: Progress) -> bool:
         progress(Phase.COMPILING, f"{len(late)} package{'s' * (len(late) > 1)}")

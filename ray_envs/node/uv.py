@@ -14,6 +14,7 @@ from typing import Literal
 
 import uv
 
+from ray_envs.decisions.local_wheels import SOURCE_DATE_EPOCH
 from ray_envs.disk.processes import Ended, Progress, last_words
 from ray_envs.errors import InvalidPackages, ResolutionFailed, UvFailed
 from ray_envs.models import RAY_GROUP, BuildRequest
@@ -169,6 +170,36 @@ class Builder:
         if ended.code:
             raise _failed("uv sync", ended)
         return ended.output
+
+    async def build_wheel(self, source: Path, folder: Path) -> Path:
+        """Build the wheel of `source`, a project's folder or a source archive, into `folder`.
+
+        uv builds in isolation, with the build requirements that the project names.
+
+        Raises:
+            InvalidPackages: it cannot be built; `detail` has the words of its build back end.
+            UvFailed: that took too long.
+        """
+        # setuptools would put modules that were deleted since its last build into the wheel.
+        extra = folder / "setup.cfg"
+        extra.write_text(f"[build]\nbuild_base = {folder / 'build'}\n", encoding="utf-8")
+        ended = await self._run_uv(
+            ["build", "--wheel", "--out-dir", str(folder), str(source)],
+            folder,
+            timeout_s=self._settings.uv_sync_timeout_s,
+            hint=_SYNC_HINT,
+            environ={"SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH), "DIST_EXTRA_CONFIG": str(extra)},
+        )
+        wheels = list(folder.glob("*.whl"))
+        if ended.code or len(wheels) != 1:
+            raise InvalidPackages(
+                "the package could not be built",
+                detail=last_words(ended.output),
+                where=str(source),
+                hint="see the words of its build back end above; `uv build --wheel` there shows "
+                "the same",
+            )
+        return wheels[0]
 
     async def export(
         self,

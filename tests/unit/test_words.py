@@ -255,7 +255,7 @@ some_settings = st.builds(
     allowed_indexes=st.lists(
         st.from_regex(r"https?://[A-Za-z0-9.:\[\]-]{1,9}(/[^\s,?#]{0,9})?", fullmatch=True)
     ).map(tuple),
-    allowed_sources=st.lists(st.sampled_from(["git", "url"])).map(tuple),
+    allowed_sources=st.lists(st.sampled_from(["local", "git", "url"])).map(tuple),
     only_binary=st.booleans(),
     exclude_newer=st.none() | st.datetimes(datetime(2, 1, 1), datetime(9998, 1, 1)).map(moment),
     malware_check=st.booleans(),
@@ -297,8 +297,8 @@ def test_what_is_given_wins_over_the_environment_and_none_is_not_given() -> None
         ("RAY_ENVS_ALLOWED_INDEXES", "https://me:pw@h/s", "without credentials"),
         ("RAY_ENVS_ALLOWED_INDEXES", "file:///srv", "number 1"),
         ("RAY_ENVS_ALLOWED_SOURCES", "git,hg", "'git' or 'url'"),
-        ("RAY_ENVS_ALLOWED_SOURCES", "path", "path cannot be allowed: other nodes lack"),
-        ("RAY_ENVS_ALLOWED_SOURCES", "url, editable", "editable cannot be allowed"),
+        ("RAY_ENVS_ALLOWED_SOURCES", "path", "path is not a kind of source: write local"),
+        ("RAY_ENVS_ALLOWED_SOURCES", "url, editable", "editable is not a kind of source"),
         ("RAY_ENVS_ONLY_BINARY", "perhaps", "only_binary"),
         ("RAY_ENVS_EXCLUDE_NEWER", "3 days", "write it like 2026-01-31"),
         ("RAY_ENVS_EXCLUDE_NEWER", "2026-02-30", "'2026-02-30' is not a date"),

@@ -71,7 +71,7 @@ def test_repositories_and_files_are_refused_unless_the_operator_allows_them(
         error = refused(settings, given)
         assert isinstance(error, InvalidPackages)
         assert f"comes from {kind}, which is not allowed" in error.message
-        assert f"add {kind} to RAY_ENVS_ALLOWED_SOURCES (now: indexes only)" in error.hint
+        assert f"add {kind} to RAY_ENVS_ALLOWED_SOURCES (now: local)" in error.hint
     other = "url" if kind == "git" else "git"
     assert f"(now: {other})" in refused(settings, spec(requirement), allowed_sources=(other,)).hint
     assert fake_uv.calls() == []
