@@ -42,6 +42,33 @@ with RayEnvironmentProvider.connect() as envs:
     )
     print(json.dumps([result.model_dump(mode="json") for result in ended]))
 """
+#: A project that is its own build back end: no host but the head reaches an index.
+BACK_END = """
+import base64, hashlib, zipfile
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    files = {
+        "own.py": "value = 42\\n",
+        "own-1.0.dist-info/METADATA": "Metadata-Version: 2.1\\nName: own\\nVersion: 1.0\\n",
+        "own-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\\nGenerator: own\\n"
+        "Root-Is-Purelib: true\\nTag: py3-none-any\\n",
+    }
+    rows = ["own-1.0.dist-info/RECORD,,"]
+    with zipfile.ZipFile(f"{folder}/own-1.0-py3-none-any.whl", "w") as archive:
+        for name, text in files.items():
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
+            rows.append(f"{name},sha256={digest.decode().rstrip('=')},{len(text)}")
+            archive.writestr(name, text)
+        archive.writestr("own-1.0.dist-info/RECORD", "\\n".join(rows) + "\\n")
+    return "own-1.0-py3-none-any.whl"
+"""
+OWN = """[project]
+name = "own"
+version = "1.0"
+[build-system]
+requires = []
+build-backend = "back_end"
+backend-path = ["."]
+"""
 IMPORTS = "import ray, requests, yaml, google.protobuf, {name}; print({name}.__file__)"
 
 
@@ -285,6 +312,24 @@ def test_a_bundle_makes_a_variant_on_a_machine_without_any_network(
     ).out.split()  # fmt: skip
     assert said == [str(ROOT / "store" / keys["six17"] / ".venv"), "1.17.0"]
     lonely.close()
+
+
+def test_a_local_package_reaches_every_host(four: Hosts, console: Console) -> None:
+    folder = four.head.seen(DRIVER / "own")
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(OWN)
+    (folder / "back_end.py").write_text(BACK_END)
+    spec = f"EnvSpec(project={str(DRIVER / 'own')!r})"
+    status = console.ask(f"envs.create('own', {spec}, wait_s={READY_S})")
+    hosts = [four.head, *four.workers[:3]]
+    wait_until_ready(console, hosts, ["own"])
+    wheels = [sorted(host.seen(ROOT / "wheels").glob("*/*.whl")) for host in hosts]
+    assert [[wheel.name for wheel in each] for each in wheels] == [["own-1.0-py3-none-any.whl"]] * 4
+    for host in hosts:
+        ask = [status["python_path"], "-c", "import own; print(own.value)"]
+        told = host.run(ask, deadline_s=ASK_S)
+        assert told.out.strip() == "42"
+    console.ask("envs.delete('own', force=True)")
 
 
 def test_at_last_every_host_is_as_ready_as_before(four: Hosts, console: Console) -> None:
