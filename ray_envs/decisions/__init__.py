@@ -10,6 +10,10 @@ which nodes shall have an environment                              targets
 the options of a task: runtime_env and nodes                       placement
 which environments are deleted                                     collecting
 which requirements and Python versions are accepted                requirements
+how the lines of a requirements file are read                      requirements_file
+how the block in a script is read (PEP 723)                        scripts
+how a pylock.toml is read (PEP 751)                                pylocks
+what their options, indexes and hashes mean to uv                  sources
 the pyproject.toml that uv resolves, and its fingerprint           resolving
 what a lock installs, and the key of an environment                locks
 how packages are added, removed or upgraded in a definition        edits

@@ -44,7 +44,7 @@ def requirement_lines(
         InvalidPackages: an entry is an option, a local path, a repository without a commit, or
             malformed, or has credentials in its URL.
     """
-    entries = (part for entry in _entries(text_or_lines) for part in _split(entry))
+    entries = (part for entry in _entries(text_or_lines) for part in parts_of(entry))
     return tuple(sorted({requirement_line(entry, where=where) for entry in entries}))
 
 
@@ -96,8 +96,8 @@ def _entries(text_or_lines: str | Iterable[str]) -> Iterator[str]:
         yield pending.strip()
 
 
-def _split(entry: str) -> list[str]:
-    """Split an entry that is no requirement itself at its commas."""
+def parts_of(entry: str) -> list[str]:
+    """Return the requirements of an entry: if it is none itself, its parts between commas."""
     try:
         Requirement(entry)
     except InvalidRequirement:
