@@ -13,6 +13,8 @@ verbs of a variant's life: add, update, rollback, export, …        lifecycle
 how a verb is called, repeated, cancelled                          connection
 the provider for tests without Ray                                 in_memory
 how batch files and specs are read                                 inputs
+how requirements files, scripts and pylock.toml are found          source_files
+which encodings a text may have                                    texts
 the results file: earlier results, what is never overwritten       results
 how an entrypoint is checked without importing it                  entrypoints
 which files a code folder contains, and their archive              code_folder

@@ -1,20 +1,25 @@
 """Reads and checks the files that people write: specs and batch files.
 
-`entrypoints` checks the code that a batch names; `decisions.requirements` checks requirements.
+`source_files` reads the file of a spec; `entrypoints` checks the code that a batch names.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ray_envs.batch_models import BatchSpec, CaseSpec, split_entrypoint
+from ray_envs.client.source_files import read_pylock, read_requirements, read_script
+from ray_envs.client.texts import read_utf8
 from ray_envs.decisions.parsing import parsed_toml
-from ray_envs.decisions.requirements import requirement_lines
-from ray_envs.disk.files import check_folder, kind_of, read_bytes
-from ray_envs.errors import InvalidId, InvalidInput
+from ray_envs.decisions.requirements import LOCAL_HINT, requirement_lines
+from ray_envs.decisions.requirements_file import Local
+from ray_envs.decisions.sources import Asked, both_pythons
+from ray_envs.disk.files import check_folder, kind_of
+from ray_envs.errors import InvalidId, InvalidInput, InvalidPackages
 from ray_envs.models import EnvId, checked_id
 from ray_envs.specs import Definition, EnvSpec
 from ray_envs.validation import nearest_hint, validated
@@ -27,25 +32,16 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
 
     Args:
         spec: the spec.
-        base: the folder that `spec.project` and `spec.requirements` are relative to.
+        base: the folder that the spec's file or project is relative to.
         where: the table that holds the spec, as in "variants[1]", for messages about its packages.
 
     Raises:
-        InvalidInput: a file or folder is missing, unreadable, not UTF-8, or not TOML.
+        InvalidInput: a file or folder is missing, unreadable, or not of the format that is needed.
         InvalidPackages: a requirement cannot be accepted.
     """
     packages = requirement_lines(spec.packages, where=f"{where}.packages" if where else "packages")
-    pyproject: str | None = None
-    uv_lock: str | None = None
-    if spec.requirements is not None:
-        file = base / spec.requirements
-        if kind_of(file) == "folder":
-            raise InvalidInput(
-                "the requirements file is a folder",
-                where=str(file),
-                hint="for a folder with a pyproject.toml write project = … instead",
-            )
-        packages += requirement_lines(_read_text(file), where=str(file))
+    asked, uv_lock = _read_source(spec, base)
+    pyproject = asked.pyproject
     if spec.project is not None:
         folder = base / spec.project
         names_its_file = folder.name in ("pyproject.toml", "uv.lock")
@@ -57,14 +53,43 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
             if names_its_file
             else "for a requirements file write requirements = … instead",
         )
-        pyproject = _read_text(folder / "pyproject.toml")
+        pyproject = read_utf8(folder / "pyproject.toml")
         parsed_toml(pyproject, where=str(folder / "pyproject.toml"), hint=_TOML_HINT)
         if kind_of(folder / "uv.lock") != "missing":
-            uv_lock = _read_text(folder / "uv.lock")
+            uv_lock = read_utf8(folder / "uv.lock")
     shared = {name: getattr(spec, name) for name in Definition.model_fields if hasattr(spec, name)}
-    return Definition(
-        **{**shared, "packages": packages, "pyproject": pyproject, "uv_lock": uv_lock}
-    )
+    shared |= {
+        "packages": packages + asked.packages,
+        "python": both_pythons(spec.python, asked.python),
+        "pyproject": pyproject,
+        "uv_lock": uv_lock,
+        "hashes": asked.hashes,
+    }
+    return Definition(**shared)
+
+
+def _read_source(spec: EnvSpec, base: Path) -> tuple[Asked, str | None]:
+    """Return what the spec's file asks for, and the text of its lock file, if it has one."""
+    locals_: tuple[tuple[Local, Path], ...] = ()
+    asked, uv_lock = Asked(packages=()), None
+    if spec.requirements is not None:
+        asked, locals_ = read_requirements(base / spec.requirements)
+    elif spec.script is not None:
+        file = base / spec.script
+        asked, uv_lock = read_script(file)
+        locals_ = tuple((local, file.parent) for local in asked.locals)
+    elif spec.pylock is not None:
+        file = base / spec.pylock
+        asked = read_pylock(file)
+        locals_ = tuple((local, file.parent) for local in asked.locals)
+    _refuse_local(locals_)
+    return asked, uv_lock
+
+
+def _refuse_local(locals_: Iterable[tuple[Local, Path]]) -> None:
+    """Refuse the first local entry. Each comes with the folder of the file that names it."""
+    for local, _ in locals_:
+        raise InvalidPackages(f"{local.path!r} is a local path", where=local.where, hint=LOCAL_HINT)
 
 
 def read_batch(path: Path) -> BatchSpec:
@@ -79,7 +104,7 @@ def read_batch(path: Path) -> BatchSpec:
         InvalidId: the name, a variant id or a case id is not allowed.
     """
     where = str(path)
-    data = parsed_toml(_read_text(path), where=where, hint=_TOML_HINT)
+    data = parsed_toml(read_utf8(path), where=where, hint=_TOML_HINT)
     for table in ("variants", "cases"):
         _check_table(data, table, where=where)
     batch = validated(BatchSpec, data, where=where)
@@ -181,16 +206,3 @@ def _check_json(value: Any, at: str, *, where: str) -> None:
             where=where,
             hint=f'write it as a string: "{value}"',
         )
-
-
-def _read_text(path: Path) -> str:
-    """Return the text of `path` with `\\n` as line ends and without a byte order mark."""
-    content = read_bytes(path)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        line = content.count(b"\n", 0, err.start) + 1
-        raise InvalidInput(
-            f"line {line} is not UTF-8", where=str(path), hint="save the file as UTF-8"
-        ) from None
-    return text.replace("\r\n", "\n")
