@@ -20,6 +20,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_BINARY_HINT = "name a text file; a wheel or an archive belongs on a package index"
 #: The comment with the encoding of a file (PEP 263).
 _CODING = re.compile(rb"[ \t\f]*#.*?coding[:=][ \t]*([-_.a-zA-Z0-9]+)")
 
@@ -50,22 +51,21 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-_BINARY_HINT = "name a text file; a wheel or an archive belongs on a package index"
-
-
 def _declared(content: bytes, path: Path) -> str:
     for number, line in enumerate(content.splitlines()[:2], start=1):
         found = _CODING.match(line)
         if found is not None:
             name = found[1].decode()
             try:
-                b"".decode(name)  # also refuses codecs that make no text
-            except LookupError:
+                content.decode(name)
+            except LookupError:  # also raised by codecs that make no text
                 raise InvalidInput(
                     f"line {number} names the encoding {name!r}, which is not known",
                     where=str(path),
                     hint="save the file as UTF-8, and remove that comment",
                 ) from None
+            except UnicodeError as err:
+                raise _undecodable(content, name, err, path) from None
             return name
     return "utf-8"
 
@@ -74,9 +74,13 @@ def _decoded(content: bytes, encoding: str, path: Path) -> str:
     try:
         return content.decode(encoding)
     except UnicodeError as err:
-        shown = "UTF-8" if encoding.startswith("utf-8") else encoding
-        start = err.start if isinstance(err, UnicodeDecodeError) else 0
-        line = content.count(b"\n", 0, start) + 1
-        raise InvalidInput(
-            f"line {line} is not {shown}", where=str(path), hint="save the file as UTF-8"
-        ) from None
+        raise _undecodable(content, encoding, err, path) from None
+
+
+def _undecodable(content: bytes, encoding: str, err: UnicodeError, path: Path) -> InvalidInput:
+    shown = "UTF-8" if encoding.startswith("utf-8") else encoding
+    start = err.start if isinstance(err, UnicodeDecodeError) else 0
+    line = content.count(b"\n", 0, start) + 1
+    return InvalidInput(
+        f"line {line} is not {shown}", where=str(path), hint="save the file as UTF-8"
+    )

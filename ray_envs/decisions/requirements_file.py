@@ -140,8 +140,6 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _entries_of(line: str, *, where: str) -> Iterator[Entry]:
-    # This comes first, so that no later message can repeat a secret.
-    check_credentials(line, InvalidPackages, where=where)
     variable = _VARIABLE.search(line)
     if variable is not None:
         raise _refused(
@@ -150,6 +148,8 @@ def _entries_of(line: str, *, where: str) -> Iterator[Entry]:
             "UV_INDEX_<NAME>_USERNAME and UV_INDEX_<NAME>_PASSWORD",
             where,
         )
+    # This comes before all else, so that no later message can repeat a secret.
+    check_credentials(line, InvalidPackages, where=where)
     if line.startswith("-"):
         yield from _options(line, where=where)
         return
@@ -179,7 +179,7 @@ def _pairs(text: str, *, where: str) -> Iterator[tuple[str, str | None, str]]:
     words = _words(text, where=where)
     while words:
         word = words.pop(0)
-        if word.startswith("--"):
+        if word.startswith("--") or not word.startswith("-"):
             option, joined, value = word.partition("=")
         else:
             option, joined, value = word[:2], word[2:], word[2:].removeprefix("=")
@@ -214,7 +214,7 @@ def _options(line: str, *, where: str) -> Iterator[Entry]:
 
 
 def _unknown(written: str, where: str) -> InvalidPackages:
-    if not written.startswith("-"):
+    if written == "-" or not written.startswith("-"):
         return _refused(
             f"{written!r} stands behind an option", "write it into a line of its own", where
         )

@@ -59,6 +59,9 @@ def from_requirements(
     if limits:
         uv["constraint-dependencies"] = limits
     is_required = any(each.name == "--require-hashes" for each in settings)
+    for option in settings:
+        if option.name == "--require-hashes" and not wanted:
+            raise _unchecked("there is no requirement that could have a hash", option.where)
     is_checked = is_required or any(each.hashes for each in (*wanted, *constraints))
     return Asked(
         packages=tuple(sorted({each.line for each in wanted})),
@@ -202,8 +205,9 @@ def _hashes(
         limits.setdefault(_name(each), []).append(each)
     found: dict[str, set[str]] = {}
     for each in wanted:
-        mine, theirs = _own(each), [_own(limit) for limit in limits.get(_name(each), ())]
-        allowed = [hashes for hashes in (mine, *theirs) if hashes]
+        # One name may have several constraints, with markers: any of them may be the one.
+        theirs = {one for limit in limits.get(_name(each), ()) for one in _own(limit)}
+        allowed = [hashes for hashes in (_own(each), theirs) if hashes]
         if not allowed:
             raise _unchecked(f"{each.line!r} has no hash", each.where)
         if not any(_is_pinned(one) for one in (each, *limits.get(_name(each), ()))):
