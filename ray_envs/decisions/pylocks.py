@@ -137,6 +137,7 @@ def _take(row: Mapping[str, Any], found: _Found, groups: set[str], *, where: str
                 where=where,
                 hint="lock with an index that every node reaches by http",
             )
+        index = index.rstrip("/")
         if index not in found.indexes:
             found.indexes[index] = index_name(index, found.indexes.values())
         source = {"index": found.indexes[index], **({"marker": marker} if marker else {})}
