@@ -65,18 +65,24 @@ def check_hashes(
     wanted_extras = {str(canonicalize_name(name)) for name in extras}
     wanted_groups = {str(canonicalize_name(name)) for name in groups} - {RAY_GROUP}
     wrong = [
-        f"{package.name} {package.version}: {package.pin} is locked, "
-        + (f"{len(hashes[package.name])} other hashes are given" if package.name in hashes
-           else "no hash is given")
+        package
         for package in _found(lock, platform, wanted_extras, wanted_groups)
         if package.pin not in hashes.get(package.name, ())
-    ]  # fmt: skip
+    ]
     if wrong:
-        names = ", ".join(line.partition(" ")[0] for line in wrong)
+        names = ", ".join(package.name for package in wrong)
         raise InvalidPackages(
             f"the locked files of these packages are not among the hashes: {names}",
             where="hashes",
-            detail="\n".join(wrong),
+            detail="\n".join(
+                f"{package.name} {package.version}: {package.pin} is locked, and "
+                + (
+                    "it is none of the given hashes"
+                    if hashes.get(package.name)
+                    else "no hash is given"
+                )
+                for package in wrong
+            ),
             hint="compile the file again with `uv pip compile --generate-hashes`, and create the "
             "variant with it (--replace)",
         )

@@ -21,11 +21,14 @@ LOCAL_HINT = "build a wheel, publish it to an index that every node reaches, and
 _OPTION_HINTS = (
     (("-e", "--editable"), f"{LOCAL_HINT}, or give the folder as a project"),
     (("-r", "--requirement"), 'give the file as `requirements = "…"`'),
-    (("-c", "--constraint"), "write the constraints into [tool.uv] constraint-dependencies"),
+    (
+        ("-c", "--constraint"),
+        "write it into a requirements file, or into [tool.uv] constraint-dependencies",
+    ),
     (
         ("-i", "--index-url", "--extra-index-url", "--default-index", "--index", "-f"),
-        "set UV_DEFAULT_INDEX or UV_INDEX in the environment of the cluster's nodes, "
-        "or write [[tool.uv.index]] in a project",
+        "write it into a requirements file, set UV_DEFAULT_INDEX or UV_INDEX in the environment of "
+        "the cluster's nodes, or write [[tool.uv.index]] in a project",
     ),
 )
 

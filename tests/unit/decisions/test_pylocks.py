@@ -62,6 +62,7 @@ def test_another_index_is_explicit_for_its_own_packages() -> None:
         package("t", 'version = "1"', 'index = "https://t.h/cpu"', f'marker = "{marker}"', WHEEL),
         package("t", 'version = "2"', 'index = "https://t.h/gpu"', "marker = \"os_name == 'b'\"",
                 WHEEL),
+        package("u", 'version = "1"', 'index = "https://t.h/cpu"', SDIST),
         package("u", 'version = "1"', 'index = "https://t.h/cpu/"', WHEEL),
     )  # fmt: skip
     assert uv_of(found) == {

@@ -158,6 +158,7 @@ def test_one_line_may_have_several_options_and_an_option_several_lines() -> None
         ("git+https://h/x@main#egg=x", "names no commit", "all 40 characters"),
         (f"git+https://h/x@{COMMIT}", "does not say what it is", 'write "name @ URL"'),
         ("https://h/x", "does not say what it is", 'write "name @ URL"'),
+        ("https://h/x.whl", "does not say what it is", 'write "name @ URL"'),
         (f"hg+https://h/x@{COMMIT}#egg=x", "uses hg+https", "git+https"),
         ("-e git+https://h/x#egg=x", "names no commit", "all 40"),
         ("six=>1", "'six=>1' is not a requirement", "numpy>=1.26"),
