@@ -14,9 +14,9 @@ from typing import Any
 from ray_envs.batch_models import BatchSpec, CaseSpec, split_entrypoint
 from ray_envs.client.source_files import read_pylock, read_requirements, read_script
 from ray_envs.client.texts import read_utf8
+from ray_envs.decisions.entries import Local
 from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.decisions.requirements import LOCAL_HINT, requirement_lines
-from ray_envs.decisions.requirements_file import Local
 from ray_envs.decisions.sources import Asked, both_pythons
 from ray_envs.disk.files import check_folder, kind_of
 from ray_envs.errors import InvalidId, InvalidInput, InvalidPackages

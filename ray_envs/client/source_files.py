@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_envs.client.texts import read_text, read_utf8
+from ray_envs.decisions.entries import Include, Local, Setting, Wanted
 from ray_envs.decisions.pylocks import from_pylock
-from ray_envs.decisions.requirements_file import Include, Local, Setting, Wanted, entries
+from ray_envs.decisions.requirements_file import entries_of
 from ray_envs.decisions.scripts import from_script
 from ray_envs.decisions.sources import Asked, from_requirements
 from ray_envs.disk.files import kind_of
@@ -104,7 +105,7 @@ def _gather(
     text, here = read_text(path), os.path.realpath(path)
     if (here, is_constraint) in done:
         return
-    for entry in entries(text, file=str(path)):
+    for entry in entries_of(text, file=str(path)):
         if isinstance(entry, Wanted):
             (found.constraints if is_constraint else found.wanted).append(entry)
         elif isinstance(entry, Local):

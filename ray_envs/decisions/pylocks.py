@@ -14,8 +14,8 @@ from typing import Any
 from packaging.utils import canonicalize_name
 
 from ray_envs.decisions.credentials import check_credentials, redacted
+from ray_envs.decisions.entries import Local, requirement, split_address
 from ray_envs.decisions.parsing import parsed_toml, strings
-from ray_envs.decisions.requirements_file import Local, requirement
 from ray_envs.decisions.sources import Asked, index_name, project_text
 from ray_envs.errors import InvalidInput, InvalidPackages
 
@@ -137,6 +137,7 @@ def _take(row: Mapping[str, Any], found: _Found, groups: set[str], *, where: str
                 where=where,
                 hint="lock with an index that every node reaches by http",
             )
+        split_address(index, where=where)
         index = index.rstrip("/")
         if index not in found.indexes:
             found.indexes[index] = index_name(index, found.indexes.values())

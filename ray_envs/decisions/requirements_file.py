@@ -1,7 +1,7 @@
 """Reads the text of a requirements file, in pip's format: its entries, each with its line.
 
-`requirements` checks each requirement; `sources` makes a definition of the entries. The files that
-it names are read by the client. The format is that of pip 25's documentation.
+`entries` has their kinds; `sources` makes a definition of them. The files that it names are read by
+the client. The format is that of pip 25's documentation.
 """
 
 from __future__ import annotations
@@ -9,60 +9,21 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
-
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from urllib.parse import unquote
 
 from ray_envs.decisions.credentials import check_credentials
-from ray_envs.decisions.requirements import parts_of, requirement_line
+from ray_envs.decisions.entries import (
+    Entry,
+    Include,
+    Setting,
+    is_place,
+    refused,
+    requirement,
+    split_address,
+)
+from ray_envs.decisions.requirements import parts_of
 from ray_envs.errors import InvalidPackages
 from ray_envs.validation import nearest_hint
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A requirement, or in a constraints file a constraint."""
-
-    #: In the form of `requirements.requirement_line`.
-    line: str
-    #: As written, such as "sha256:<hex>".
-    hashes: tuple[str, ...]
-    where: str
-
-
-@dataclass(frozen=True, slots=True)
-class Local:
-    """A folder or file of the machine that the requirements are read on."""
-
-    #: As it is written, relative to the file that names it; the address of a file becomes a path.
-    path: str
-    extras: tuple[str, ...]
-    marker: str
-    name: str | None
-    where: str
-
-
-@dataclass(frozen=True, slots=True)
-class Include:
-    """Another file, relative to the one that names it."""
-
-    path: str
-    is_constraint: bool
-    where: str
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """An option that concerns all requirements, such as "--index-url"."""
-
-    name: str
-    value: str
-    where: str
-
-
-Entry = Wanted | Local | Include | Setting
 
 _SWITCHES = ("--no-index", "--pre", "--prefer-binary", "--require-hashes")
 _WITH_VALUE = (
@@ -102,11 +63,9 @@ _VARIABLE = re.compile(r"\$\{[A-Z0-9_]+\}")
 _COMMENT = re.compile(r"(^|\s+)#.*$")
 #: The algorithms that pip accepts, and how many hex characters they have.
 _ALGORITHMS = {"sha256": 64, "sha384": 96, "sha512": 128}
-_ARCHIVES = (".whl", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar", ".zip")
-_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^\]]*)\])?\s*@\s*(\S.*)")
 
 
-def entries(text: str, *, file: str) -> tuple[Entry, ...]:
+def entries_of(text: str, *, file: str) -> tuple[Entry, ...]:
     """Return the entries of a requirements or constraints file, in their order.
 
     Args:
@@ -117,7 +76,7 @@ def entries(text: str, *, file: str) -> tuple[Entry, ...]:
     """
     found: list[Entry] = []
     for number, line in _logical_lines(text):
-        found += _entries_of(line, where=f"{file}: line {number}")
+        found += _from_line(line, where=f"{file}: line {number}")
     return tuple(found)
 
 
@@ -139,10 +98,10 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
         yield first, pending.strip()
 
 
-def _entries_of(line: str, *, where: str) -> Iterator[Entry]:
+def _from_line(line: str, *, where: str) -> Iterator[Entry]:
     variable = _VARIABLE.search(line)
     if variable is not None:
-        raise _refused(
+        raise refused(
             f"the variable {variable[0]} is not replaced",
             "write the value out; the nodes have the credentials of an index in "
             "UV_INDEX_<NAME>_USERNAME and UV_INDEX_<NAME>_PASSWORD",
@@ -156,12 +115,8 @@ def _entries_of(line: str, *, where: str) -> Iterator[Entry]:
     start = re.search(r"\s(?=--?[A-Za-z])", line)
     given = _hashes(line[start.end() :], where=where) if start else ()
     entry = line[: start.start()].strip() if start else line
-    for part in [entry] if _is_place(entry) else parts_of(entry):
+    for part in [entry] if is_place(entry) else parts_of(entry):
         yield requirement(part, given, where=where)
-
-
-def _refused(what: str, hint: str, where: str) -> InvalidPackages:
-    return InvalidPackages(what, hint=hint, where=where)
 
 
 # -- options
@@ -171,7 +126,7 @@ def _words(text: str, *, where: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as exc:
-        raise _refused(f"{text!r} cannot be split: {exc}", "close the quote", where) from None
+        raise refused(f"{text!r} cannot be split: {exc}", "close the quote", where) from None
 
 
 def _pairs(text: str, *, where: str) -> Iterator[tuple[str, str | None, str]]:
@@ -198,11 +153,11 @@ def _options(line: str, *, where: str) -> Iterator[Entry]:
             yield Setting(name, "", where)
             continue
         if name in _SWITCHES:
-            raise _refused(f"{written} takes no value", f"write {written} alone", where)
+            raise refused(f"{written} takes no value", f"write {written} alone", where)
         if name not in _WITH_VALUE:
             raise _unknown(written, where)
         if not value:
-            raise _refused(f"{written} has no value", f"write {written} VALUE", where)
+            raise refused(f"{written} has no value", f"write {written} VALUE", where)
         if name in ("--requirement", "--constraint"):
             yield _include(value, is_constraint=name == "--constraint", where=where)
         elif name == "--editable":
@@ -215,43 +170,42 @@ def _options(line: str, *, where: str) -> Iterator[Entry]:
 
 def _unknown(written: str, where: str) -> InvalidPackages:
     if written == "-" or not written.startswith("-"):
-        return _refused(
+        return refused(
             f"{written!r} stands behind an option", "write it into a line of its own", where
         )
     if written == "--hash":
-        return _refused("--hash belongs to no requirement", "write it behind one", where)
+        return refused("--hash belongs to no requirement", "write it behind one", where)
     if written in _REFUSED:
-        return _refused(f"{written} cannot be used here", _REFUSED[written], where)
+        return refused(f"{written} cannot be used here", _REFUSED[written], where)
     near = nearest_hint(written, (*_SWITCHES, *_WITH_VALUE))
     hint = near if near.startswith("did") else "leave it out"
-    return _refused(f"{written} is an option that is not known here", hint, where)
+    return refused(f"{written} is an option that is not known here", hint, where)
 
 
 def _include(value: str, *, is_constraint: bool, where: str) -> Include:
-    scheme = urlsplit(value).scheme if "://" in value else ""
+    address = split_address(value, where=where)
+    scheme = address.scheme if "://" in value else ""
     if scheme and scheme != "file":
-        raise _refused(
+        raise refused(
             f"{value} is an address, not a file", "download it, and name the file here", where
         )
-    path = unquote(urlsplit(value).path) if scheme else value
+    path = unquote(address.path) if scheme else value
     return Include(path, is_constraint, where)
 
 
 def _editable(value: str, *, where: str) -> Entry:
-    if not _is_place(value):  # as in pip, a bare word behind -e is a folder
-        if "://" in value:
-            return requirement(value, (), where=where)
-        value = f"./{value}"
-    return requirement(value, (), where=where)
+    # As in pip, a bare word is a folder here.
+    return requirement(value if is_place(value) else f"./{value}", (), where=where)
 
 
 def _check_remote(name: str, value: str, *, where: str) -> None:
     if not re.match(r"https?://", value, re.IGNORECASE):
-        raise _refused(
+        raise refused(
             f"{name} {value} is a local path, and other nodes do not have it",
             "serve that folder by http, and write its address here",
             where,
         )
+    split_address(value, where=where)
 
 
 def _hashes(text: str, *, where: str) -> tuple[str, ...]:
@@ -262,139 +216,16 @@ def _hashes(text: str, *, where: str) -> tuple[str, ...]:
         algorithm, _, digest = (value or "").partition(":")
         algorithm, digest = algorithm.lower(), digest.lower()
         if algorithm not in _ALGORITHMS:
-            raise _refused(
+            raise refused(
                 f"--hash {value}: the algorithm is not one of {', '.join(_ALGORITHMS)}",
                 "write --hash=sha256:<64 characters>",
                 where,
             )
         if not re.fullmatch(rf"[0-9a-f]{{{_ALGORITHMS[algorithm]}}}", digest):
-            raise _refused(
+            raise refused(
                 f"--hash {value}: this is not a {algorithm}",
                 f"copy all {_ALGORITHMS[algorithm]} hexadecimal characters",
                 where,
             )
         found.append(f"{algorithm}:{digest}")
     return tuple(found)
-
-
-# -- requirements
-
-
-def _is_place(entry: str) -> bool:
-    """Whether an entry is an address or a path, with or without a name before it."""
-    head = _without_marker(entry)[0]
-    return (
-        re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|file:|\.|/|~|\\|[A-Za-z]:\\", head) is not None
-        or _NAMED.fullmatch(head) is not None
-        or ("@" not in head and "/" in head.partition("[")[0])
-        or head.partition("[")[0].lower().endswith(_ARCHIVES)
-    )
-
-
-def _without_marker(entry: str) -> tuple[str, str]:
-    """Return an entry without its marker, and the marker; an address may contain a semicolon."""
-    pattern = r"\s+;\s*|;\s+" if "://" in entry else r"\s*;\s*"
-    head, *rest = re.split(pattern, entry, maxsplit=1)
-    return head.strip(), rest[0].strip() if rest else ""
-
-
-def requirement(entry: str, hashes: tuple[str, ...], *, where: str) -> Wanted | Local:
-    """Return one requirement as an entry. It may be an address or a path without a name.
-
-    Raises `InvalidPackages`: it is malformed, has credentials or cannot be accepted here.
-    """
-    check_credentials(entry, InvalidPackages, where=where)
-    head, marker = _without_marker(entry)
-    named = _NAMED.fullmatch(head)
-    place = named[3] if named else head
-    if not _is_place(entry) or (named and "://" not in place and not _is_path(place)):
-        return Wanted(requirement_line(entry, where=where), hashes, where)
-    if "://" not in place or place.lower().startswith("file:"):
-        if hashes:
-            raise _refused(
-                f"{head!r} is a local path with a hash",
-                "hashes are compared with files of an index: publish a wheel of it there",
-                where,
-            )
-        return _local(place, named, marker, where=where)
-    address, name = _address(place, named, where=where)
-    line = f"{name} @ {address}" + (f" ; {marker}" if marker else "")
-    return Wanted(requirement_line(line, where=where), hashes, where)
-
-
-def _is_path(place: str) -> bool:
-    return place.startswith("file:") or not re.search(r"\s", place)
-
-
-def _local(place: str, named: re.Match[str] | None, marker: str, *, where: str) -> Local:
-    if marker:
-        try:
-            Requirement(f"x ; {marker}")
-        except InvalidRequirement as exc:
-            reason = str(exc).splitlines()[0]
-            raise _refused(
-                f"{marker!r} is not a marker: {reason}", 'write it like python_version < "3.12"',
-                where,
-            ) from None  # fmt: skip
-    place, _, fragment = place.partition("#")
-    egg, extras = _egg(fragment)
-    path, inner = _split_extras(place)
-    if path.startswith("file:"):
-        path = unquote(urlsplit(path).path)
-    names = (*_listed(named[2] if named else None), *extras, *inner)
-    name = named[1] if named else egg
-    return Local(
-        path=path,
-        extras=tuple(sorted({str(canonicalize_name(each)) for each in names})),
-        marker=marker,
-        name=str(canonicalize_name(name)) if name else None,
-        where=where,
-    )
-
-
-def _split_extras(place: str) -> tuple[str, tuple[str, ...]]:
-    found = re.fullmatch(r"(.+?)\s*\[([^\[\]]*)\]", place)
-    return (found[1], _listed(found[2])) if found else (place, ())
-
-
-def _listed(text: str | None) -> tuple[str, ...]:
-    return tuple(each.strip() for each in (text or "").split(",") if each.strip())
-
-
-def _egg(fragment: str) -> tuple[str, tuple[str, ...]]:
-    """Return the name and the extras in the `egg=` of an address."""
-    for part in fragment.split("&"):
-        key, _, value = part.partition("=")
-        if key == "egg":
-            name, extras = _split_extras(unquote(value))
-            return name, extras
-    return "", ()
-
-
-def _address(place: str, named: re.Match[str] | None, *, where: str) -> tuple[str, str]:
-    """Return the address of a requirement without `egg=`, and its name with extras."""
-    address, _, fragment = place.partition("#")
-    egg, extras = _egg(fragment)
-    kept = "&".join(part for part in fragment.split("&") if part and not part.startswith("egg="))
-    whole = f"{address}#{kept}" if kept else address
-    if named:
-        return whole, f"{named[1]}[{named[2]}]" if named[2] else named[1]
-    name = egg or _name_of_file(address)
-    if not name:
-        raise _refused(f"{place!r} does not say what it is", 'write "name @ URL"', where)
-    return whole, f"{name}[{','.join(extras)}]" if extras else name
-
-
-def _name_of_file(address: str) -> str:
-    """Return the name of the package in the name of its wheel or source archive; "" if none."""
-    file = unquote(urlsplit(address).path).rpartition("/")[2]
-    if address.lower().startswith("git+"):
-        return ""
-    if file.endswith(".whl"):
-        try:
-            return str(parse_wheel_filename(file)[0])
-        except InvalidWheelFilename:
-            return ""
-    stem = next((file[: -len(end)] for end in _ARCHIVES if file.endswith(end)), "")
-    found = re.fullmatch(r"(.+)-v?\d[^-]*", stem)
-    return str(canonicalize_name(found[1])) if found else ""

@@ -11,8 +11,8 @@ from typing import Any
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
+from ray_envs.decisions.entries import Local, Wanted, requirement
 from ray_envs.decisions.parsing import parsed_toml
-from ray_envs.decisions.requirements_file import Local, Wanted, requirement
 from ray_envs.decisions.sources import Asked, project_text
 from ray_envs.errors import InvalidInput
 from ray_envs.validation import nearest_hint

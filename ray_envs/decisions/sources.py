@@ -16,7 +16,7 @@ import tomlkit
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ray_envs.decisions.requirements_file import Local, Setting, Wanted
+from ray_envs.decisions.entries import Local, Setting, Wanted
 from ray_envs.errors import InvalidPackages
 
 COMPILE_HINT = "compile the file again with `uv pip compile --generate-hashes`"

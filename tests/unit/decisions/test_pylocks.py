@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from ray_envs.decisions.entries import Local
 from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.decisions.pylocks import from_pylock
-from ray_envs.decisions.requirements_file import Local
 from ray_envs.decisions.sources import Asked
 from ray_envs.errors import InvalidInput, InvalidPackages, RayEnvsError
 
@@ -172,6 +172,7 @@ def test_a_file_of_another_format_is_refused(text: str, says: str) -> None:
         (['version = "1"', f'sdist = {{ url = "https://h/x", hashes = {{ sha512 = "{LONG}" }} }}'],
          InvalidPackages, "x has no sha256"),
         (['version = "1"', 'sdist = { url = "https://h/x" }'], InvalidPackages, "x has no sha256"),
+        (['version = "1"', "index = 'https://[h/s'", WHEEL], InvalidPackages, "not an address"),
         (['version = "1"', "index = './simple'", WHEEL], InvalidPackages, "other nodes do not"),
         (['vcs = { type = "hg", url = "https://h/x", commit-id = "1" }'], InvalidPackages,
          "comes from a repository"),

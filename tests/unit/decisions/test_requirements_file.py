@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_envs.decisions.requirements_file import Entry, Include, Local, Setting, Wanted, entries
+from ray_envs.decisions.entries import Entry, Include, Local, Setting, Wanted
+from ray_envs.decisions.requirements_file import entries_of
 from ray_envs.errors import InvalidPackages
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -18,7 +19,7 @@ WHERE = "r.txt: line 1"
 
 
 def read(text: str) -> tuple[Entry, ...]:
-    return entries(text, file="r.txt")
+    return entries_of(text, file="r.txt")
 
 
 def lines(text: str) -> list[tuple[int, str]]:
@@ -158,6 +159,11 @@ def test_one_line_may_have_several_options_and_an_option_several_lines() -> None
         ("git+https://h/x@main#egg=x", "names no commit", "all 40 characters"),
         (f"git+https://h/x@{COMMIT}", "does not say what it is", 'write "name @ URL"'),
         ("https://h/x", "does not say what it is", 'write "name @ URL"'),
+        ("https://[h/x-1.zip", "is not an address", "correct it"),
+        ("-i https://[h/s", "is not an address", "correct it"),
+        ("-i https://h:port/s", "credentials", "netrc"),
+        ("-r file://[h/s", "is not an address", "correct it"),
+        ("-e file://[h/s", "is not an address", "correct it"),
         ("https://h/x.whl", "does not say what it is", 'write "name @ URL"'),
         (f"hg+https://h/x@{COMMIT}#egg=x", "uses hg+https", "git+https"),
         ("-e git+https://h/x#egg=x", "names no commit", "all 40"),
@@ -260,7 +266,11 @@ def test_a_local_entry_is_of_its_own_kind(text: str, expected: Local) -> None:
     assert read(text) == (expected,)
 
 
-@given(st.text(st.sampled_from("a-=[]@:/.#;\\ \n\"'$\u00e4,<1"), max_size=30))
-def test_any_text_is_entries_or_one_clear_error(text: str) -> None:
+@given(
+    st.lists(
+        st.sampled_from([*"a-=[]@:/.#;\\ \n\"'$\u00e4,<1", "https://", "-r ", "-i ", " --hash="])
+    )
+)
+def test_any_text_is_entries_or_one_clear_error(parts: list[str]) -> None:
     with contextlib.suppress(InvalidPackages):
-        assert all(entry.where.startswith("r.txt: line ") for entry in read(text))
+        assert all(entry.where.startswith("r.txt: line ") for entry in read("".join(parts)))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_envs.decisions.entries import Local
 from ray_envs.decisions.parsing import parsed_toml
-from ray_envs.decisions.requirements_file import Local
 from ray_envs.decisions.scripts import from_script
 from ray_envs.decisions.sources import Asked
 from ray_envs.errors import InvalidInput, InvalidPackages, RayEnvsError

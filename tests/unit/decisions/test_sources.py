@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ray_envs.decisions import resolving
+from ray_envs.decisions.entries import Local, Setting, Wanted
 from ray_envs.decisions.parsing import parsed_toml
-from ray_envs.decisions.requirements_file import Local, Setting, Wanted, entries
+from ray_envs.decisions.requirements_file import entries_of
 from ray_envs.decisions.sources import Asked, both_pythons, from_requirements, index_name
 from ray_envs.errors import InvalidPackages
 from ray_envs.models import Target
@@ -20,7 +21,7 @@ H1, H2, H512 = f"--hash=sha256:{ONE}", f"--hash=sha256:{TWO}", f"--hash=sha512:{
 
 
 def asked(text: str, constraints: str = "") -> Asked:
-    found, limits = entries(text, file="r.txt"), entries(constraints, file="c.txt")
+    found, limits = entries_of(text, file="r.txt"), entries_of(constraints, file="c.txt")
     return from_requirements(
         [e for e in found if isinstance(e, Wanted)],
         [e for e in limits if isinstance(e, Wanted)],
