@@ -116,8 +116,14 @@ def _take(row: Mapping[str, Any], found: _Found, groups: set[str], *, where: str
         raise InvalidInput("a package has no name", where=where, hint=_LOCK_HINT)
     name = str(canonicalize_name(given))
     marker = _marker(_text(row, "marker", where=where) or "", groups)
+    suffix = f" ; {marker}" if marker else ""
+    path = _path(row, where=where)
+    if path is not None:
+        requirement(f"{name}{suffix}", (), where=where)  # checks the marker
+        found.locals.append(Local(path, (), marker, name, where))
+        return
     place, hashes = _place(name, row, where=where)
-    entry = requirement(place + (f" ; {marker}" if marker else ""), (), where=where)
+    entry = requirement(f"{place}{suffix}", (), where=where)
     if isinstance(entry, Local):
         found.locals.append(entry)
         return
@@ -146,16 +152,27 @@ def _take(row: Mapping[str, Any], found: _Found, groups: set[str], *, where: str
             sources.append(source)
 
 
+def _path(row: Mapping[str, Any], *, where: str) -> str | None:
+    """Return the path of an entry that is a folder or file of one machine, as it is written."""
+    if (directory := _inner(row, "directory", where=where)) is not None:
+        path = _text(directory, "path", where=where) or "."
+        inner = _text(directory, "subdirectory", where=where)
+        return f"{path.rstrip('/')}/{inner}" if inner else path
+    archive = _inner(row, "archive", where=where)
+    files = [archive] if archive is not None else list(_files(row, where=where))
+    if not files or any("url" in file or "path" not in file for file in files):
+        return None
+    return _text(files[0], "path", where=where)
+
+
 def _place(name: str, row: Mapping[str, Any], *, where: str) -> tuple[str, set[str]]:
     """Return an entry as the requirement that it means, without its marker, and its hashes."""
-    if (directory := _inner(row, "directory", where=where)) is not None:
-        return f"{name} @ {_as_path(_subfolder(directory, where=where))}", set()
     if (vcs := _inner(row, "vcs", where=where)) is not None:
         return _repository(name, vcs, where=where)
     if (archive := _inner(row, "archive", where=where)) is not None:
-        url, path = (_text(archive, key, where=where) for key in ("url", "path"))
+        url = _text(archive, "url", where=where)
         if url is None:
-            return f"{name} @ {_as_path(path or '.')}", set()
+            raise InvalidPackages(f"{name}: archive has no url", where=where, hint=_LOCK_HINT)
         folder = _text(archive, "subdirectory", where=where)
         return (
             f"{name} @ {url}" + (f"#subdirectory={folder}" if folder else ""),
@@ -164,9 +181,6 @@ def _place(name: str, row: Mapping[str, Any], *, where: str) -> tuple[str, set[s
     files = list(_files(row, where=where))
     if not files:
         raise InvalidPackages(f"{name} has no files", where=where, hint=_LOCK_HINT)
-    paths = [path for file in files if (path := _text(file, "path", where=where)) is not None]
-    if paths and not any("url" in file for file in files):
-        return f"{name} @ {_as_path(paths[0])}", set()
     version = _text(row, "version", where=where)
     if version is None:
         raise InvalidPackages(f"{name} has no version", where=where, hint=_LOCK_HINT)
@@ -203,17 +217,6 @@ def _sha256(file: Mapping[str, Any], *, where: str) -> Iterator[str]:
     digest = _text(_inner(file, "hashes", where=where) or {}, "sha256", where=where)
     if digest is not None:
         yield f"sha256:{digest.lower()}"
-
-
-def _subfolder(table: Mapping[str, Any], *, where: str) -> str:
-    path = _text(table, "path", where=where) or "."
-    inner = _text(table, "subdirectory", where=where)
-    return f"{path.rstrip('/')}/{inner}" if inner else path
-
-
-def _as_path(path: str) -> str:
-    """Return a path in a form that no requirement has."""
-    return path if path.startswith(("/", ".", "file:")) else f"./{path}"
 
 
 def _marker(marker: str, groups: set[str]) -> str:

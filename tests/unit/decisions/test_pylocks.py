@@ -104,11 +104,12 @@ def test_repositories_and_archives_become_addresses(rows: list[str], line: str, 
 @pytest.mark.parametrize(
     ("row", "path"),
     [
-        ('directory = { path = "lib" }', "./lib"),
+        ('directory = { path = "lib" }', "lib"),
         ('directory = { path = ".", editable = true }', "."),
-        ('directory = { path = "../a", subdirectory = "b" }', "../a/b"),
-        ('archive = { path = "x.zip", hashes = {} }', "./x.zip"),
-        ('wheels = [{ path = "w/x.whl", hashes = {} }]', "./w/x.whl"),
+        ('archive = { url = "file:///srv/x.zip", hashes = {} }', "/srv/x.zip"),
+        ('directory = { path = "../a b#c", subdirectory = "d" }', "../a b#c/d"),
+        ('archive = { path = "x.zip", hashes = {} }', "x.zip"),
+        ('wheels = [{ path = "w/x.whl", hashes = {} }]', "w/x.whl"),
     ],
 )
 def test_what_is_a_path_is_a_local_entry(row: str, path: str) -> None:
@@ -166,6 +167,8 @@ def test_a_file_of_another_format_is_refused(text: str, says: str) -> None:
         ([WHEEL], InvalidPackages, "x has no version"),
         (['version = "one"', WHEEL], InvalidPackages, "is not a requirement"),
         (["version = 1", WHEEL], InvalidInput, "version is not a string"),
+        (["marker = 'x'", 'directory = { path = "a" }'], InvalidPackages, "is not a requirement"),
+        (["archive = { size = 1 }"], InvalidPackages, "archive has no url"),
         (["wheels = 1"], InvalidInput, "wheels is not a list of tables"),
         (["sdist = 1"], InvalidInput, "sdist is not a table"),
         (['version = "1"', "marker = 'python'", WHEEL], InvalidPackages, "is not a requirement"),
