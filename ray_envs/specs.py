@@ -22,6 +22,9 @@ _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY = re.compile(rf"([A-Za-z0-9.-]{{1,253}}/)?{_LABEL}")
 _SELECTOR = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
 
+#: The fields of `EnvSpec` that name a file or a folder. A spec has at most one of them.
+SOURCES = ("project", "requirements", "script", "pylock")
+
 #: Ray counts resources in steps of this size, and refuses less.
 _SMALLEST_AMOUNT = 0.0001
 
@@ -95,7 +98,7 @@ class _EnvOptions(Model):
 
 
 class EnvSpec(_EnvOptions):
-    """What a user asks for: packages, a requirements file or a project folder, and options.
+    """What a user asks for: packages, what one file or folder asks for, and options.
 
     Example:
         >>> EnvSpec(packages=["scikit-learn==1.7.*"], python="3.11").packages
@@ -104,15 +107,21 @@ class EnvSpec(_EnvOptions):
 
     #: A folder with a pyproject.toml. If it has a uv.lock too, its versions are kept.
     project: str | None = None
-    #: A requirements file with names, versions and markers, without options.
+    #: A requirements file in pip's format, with its options, constraints and hashes. An index that
+    #: it names gets its host as its name: that of https://a.b/simple is UV_INDEX_A_B_USERNAME.
     requirements: str | None = None
     #: Whether the project's own package is installed; by default, if it has a build system.
     install_project: bool | None = None
+    #: A Python file with a `# /// script` block (PEP 723). The versions in its lock file, that of
+    #: `uv lock --script`, are kept.
+    script: str | None = None
+    #: A lock file that tools exchange, pylock.toml or pylock.NAME.toml (PEP 751).
+    pylock: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> EnvSpec:
-        if self.project is not None and self.requirements is not None:
-            raise ValueError("give either project or requirements, not both")
+        if sum(getattr(self, name) is not None for name in SOURCES) > 1:
+            raise ValueError("give either project, requirements, script or pylock, only one")
         if self.project is None and (self.extras or self.groups):
             raise ValueError("extras and groups belong to a project: give project too")
         if self.project is None and self.install_project is not None:
@@ -150,3 +159,7 @@ class Definition(_EnvOptions):
     def contents(self) -> dict[str, bytes]:
         """The contents of the wheels, by sha256, where the spec was read."""
         return {w.sha256: w.content for w in self.wheels if w.content is not None}
+
+    #: By canonical name: the files that may be installed, as "sha256:<hex>", or "git:<commit>".
+    #: Empty if they are not checked. What only the cluster's Ray needs is never checked.
+    hashes: dict[str, tuple[str, ...]] = Field(default_factory=dict)

@@ -17,7 +17,6 @@ from click.shell_completion import CompletionItem
 from ray_envs.errors import InvalidPackages, NotFound, RayEnvsError
 from ray_envs.models import EnvId
 from ray_envs.settings import Settings
-from ray_envs.specs import EnvSpec
 
 if TYPE_CHECKING:
     from ray_envs.manager.registry import Registry
@@ -66,19 +65,22 @@ optional_variant = click.argument("variant", required=False, type=Variant())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def requirements(packages: Iterable[str], file: str | None) -> list[str]:
+def requirements(
+    variant: str, packages: Iterable[str], file: str | None, *, may_have_hashes: bool = False
+) -> list[str]:
     """Return the requirements in `packages` and in the requirements file `file`.
 
     Raises:
         InvalidInput: the file cannot be read.
-        InvalidPackages: a requirement is not accepted, or there is none.
+        InvalidPackages: a requirement is not accepted, or there is none; or the file has options.
     """
-    from ray_envs.client.inputs import read_definition
+    from ray_envs.client.source_files import read_names
     from ray_envs.decisions.requirements import requirement_lines
 
     lines = requirement_lines(packages, where="PACKAGE")
     if file is not None:
-        lines += read_definition(EnvSpec(requirements=file), Path.cwd()).packages
+        path = Path.cwd() / file
+        lines += read_names(path, variant=variant, may_have_hashes=may_have_hashes)
     if not lines:
         raise InvalidPackages("no packages are given", hint="give at least one, or a file with -r")
     return list(lines)

@@ -23,7 +23,9 @@ from ray_envs.verbs import DeleteEnv
 @variant_argument
 @click.argument("packages", nargs=-1)
 @click.option("--project", help="A folder with a pyproject.toml, and a uv.lock if it has one.")
-@click.option("--requirements", "-r", help="A requirements file.")
+@click.option("--requirements", "-r", help="A requirements file in pip's format.")
+@click.option("--script", help="A Python file with a `# /// script` block.")
+@click.option("--pylock", help="A pylock.toml.")
 @click.option("--extra", "extras", multiple=True, help="An extra of the project. Repeatable.")
 @click.option(
     "--group", "groups", multiple=True, help="A dependency group of the project. Repeatable."
@@ -74,8 +76,8 @@ def create(
 ) -> None:
     """Define VARIANT and build its environment.
 
-    Give PACKAGES, a project or a requirements file. Prints the path of the environment's Python, or
-    with --dry-run the packages that would be installed.
+    Give PACKAGES, a project, a requirements file, a script or a pylock.toml. Prints the path of the
+    environment's Python, or with --dry-run the packages that would be installed.
 
     \b
     Example: ray-envs create old 'scikit-learn==1.7.*'

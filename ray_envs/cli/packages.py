@@ -48,16 +48,19 @@ def add(
     \b
     Example: ray-envs add old 'pandas>=2' pyarrow
     """
-    lines = requirements(packages, file)
+    lines = requirements(variant, packages, file)
     _change(variant, lambda envs, name: envs.add(name, lines, dry_run=dry_run), as_json=as_json)
 
 
 @click.command()
 @variant_argument
 @_packages
+@_requirements_file
 @dry_run_option
 @json_option
-def update(variant: str, packages: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def update(
+    variant: str, packages: tuple[str, ...], file: str | None, dry_run: bool, as_json: bool
+) -> None:
     """Upgrade PACKAGES of VARIANT, or all, as a new generation.
 
     They stay within the declared requirements. A requirement, such as 'numpy>=2', replaces the
@@ -66,7 +69,7 @@ def update(variant: str, packages: tuple[str, ...], dry_run: bool, as_json: bool
     \b
     Example: ray-envs update old numpy --dry-run
     """
-    lines = requirements(packages, None) if packages else []
+    lines = requirements(variant, packages, file) if packages or file is not None else []
     _change(variant, lambda envs, name: envs.update(name, lines, dry_run=dry_run), as_json=as_json)
 
 
@@ -86,7 +89,7 @@ def remove(
     \b
     Example: ray-envs remove old pyarrow
     """
-    lines = requirements(packages, file)
+    lines = requirements(variant, packages, file, may_have_hashes=True)
     _change(variant, lambda envs, name: envs.remove(name, lines, dry_run=dry_run), as_json=as_json)
 
 

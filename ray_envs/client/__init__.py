@@ -15,6 +15,8 @@ the provider for tests without Ray                                 in_memory
 how batch files and specs are read                                 inputs
 how local packages are found and built                             local_packages
 which uv workspace a project belongs to                            workspaces
+how requirements files, scripts and pylock.toml are found          source_files
+which encodings a text may have                                    texts
 the results file: earlier results, what is never overwritten       results
 how an entrypoint is checked without importing it                  entrypoints
 which files a code folder contains, and their archive              code_folder

@@ -14,6 +14,7 @@ from ray_envs.client.statuses import RUNS, raise_status_error
 from ray_envs.client.variants import Variants
 from ray_envs.errors import EnvironmentNotReady, InvalidId, NotFound, RayEnvsError
 from ray_envs.models import EnvId
+from ray_envs.specs import SOURCES
 from ray_envs.validation import validated
 
 _CONFIG_IDS = ("workflow_id", "node_id", "version_id")
@@ -47,7 +48,7 @@ class EnvironmentProvider(Variants):
         env_id = self._config_id(variant_id, ids)
         if "python_version" in rest:
             rest["python"] = rest.pop("python_version")
-        if not any(rest.get(name) for name in ("packages", "project", "requirements")):
+        if not any(rest.get(name) for name in ("packages", *SOURCES)):
             names = (variant_id, ids["node_id"] or "", "default")
             spec = next((self._specs[name] for name in names if name in self._specs), None)
             if spec is not None:

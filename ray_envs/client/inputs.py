@@ -1,19 +1,24 @@
 """Reads and checks the files that people write: specs and batch files.
 
-`entrypoints` checks the code that a batch names; `decisions.requirements` checks requirements.
+`source_files` reads the file of a spec; `entrypoints` checks the code that a batch names.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray_envs.batch_models import BatchSpec, CaseSpec, split_entrypoint
+from ray_envs.client.source_files import read_pylock, read_requirements, read_script
+from ray_envs.client.texts import read_utf8
+from ray_envs.decisions.entries import Local, is_place, requirement
 from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.decisions.requirements import requirement_lines
-from ray_envs.disk.files import check_folder, kind_of, read_bytes
+from ray_envs.decisions.sources import Asked, both_pythons
+from ray_envs.disk.files import check_folder, kind_of
 from ray_envs.errors import InvalidId, InvalidInput
 from ray_envs.models import EnvId, checked_id
 from ray_envs.specs import Definition, EnvSpec, LocalWheel
@@ -27,43 +32,68 @@ def read_definition(spec: EnvSpec, base: Path, *, where: str = "") -> Definition
 
     Args:
         spec: the spec.
-        base: the folder that `spec.project` and `spec.requirements` are relative to.
+        base: the folder that the spec's file or project is relative to.
         where: the table that holds the spec, as in "variants[1]", for messages about its packages.
 
     Raises:
-        InvalidInput: a file or folder is missing, unreadable, not UTF-8, or not TOML.
+        InvalidInput: a file or folder is missing, unreadable, or not of the format that is needed.
         InvalidPackages: a requirement cannot be accepted.
     """
-    packages = requirement_lines(spec.packages, where=f"{where}.packages" if where else "packages")
-    pyproject: str | None = None
-    uv_lock: str | None = None
+    asked, uv_lock, wheels = _read_source(spec, base, where=f"{where}.packages" if where else "")
+    shared = {name: getattr(spec, name) for name in Definition.model_fields if hasattr(spec, name)}
+    shared |= {
+        "packages": asked.packages,
+        "python": both_pythons(spec.python, asked.python),
+        "pyproject": asked.pyproject,
+        "uv_lock": uv_lock,
+        "hashes": asked.hashes,
+        "wheels": wheels,
+    }
+    return Definition(**shared)
+
+
+def _read_source(
+    spec: EnvSpec, base: Path, *, where: str
+) -> tuple[Asked, str | None, tuple[LocalWheel, ...]]:
+    """Return what the spec and its file ask for, the text of its lock file, its local packages."""
+    asked, uv_lock = Asked(packages=()), None
+    locals_: list[tuple[Local, Path]] = []
     wheels: tuple[LocalWheel, ...] = ()
     if spec.requirements is not None:
-        file = base / spec.requirements
-        if kind_of(file) == "folder":
-            raise InvalidInput(
-                "the requirements file is a folder",
-                where=str(file),
-                hint="for a folder with a pyproject.toml write project = … instead",
-            )
-        packages += requirement_lines(_read_text(file), where=str(file))
-    if spec.project is not None:
+        asked, found = read_requirements(base / spec.requirements)
+        locals_ += found
+    elif spec.script is not None:
+        file = base / spec.script
+        asked, uv_lock = read_script(file)
+        locals_ += ((local, file.parent) for local in asked.locals)
+    elif spec.pylock is not None:
+        file = base / spec.pylock
+        asked = read_pylock(file)
+        locals_ += ((local, file.parent) for local in asked.locals)
+    elif spec.project is not None:
         folder = base / spec.project
-        _check_project_folder(folder)
-        pyproject, uv_lock, wheels = _read_project(folder, install=spec.install_project)
-    shared = {name: getattr(spec, name) for name in Definition.model_fields if hasattr(spec, name)}
-    return Definition(
-        **{
-            **shared,
-            "packages": packages,
-            "pyproject": pyproject,
-            "uv_lock": uv_lock,
-            "wheels": wheels,
-        }
-    )
+        _check_folder(folder)
+        text, uv_lock, wheels = _read_project(folder, install=spec.install_project)
+        asked = Asked(packages=(), pyproject=text)
+    lines = []
+    for entry in spec.packages:
+        given = requirement(entry, (), where=where or "packages") if is_place(entry) else None
+        if isinstance(given, Local):
+            locals_.append((given, base))
+        else:
+            lines.append(entry)
+    packages = (*requirement_lines(lines, where=where or "packages"), *asked.packages)
+    asked = replace(asked, packages=packages)
+    sources = base if spec.script is None else (base / spec.script).parent
+    if locals_ or spec.script is not None:
+        from ray_envs.client.local_packages import LocalPackages
+
+        asked, more = LocalPackages().of_files(asked, locals_, sources)
+        wheels += more
+    return asked, uv_lock, wheels
 
 
-def _check_project_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     names_its_file = folder.name in ("pyproject.toml", "uv.lock")
     check_folder(
         folder,
@@ -80,11 +110,11 @@ def read_texts(folder: Path) -> tuple[str, str | None]:
 
     Raises `InvalidInput`: there is no pyproject.toml, or a file cannot be read or is not TOML.
     """
-    _check_project_folder(folder)
-    text = _read_text(folder / "pyproject.toml")
+    _check_folder(folder)
+    text = read_utf8(folder / "pyproject.toml")
     parsed_toml(text, where=str(folder / "pyproject.toml"), hint=_TOML_HINT)
     lock = folder / "uv.lock"
-    return text, None if kind_of(lock) == "missing" else _read_text(lock)
+    return text, None if kind_of(lock) == "missing" else read_utf8(lock)
 
 
 def _read_project(
@@ -97,14 +127,14 @@ def _read_project(
     file, lock = folder / "pyproject.toml", folder / "uv.lock"
     text = ""
     if kind_of(file) != "missing" or not has_setup_files(folder):
-        text = _read_text(file)
+        text = read_utf8(file)
     data = parsed_toml(text, where=str(file), hint=_TOML_HINT)
     local = LocalPackages()
     replaced = local.of_project(folder, text, install=install)
     if kind_of(lock) == "missing":
         workspace = Workspace.of(folder, data)
         lock = lock if workspace is None else workspace.root / "uv.lock"
-    uv_lock = None if kind_of(lock) == "missing" else _read_text(lock)
+    uv_lock = None if kind_of(lock) == "missing" else read_utf8(lock)
     return replaced, uv_lock, local.wheels
 
 
@@ -120,7 +150,7 @@ def read_batch(path: Path) -> BatchSpec:
         InvalidId: the name, a variant id or a case id is not allowed.
     """
     where = str(path)
-    data = parsed_toml(_read_text(path), where=where, hint=_TOML_HINT)
+    data = parsed_toml(read_utf8(path), where=where, hint=_TOML_HINT)
     for table in ("variants", "cases"):
         _check_table(data, table, where=where)
     batch = validated(BatchSpec, data, where=where)
@@ -222,16 +252,3 @@ def _check_json(value: Any, at: str, *, where: str) -> None:
             where=where,
             hint=f'write it as a string: "{value}"',
         )
-
-
-def _read_text(path: Path) -> str:
-    """Return the text of `path` with `\\n` as line ends and without a byte order mark."""
-    content = read_bytes(path)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        line = content.count(b"\n", 0, err.start) + 1
-        raise InvalidInput(
-            f"line {line} is not UTF-8", where=str(path), hint="save the file as UTF-8"
-        ) from None
-    return text.replace("\r\n", "\n")

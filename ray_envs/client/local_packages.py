@@ -12,17 +12,20 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_envs.client.workspaces import Workspace, pyproject_of
 from ray_envs.decisions import local_sources, local_wheels
-from ray_envs.decisions.local_sources import LocalSource, Replacement
+from ray_envs.decisions.entries import Local
+from ray_envs.decisions.local_sources import ENVIRONMENT, LocalSource, Replacement
 from ray_envs.decisions.local_wheels import Described
 from ray_envs.decisions.parsing import parsed_toml
+from ray_envs.decisions.requirements import requirement_line
+from ray_envs.decisions.sources import Asked
 from ray_envs.disk.files import kind_of, read_at_most, unreadable
 from ray_envs.errors import InvalidInput, RayEnvsWarning
 from ray_envs.manager.fleet import ended
@@ -97,20 +100,67 @@ class LocalPackages:
         inherited = self._inherited(data, workspace)
         if not self._by_name and workspace is None:
             return text
-        for name, (_, built) in self._by_name.items():
-            inherited.setdefault(LocalSource(name, 0, None, is_editable=False), built)
         named = {source.name for source in wheels}
         wheels |= {source: built for source, built in inherited.items() if source.name not in named}
-        new = Replacement(
-            wheels=wheels,
+        new = self._replacement(wheels)
+        new = replace(new, project=own, workspace=workspace.uv if workspace is not None else {})
+        return local_sources.replaced(text, new, where=where)
+
+    def of_files(
+        self, asked: Asked, locals_: Iterable[tuple[Local, Path]], folder: Path
+    ) -> tuple[Asked, tuple[LocalWheel, ...]]:
+        """Return what files ask for, with wheels in place of their local entries, and the wheels.
+
+        Args:
+            asked: what they ask for.
+            locals_: the local entries, each with the folder that its path is relative to.
+            folder: what the sources in the text of `asked` are relative to.
+
+        Raises as `of_project`.
+        """
+        where = "tool.uv.sources"
+        text = asked.pyproject or f'[project]\nname = "{ENVIRONMENT}"\nversion = "0"\n'
+        wheels = {
+            source: self._of_source(source, folder, None, where=where)
+            for source in local_sources.local_sources(parsed_toml(text, where=where), where=where)
+        }
+        lines = [self._line_of(local, base) for local, base in locals_]
+        if not self._by_name:
+            return asked, ()
+        own = {wheel.name: (f"sha256:{wheel.sha256}",) for wheel in self.wheels}
+        changed = replace(
+            asked,
+            packages=tuple(sorted({*asked.packages, *lines})),
+            pyproject=local_sources.replaced(text, self._replacement(wheels), where=where),
+            hashes={**asked.hashes, **own} if asked.hashes else {},
+        )
+        return changed, self.wheels
+
+    def _replacement(self, wheels: Mapping[LocalSource, Described]) -> Replacement:
+        """What takes the place of local sources: their `wheels`, and those that these require."""
+        named = {source.name for source in wheels}
+        others = {
+            LocalSource(name, 0, None, is_editable=False): built
+            for name, (_, built) in self._by_name.items()
+            if name not in named
+        }
+        return Replacement(
+            wheels={**wheels, **others},
             names=tuple(sorted(self._by_name)),
-            project=own,
-            workspace=workspace.uv if workspace is not None else {},
             requirements=tuple(self._requirements),
             sources=self._sources,
             indexes=tuple(self._indexes),
         )
-        return local_sources.replaced(text, new, where=where)
+
+    def _line_of(self, local: Local, folder: Path) -> str:
+        """The requirement that stands for a local entry."""
+        built = self.add(folder / os.path.expanduser(local.path), where=local.where)
+        name = built.wheel.name
+        if local.name is not None and local.name != name:
+            raise InvalidInput(f"{local.path} is the package {name}", where=local.where)
+        extras = f"[{','.join(local.extras)}]" if local.extras else ""
+        line = f"{name}{extras}" + (f" ; {local.marker}" if local.marker else "")
+        return requirement_line(line, where=local.where)
 
     def add(self, path: Path, *, where: str, is_editable: bool = False) -> Described:
         """Return the wheel of a folder, a wheel or a source archive, and build it if need be."""

@@ -10,6 +10,11 @@ which nodes shall have an environment                              targets
 the options of a task: runtime_env and nodes                       placement
 which environments are deleted                                     collecting
 which requirements and Python versions are accepted                requirements
+which forms a requirement in a file has: name, address, local path  entries
+how the lines of a requirements file are read                      requirements_file
+how the block in a script is read (PEP 723)                        scripts
+how a pylock.toml is read (PEP 751)                                pylocks
+what their options, indexes and hashes mean to uv                  sources
 the pyproject.toml that uv resolves, and its fingerprint           resolving
 what a lock installs, and the key of an environment                locks
 which sources of a project are local, and what replaces them       local_sources

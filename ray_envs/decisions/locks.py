@@ -17,7 +17,7 @@ from packaging.markers import Marker
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from ray_envs.decisions.parsing import parsed_toml
-from ray_envs.errors import InvalidInput, ResolutionFailed
+from ray_envs.errors import InvalidInput, InvalidPackages, ResolutionFailed
 from ray_envs.models import RAY_GROUP, Installed, Platform, Target
 
 
@@ -32,10 +32,60 @@ def installed(
     """
     wanted_extras = {str(canonicalize_name(name)) for name in extras}
     wanted_groups = {str(canonicalize_name(name)) for name in (RAY_GROUP, *groups)}
-    packages = _walk(parsed_toml(lock, where="uv.lock"), platform, wanted_extras, wanted_groups)
+    return _found(lock, platform, wanted_extras, wanted_groups)
+
+
+def _found(
+    lock: str, platform: Platform, extras: set[str], groups: set[str]
+) -> tuple[Installed, ...]:
+    packages = _walk(parsed_toml(lock, where="uv.lock"), platform, extras, groups)
     best_wheel = _wheel_chooser(platform)
     found = [_installed(package, platform, best_wheel) for package in packages]
     return tuple(sorted(found, key=lambda item: (item.name, item.version)))
+
+
+def check_hashes(
+    lock: str,
+    platform: Platform,
+    hashes: Mapping[str, Collection[str]],
+    *,
+    extras: Iterable[str] = (),
+    groups: Iterable[str] = (),
+) -> None:
+    """Check that `lock` installs only files with the `hashes` of a definition, if it has any.
+
+    What only the cluster's Ray needs does not count: the file with the hashes does not name it.
+
+    Raises:
+        InvalidPackages: a package has another file, or none of the hashes is for it.
+        InvalidInput, ResolutionFailed: see `installed`.
+    """
+    if not hashes:
+        return
+    wanted_extras = {str(canonicalize_name(name)) for name in extras}
+    wanted_groups = {str(canonicalize_name(name)) for name in groups} - {RAY_GROUP}
+    wrong = [
+        package
+        for package in _found(lock, platform, wanted_extras, wanted_groups)
+        if package.pin not in hashes.get(package.name, ())
+    ]
+    if wrong:
+        names = ", ".join(package.name for package in wrong)
+        raise InvalidPackages(
+            f"the locked files of these packages are not among the hashes: {names}",
+            where="hashes",
+            detail="\n".join(
+                f"{package.name} {package.version}: {package.pin} is locked, and "
+                + (
+                    "it is none of the given hashes"
+                    if hashes.get(package.name)
+                    else "no hash is given"
+                )
+                for package in wrong
+            ),
+            hint="compile the file again with `uv pip compile --generate-hashes`, and create the "
+            "variant with it (--replace)",
+        )
 
 
 def moved_pins(

@@ -24,11 +24,14 @@ LOCAL_HINT = (
 _OPTION_HINTS = (
     (("-e", "--editable"), f"{LOCAL_HINT}, or give the folder as a project"),
     (("-r", "--requirement"), 'give the file as `requirements = "…"`'),
-    (("-c", "--constraint"), "write the constraints into [tool.uv] constraint-dependencies"),
+    (
+        ("-c", "--constraint"),
+        "write it into a requirements file, or into [tool.uv] constraint-dependencies",
+    ),
     (
         ("-i", "--index-url", "--extra-index-url", "--default-index", "--index", "-f"),
-        "set UV_DEFAULT_INDEX or UV_INDEX in the environment of the cluster's nodes, "
-        "or write [[tool.uv.index]] in a project",
+        "write it into a requirements file, set UV_DEFAULT_INDEX or UV_INDEX in the environment of "
+        "the cluster's nodes, or write [[tool.uv.index]] in a project",
     ),
 )
 
@@ -47,7 +50,7 @@ def requirement_lines(
         InvalidPackages: an entry is an option, a local path, a repository without a commit, or
             malformed, or has credentials in its URL.
     """
-    entries = (part for entry in _entries(text_or_lines) for part in _split(entry))
+    entries = (part for entry in _entries(text_or_lines) for part in parts_of(entry))
     return tuple(sorted({requirement_line(entry, where=where) for entry in entries}))
 
 
@@ -99,8 +102,8 @@ def _entries(text_or_lines: str | Iterable[str]) -> Iterator[str]:
         yield pending.strip()
 
 
-def _split(entry: str) -> list[str]:
-    """Split an entry that is no requirement itself at its commas."""
+def parts_of(entry: str) -> list[str]:
+    """Return the requirements of an entry: if it is none itself, its parts between commas."""
     try:
         Requirement(entry)
     except InvalidRequirement:

@@ -95,7 +95,7 @@ class Resolver:
         Raises:
             ResolutionFailed: no versions satisfy it, or pins of the user's lock would have to move.
             UvFailed, StorageFailed: uv could not work.
-            InvalidPackages: the policy forbids what uv found.
+            InvalidPackages: the policy forbids what uv found, or a file has another hash.
         """
         project = resolving.project_text(definition, self._target)
         base = definition.uv_lock if base_lock is None else base_lock
@@ -115,6 +115,13 @@ class Resolver:
             (same_lock, uv_lock), output = known, ""
         policy.check_lock(
             uv_lock, self._settings, only_binary=definition.only_binary, wheels=definition.wheels
+        )
+        locks.check_hashes(
+            uv_lock,
+            self._platform,
+            definition.hashes,
+            extras=definition.extras,
+            groups=definition.groups,
         )
         if made_by in _KEEPS_PINS:
             self._check_pins(definition, uv_lock)

@@ -130,10 +130,10 @@ def test_a_file_of_a_spec_that_cannot_be_used_is_named(
 
 
 def test_a_refused_requirement_says_which_table_or_file_it_is_in(tmp_path: Path) -> None:
-    written(tmp_path / "pins.txt", "numpy\n-r other.txt\n")
-    with pytest.raises(InvalidPackages, match="other") as caught:
+    written(tmp_path / "pins.txt", "numpy\nscipy=>1\n")
+    with pytest.raises(InvalidPackages, match="scipy=>1") as caught:
         read_definition(EnvSpec(requirements="pins.txt"), tmp_path)
-    assert caught.value.where == str(tmp_path / "pins.txt")
+    assert caught.value.where == f"{tmp_path / 'pins.txt'}: line 2"
     with pytest.raises(InvalidPackages, match="index-url") as caught:
         read_definition(EnvSpec(packages=["--index-url=x"]), tmp_path, where="variants[1]")
     assert caught.value.where == "variants[1].packages"

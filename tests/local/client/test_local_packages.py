@@ -373,3 +373,57 @@ def test_a_package_that_requires_a_path_in_its_metadata_is_refused(tmp_path: Pat
     folder = project(tmp_path / "app", "app", f"lib @ file://{lib}", more=more)
     with pytest.raises(RayEnvsError, match="requires a path of this machine"):
         defined(folder)
+
+
+# -- in other files --------------------------------------------------------------------------------
+
+
+def test_local_entries_of_a_requirements_file_are_built(settings: Settings, tmp_path: Path) -> None:
+    extra = '[project.optional-dependencies]\nmore = ["six"]\n'
+    project(tmp_path / "app", "app", more=extra + HATCH)
+    project(tmp_path / "libs" / "lib", "lib", code="x = 5\n")
+    (tmp_path / "app" / "requirements.txt").write_text("-e .[more]\n-r ../libs/more.txt\n")
+    (tmp_path / "libs" / "more.txt").write_text(
+        f'./lib ; python_version >= "3"\nidna==3.6\nlib @ file://{tmp_path}/libs/lib\n'
+    )
+    spec = EnvSpec(requirements="app/requirements.txt")
+    definition = read_definition(spec, tmp_path)
+    assert definition.packages == (
+        "app[more]", "idna==3.6", "lib", 'lib; python_version >= "3"',
+    )  # fmt: skip
+    status = create(settings, definition, "requirements")
+    assert said(status, "import app, six, lib; print(lib.x)") == "5"
+
+
+def test_local_packages_of_a_spec_a_script_and_a_pylock(settings: Settings, tmp_path: Path) -> None:
+    project(tmp_path / "lib", "lib", code="x = 6\n")
+    (tmp_path / "x.py").write_text(
+        '# /// script\n# dependencies = ["lib"]\n# [tool.uv.sources]\n'
+        '# lib = { path = "lib" }\n# ///\n'
+    )
+    (tmp_path / "pylock.toml").write_text(
+        'lock-version = "1.0"\ncreated-by = "test"\n[[packages]]\nname = "lib"\n'
+        '[packages.directory]\npath = "lib"\n'
+    )
+    specs = [EnvSpec(packages=("./lib",)), EnvSpec(script="x.py"), EnvSpec(pylock="pylock.toml")]
+    keys = set()
+    for number, spec in enumerate(specs):
+        status = create(settings, read_definition(spec, tmp_path), f"form-{number}")
+        assert said(status, "import lib; print(lib.x)") == "6"
+        keys.add(status["key"])
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("./none", "none does not exist"), ("other @ file://{}/lib", "is the package lib")],
+)
+def test_a_wrong_local_entry_is_named_with_its_line(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    project(tmp_path / "lib", "lib")
+    (tmp_path / "r.txt").write_text(f"six\n{line.format(tmp_path)}\n")
+    with pytest.raises(InvalidInput) as caught:
+        read_definition(EnvSpec(requirements="r.txt"), tmp_path)
+    assert message in caught.value.message
+    assert caught.value.where.endswith("r.txt: line 2")

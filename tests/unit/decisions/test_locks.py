@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from packaging.tags import compatible_tags, cpython_tags, mac_platforms
 
 from ray_envs.decisions import locks
-from ray_envs.errors import InvalidInput, ResolutionFailed
+from ray_envs.errors import InvalidInput, InvalidPackages, ResolutionFailed
 from ray_envs.models import Installed, Platform, Target
 
 if sys.version_info >= (3, 11):
@@ -317,3 +317,58 @@ def test_pins_of_what_is_no_lock_are_refused(before: str, after: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         locks.moved_pins(before, after, LINUX)
     assert caught.value.where == "uv.lock"
+
+
+# -- hashes
+
+HASHED = """version = 1
+[[package]]
+name = "own"
+source = { virtual = "." }
+dependencies = [{ name = "a" }, { name = "w", marker = "sys_platform == 'win32'" }]
+[package.optional-dependencies]
+more = [{ name = "c" }]
+[package.dev-dependencies]
+ray-envs = [{ name = "ray" }]
+""" + "".join(
+    f"""[[package]]
+name = "{name}"
+version = "1"
+source = {{ registry = "https://h/simple" }}
+{needs}
+wheels = [{{ url = "https://h/{name}-1-py3-none-any.whl", hash = "sha256:{name}" }}]
+"""
+    for name, needs in [
+        ("a", 'dependencies = [{ name = "b" }]'),
+        ("b", ""),
+        ("c", ""),
+        ("w", ""),
+        ("ray", 'dependencies = [{ name = "d" }]'),
+        ("d", ""),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("hashes", "extras", "wrong"),
+    [
+        ({}, ["more"], ""),
+        ({"a": ["sha256:a"], "b": ["sha256:x", "sha256:b"]}, [], ""),
+        ({"a": ["sha256:a"], "b": ["sha256:b"], "c": ["sha256:c"]}, ["more"], ""),
+        ({"a": ["sha256:x"], "b": ["sha256:b"]}, [], "a"),
+        ({"a": ["sha256:a"], "ray": ["sha256:x"]}, [], "b"),
+        ({"a": ["sha256:a"], "b": []}, ["More"], "b, c"),
+        ({"z": ["sha256:a"]}, [], "a, b"),
+    ],
+)
+def test_what_a_definition_brings_in_has_one_of_its_hashes(
+    hashes: dict[str, list[str]], extras: list[str], wrong: str
+) -> None:
+    if not wrong:
+        locks.check_hashes(HASHED, LINUX, hashes, extras=extras)
+        return
+    with pytest.raises(InvalidPackages) as caught:
+        locks.check_hashes(HASHED, LINUX, hashes, extras=extras, groups=["ray-envs"])
+    assert caught.value.message.endswith(f"not among the hashes: {wrong}")
+    assert f"{wrong[0]} 1: sha256:{wrong[0]} is locked" in caught.value.detail
+    assert "--generate-hashes" in caught.value.hint
