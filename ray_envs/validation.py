@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ray_envs.errors import InvalidInput
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # it has no public name
 
-class Model(BaseModel):
-    """Frozen data that refuses unknown keys."""
+
+class _Checked(ModelMetaclass):
+    """Makes a direct construction raise our errors; what is nested in it is validated as always."""
+
+    def __call__(cls, *args: Any, **data: Any) -> Any:
+        if args:
+            raise InvalidInput(
+                f"{args[0]!r:.100} is given without a name",
+                where=cls.__name__,
+                hint="write each field with its name, as in EnvSpec(packages=[…])",
+            )
+        try:
+            return super().__call__(**data)
+        except ValidationError as exc:
+            raise _as_error(cls, exc, where=cls.__name__) from None
+
+
+class Model(BaseModel, metaclass=_Checked):
+    """Frozen data that refuses unknown keys.
+
+    A construction raises `InvalidInput`, which names the class and the field. `model_validate` and
+    `model_validate_json` raise pydantic's own error: `validated` turns it into ours.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,19 +63,21 @@ def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> Mo
     try:
         return model.model_validate(data)
     except ValidationError as exc:
-        errors = exc.errors()
-        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-        path = _dotted(first["loc"])
-        if first["type"] == "extra_forbidden":
-            name = str(first["loc"][-1])
-            known = _keys_at(model, first["loc"][:-1])
-            raise InvalidInput(
-                f"unknown key {path!r}", where=where, hint=nearest_hint(name, known)
-            ) from None
-        if first["type"] == "missing":
-            raise InvalidInput(f"{path} is missing", where=where) from None
-        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-        raise InvalidInput(f"{path}: {message}" if path else message, where=where) from None
+        raise _as_error(model, exc, where=where) from None
+
+
+def _as_error(model: Any, exc: ValidationError, *, where: str) -> InvalidInput:
+    errors = exc.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    path = _dotted(first["loc"])
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        known = _keys_at(model, first["loc"][:-1])
+        return InvalidInput(f"unknown key {path!r}", where=where, hint=nearest_hint(name, known))
+    if first["type"] == "missing":
+        return InvalidInput(f"{path} is missing", where=where)
+    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    return InvalidInput(f"{path}: {message}" if path else message, where=where)
 
 
 def _dotted(loc: Iterable[int | str]) -> str:
@@ -77,5 +104,7 @@ def _keys_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
 def nearest_hint(name: str, known: Iterable[str]) -> str:
     """Return a hint with the known word nearest to `name`, or with all of them."""
     known = sorted(known)
+    if not known:
+        return "there are no keys here"
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(known)

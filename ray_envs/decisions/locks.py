@@ -7,18 +7,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from packaging.markers import Marker
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
+from ray_envs.decisions.choices import Choice, LockMarkers, check_lock_choice
 from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.errors import InvalidInput, InvalidPackages, ResolutionFailed
 from ray_envs.models import RAY_GROUP, Installed, Platform, Target
+
+#: A package of a lock and one of its extras; "" for the package without any.
+End = tuple[dict[str, Any], str]
 
 
 def installed(
@@ -28,7 +33,9 @@ def installed(
 
     Raises:
         InvalidInput: `lock` is not the uv.lock of a project.
-        ResolutionFailed: a package has no file for this platform, or no hash pins its content.
+        ResolutionFailed: a package has no file for this platform, or no hash pins its content; the
+            project is not for this platform; extras and groups exclude each other; or they need
+            two versions of a package.
     """
     wanted_extras = {str(canonicalize_name(name)) for name in extras}
     wanted_groups = {str(canonicalize_name(name)) for name in (RAY_GROUP, *groups)}
@@ -38,7 +45,10 @@ def installed(
 def _found(
     lock: str, platform: Platform, extras: set[str], groups: set[str]
 ) -> tuple[Installed, ...]:
-    packages = _walk(parsed_toml(lock, where="uv.lock"), platform, extras, groups)
+    data = parsed_toml(lock, where="uv.lock")
+    _check_supported(data, platform)
+    packages = _walk(data, platform, extras, groups)
+    _check_versions(packages)
     best_wheel = _wheel_chooser(platform)
     found = [_installed(package, platform, best_wheel) for package in packages]
     return tuple(sorted(found, key=lambda item: (item.name, item.version)))
@@ -101,10 +111,10 @@ def moved_pins(
 
     Raises `InvalidInput`: one of the texts is not a uv.lock.
     """
-    holds = _marker_evaluator(platform)
+    markers = LockMarkers(platform)
     old: dict[str, list[str]] = {}
     for package in parsed_toml(before, where="uv.lock").get("package", []):
-        if _is_used(package, holds):
+        if _is_used(package, markers, None):
             old.setdefault(package["name"], []).append(package.get("version", ""))
     moved = []
     for package in _walk(parsed_toml(after, where="uv.lock"), platform, None, None):
@@ -141,66 +151,144 @@ def check_lock(lock: str) -> None:
         )
 
 
-def _marker_evaluator(platform: Platform) -> Callable[[str], bool]:
-    """Return a function that evaluates a marker on `platform`; each marker is parsed once."""
-    environment = {**platform.markers, "extra": ""}
-    known: dict[str, bool] = {"": True}
+def _check_supported(lock: Mapping[str, Any], platform: Platform) -> None:
+    """Refuse a lock of a project whose `[tool.uv] environments` leave this platform out."""
+    supported, markers = lock.get("supported-markers", []), LockMarkers(platform)
+    if supported and not any(markers.hold(marker, ()) for marker in supported):
+        here = platform.markers.get("sys_platform", "")
+        raise ResolutionFailed(
+            f"the project is not for {platform.name}: environments = {json.dumps(supported)}",
+            where="pyproject.toml: tool.uv.environments",
+            hint=f"add an entry that holds here, such as \"sys_platform == '{here}'\", "
+            "or remove the list",
+        )
 
-    def holds(marker: str) -> bool:
-        if marker not in known:
-            known[marker] = Marker(marker).evaluate(environment)
-        return known[marker]
 
-    return holds
+def _check_versions(packages: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse two versions of one package: uv 0.13 finds that for some sets of conflicts."""
+    versions: dict[str, str] = {}
+    for package in packages:
+        name, version = package["name"], package.get("version", "")
+        if name in versions:
+            raise ResolutionFailed(
+                f"{name} would be installed twice, as {versions[name]} and {version}",
+                where="uv.lock",
+                hint="the chosen extras and groups need both: list them in [tool.uv] conflicts, or "
+                "change what they ask for",
+            )
+        versions[name] = version
 
 
-def _is_used(package: Mapping[str, Any], holds: Callable[[str], bool]) -> bool:
+def _is_used(
+    package: Mapping[str, Any], markers: LockMarkers, active: Collection[str] | None
+) -> bool:
     """Whether a package entry applies to the platform; a lock may have several of one name."""
-    markers = package.get("resolution-markers")
-    return not markers or any(holds(marker) for marker in markers)
+    ours = package.get("resolution-markers")
+    return not ours or any(markers.hold(marker, active) for marker in ours)
 
 
 def _walk(
     lock: Mapping[str, Any], platform: Platform, extras: set[str] | None, groups: set[str] | None
 ) -> list[dict[str, Any]]:
-    """Return what the root of `lock` needs on `platform`; None means all extras or groups."""
-    holds = _marker_evaluator(platform)
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for package in lock.get("package", []):
-        by_name.setdefault(package["name"], []).append(package)
+    """Return what the root of `lock` needs on `platform`; None means all extras and groups.
+
+    Raises:
+        InvalidInput: `lock` is not the uv.lock of a project.
+        ResolutionFailed: extras and groups that are needed exclude each other.
+    """
     for root in lock.get("package", []):
         if root.get("source") in ({"virtual": "."}, {"editable": "."}):
             break
     else:
         raise InvalidInput("there is no project in the lock", where="uv.lock", hint="run `uv lock`")
+    graph, name = _Graph(lock, platform), root["name"]
+    optional = _wanted(root.get("optional-dependencies", {}), extras)
+    grouped = _wanted(root.get("dev-dependencies", {}), groups)
+    active: set[str] | None = None
+    if extras is not None and groups is not None:
+        # To uv, what has no requirements, and so no table in a lock, is never active. It can
+        # exclude others nevertheless.
+        chosen = {Choice(name, "project").in_lock}
+        chosen |= {Choice(name, "extra", extra).in_lock for extra in extras}
+        chosen |= {Choice(name, "group", group).in_lock for group in groups}
+        check_lock_choice(lock, chosen)
+        active = {Choice(name, "project").in_lock}
+        active |= {Choice(name, "extra", extra).in_lock for extra in optional}
+        active |= {Choice(name, "group", group).in_lock for group in grouped}
+    has_conflicts = active is not None and bool(lock.get("conflicts"))
+    starts: list[End] = [(root, ""), *((root, extra) for extra in optional)]
+    for edge in itertools.chain(*grouped.values()):
+        starts += graph.ends(edge, active, learns=has_conflicts)
+    if active is not None and has_conflicts:
+        # Packages ask for extras, too, and edges ask which are active: find all of them first.
+        graph.needed(starts, active, learns=True)
+        check_lock_choice(lock, active)
+    return [package for package in graph.needed(starts, active) if package is not root]
 
-    def chosen(edge: Mapping[str, Any]) -> dict[str, Any]:
-        found = by_name.get(edge["name"], [])
+
+def _wanted(table: Mapping[str, Any], wanted: set[str] | None) -> dict[str, list[Any]]:
+    return {
+        str(canonicalize_name(name)): edges
+        for name, edges in table.items()
+        if wanted is None or canonicalize_name(name) in wanted
+    }
+
+
+class _Graph:
+    """The packages of a lock, and the edges between them that hold on a platform.
+
+    The order in which edges are followed is that of uv 0.13, in `Installable::to_resolution`.
+    """
+
+    def __init__(self, lock: Mapping[str, Any], platform: Platform) -> None:
+        self._markers = LockMarkers(platform)
+        self._by_name: dict[str, list[dict[str, Any]]] = {}
+        for package in lock.get("package", []):
+            self._by_name.setdefault(package["name"], []).append(package)
+
+    def needed(
+        self, starts: Iterable[End], active: set[str] | None, *, learns: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the packages that `starts` need, themselves included.
+
+        With `learns`, each extra that an edge asks for is added to `active`.
+        """
+        queue = deque(starts)
+        seen = {(id(package), extra): package for package, extra in queue}
+        while queue:
+            package, extra = queue.popleft()
+            optional = package.get("optional-dependencies", {})
+            for edge in optional.get(extra, []) if extra else package.get("dependencies", []):
+                for end in self.ends(edge, active, learns=learns):
+                    if (id(end[0]), end[1]) not in seen:
+                        seen[id(end[0]), end[1]] = end[0]
+                        queue.append(end)
+        return [package for (_, extra), package in seen.items() if not extra]
+
+    def ends(
+        self, edge: Mapping[str, Any], active: set[str] | None, *, learns: bool = False
+    ) -> list[End]:
+        """Return the package of an edge, alone and with each extra; nothing if it does not hold."""
+        extras = edge.get("extra", ())
+        if learns and active is not None:
+            asked = {Choice(edge["name"], "extra", extra).in_lock for extra in extras}
+            if not self._markers.hold(edge.get("marker", ""), active | asked):
+                return []
+            active |= asked
+        elif not self._markers.hold(edge.get("marker", ""), active):
+            return []
+        package = self._package(edge, active)
+        return [(package, ""), *((package, extra) for extra in extras)]
+
+    def _package(self, edge: Mapping[str, Any], active: set[str] | None) -> dict[str, Any]:
+        found = self._by_name.get(edge["name"], [])
         for field in ("version", "source"):
             if len(found) > 1 and field in edge:
                 found = [package for package in found if package.get(field) == edge[field]]
-        used = [package for package in found if _is_used(package, holds)] or found
+        used = [each for each in found if _is_used(each, self._markers, active)] or found
         if not used:
             raise InvalidInput(f"{edge['name']} is missing", where="uv.lock", hint="run `uv lock`")
         return used[0]
-
-    edges = list(root.get("dependencies", []))
-    for table, wanted in (("optional-dependencies", extras), ("dev-dependencies", groups)):
-        for name, more in root.get(table, {}).items():
-            if wanted is None or canonicalize_name(name) in wanted:
-                edges += more
-    seen: dict[tuple[int, str], dict[str, Any]] = {(id(root), ""): root}
-    while edges:
-        edge = edges.pop()
-        if not holds(edge.get("marker", "")):
-            continue
-        package = chosen(edge)
-        for extra in ("", *edge.get("extra", ())):
-            if (id(package), extra) not in seen:
-                seen[id(package), extra] = package
-                optional = package.get("optional-dependencies", {})
-                edges += optional.get(extra, []) if extra else package.get("dependencies", [])
-    return [package for (_, extra), package in seen.items() if not extra and package is not root]
 
 
 def _wheel_chooser(

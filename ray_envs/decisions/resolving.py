@@ -16,6 +16,7 @@ import tomlkit
 from packaging.utils import canonicalize_name
 from tomlkit.exceptions import TOMLKitError
 
+from ray_envs.decisions.choices import check_choice
 from ray_envs.decisions.credentials import check_credentials
 from ray_envs.decisions.parsing import parsed_toml, strings, table
 from ray_envs.decisions.requirements import (
@@ -36,7 +37,7 @@ _PYPROJECT = "pyproject.toml"
 #: one that a later uv adds, is assumed to change it.
 _NO_EFFECT_ON_INSTALL = (
     # they decide the content of the lock
-    "*index*", "constraint-dependencies", "default-groups", "dependency-groups",
+    "*index*", "conflicts", "constraint-dependencies", "default-groups", "dependency-groups",
     "dependency-metadata", "dev-dependencies", "environments", "exclude-dependencies",
     "exclude-newer*", "find-links", "fork-strategy", "no-sources*", "override-dependencies",
     "prerelease*", "required-environments", "resolution", "sources", "upgrade*",
@@ -59,7 +60,8 @@ def project_text(definition: Definition, target: Target) -> str:
 
     Raises:
         InvalidInput: the text is not a usable TOML project, excludes the cluster's interpreter,
-            needs a local source or a workspace, or lacks an extra or group of the definition.
+            needs a local source or a workspace, or lacks an extra or group of the definition; or
+            those of the definition exclude each other.
         InvalidPackages: `requirement_lines` refuses a dependency.
     """
     check_python(definition.python, target, where="python")
@@ -79,6 +81,7 @@ def project_text(definition: Definition, target: Target) -> str:
     _check_project(data, target, {wheel.path for wheel in definition.wheels})
     groups = table(data, "dependency-groups")
     _check_names(definition, table(data, "project", "optional-dependencies"), groups)
+    check_choice(data, extras=definition.extras, groups=definition.groups)
 
     # To uv, another spelling of that name is the same group, and the same group twice an error.
     group = next((name for name in groups if canonicalize_name(name) == RAY_GROUP), RAY_GROUP)
@@ -197,13 +200,9 @@ def _check_project(data: Mapping[str, Any], target: Target, wheels: Collection[s
 
 
 def _check_uv(uv: Mapping[str, Any], wheels: Collection[str]) -> None:
-    """Refuse workspaces, conflicts, credentials and sources that other nodes do not have."""
-    for name, hint in (
-        ("workspace", LOCAL_HINT),
-        ("conflicts", "make one variant for each alternative"),
-    ):
-        if name in uv:
-            raise _refused(f"{name} cannot be used here", hint, f"tool.uv.{name}")
+    """Refuse workspaces, credentials and sources that other nodes do not have."""
+    if "workspace" in uv:
+        raise _refused("workspace cannot be used here", LOCAL_HINT, "tool.uv.workspace")
     for text in strings(uv):
         check_credentials(text, InvalidInput, where=f"{_PYPROJECT}: tool.uv")
     for name, given in table(uv, "sources").items():

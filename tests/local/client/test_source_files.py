@@ -236,7 +236,7 @@ def test_a_local_path_that_is_missing_is_refused_where_it_is_named(
     with pytest.raises(InvalidInput, match="lib does not exist") as caught:
         defined(folder, **spec)
     assert caught.value.where == f"{folder}/{where}"
-    assert "build a wheel" in caught.value.hint
+    assert "correct its path" in caught.value.hint
 
 
 # -- add, remove, update

@@ -149,7 +149,7 @@ def test_a_dynamic_version_is_fixed_because_its_build_backend_is_elsewhere() -> 
         ),
         (project('[tool.uv.sources]\na = ["x"]\n'), "not a table", "tool.uv.sources.a"),
         (project('[tool.uv.workspace]\nmembers = ["a"]\n'), "workspace", "tool.uv.workspace"),
-        (project("[tool.uv]\nconflicts = []\n"), "conflicts", "tool.uv.conflicts"),
+        (project("[tool.uv]\nconflicts = [[]]\n"), "two", "tool.uv.conflicts[0]"),
         (project("[[tool.uv.index]]\nurl = 'https://a:s3cret@h'\n"), "credentials", "tool.uv"),
         (project("[tool.uv]\nindex-url = 'https://s3cret@h'\n"), "credentials", "tool.uv"),
         (project("[tool.uv]\nextra-index-url=['https://s3cret@h']\n"), "credentials", "tool.uv"),
@@ -183,6 +183,28 @@ def test_dependencies_of_a_project_obey_the_rules_of_requirements(text: str, whe
     with pytest.raises(InvalidPackages) as caught:
         resolving.project_text(definition(text), TARGET)
     assert caught.value.where == f"pyproject.toml: {where}"
+
+
+CHOICES = project(
+    """[project.optional-dependencies]
+cpu = ["idna==2.10"]
+gpu = ["idna==3.7"]
+[tool.uv]
+conflicts = [[{ extra = "cpu" }, { extra = "gpu" }]]
+"""
+)
+
+
+def test_a_project_whose_extras_exclude_each_other_gets_one_variant_for_each() -> None:
+    texts = {
+        resolving.project_text(definition(CHOICES, extras=(e,)), TARGET) for e in ("cpu", "gpu")
+    }
+    (text,) = texts
+    assert tomllib.loads(text)["tool"]["uv"]["conflicts"] == [[{"extra": "cpu"}, {"extra": "gpu"}]]
+    assert resolving.build_options(text) == ""
+    with pytest.raises(InvalidInput, match="'cpu' and extra 'gpu' exclude each other") as caught:
+        resolving.project_text(definition(CHOICES, extras=("gpu", "CPU")), TARGET)
+    assert (caught.value.where, "variant for each" in caught.value.hint) == ("extras", True)
 
 
 def test_a_source_that_is_pinned_is_accepted() -> None:
