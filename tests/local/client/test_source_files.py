@@ -231,7 +231,7 @@ def test_a_local_path_that_is_missing_is_refused_where_it_is_named(
     folder: Path, spec: dict[str, str], where: str
 ) -> None:
     pylock = PYLOCK.partition("wheels")[0] + 'directory = { path = "lib" }\n'
-    script = '# /// script\n# dependencies = ["x @ file:///lib"]\n# ///\n'
+    script = '# /// script\n# dependencies = ["x @ file:///none/lib"]\n# ///\n'
     write(folder, r_txt="six\n-e ./lib\n", x_py=script, pylock_toml=pylock)
     with pytest.raises(InvalidInput, match="lib does not exist") as caught:
         defined(folder, **spec)
