@@ -118,6 +118,16 @@ def has_tokens() -> bool:
     return _token_loader() is not None
 
 
+@cache
+def note_no_tokens() -> None:
+    """Log once that this Ray ignores the wish for a token."""
+    logging.getLogger("ray_envs").warning(
+        "%s is token, and this Ray has no tokens: its clusters are open to everyone who reaches "
+        "them; Ray 2.52 and newer have tokens",
+        AUTH_MODE,
+    )
+
+
 def makes_tokens() -> bool:
     """Whether this Ray makes a token for each local cluster by itself: since 2.56 or later."""
     if not has_tokens():

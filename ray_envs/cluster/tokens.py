@@ -21,15 +21,16 @@ def use_token(address: str) -> None:
 
     Without `grpcio`, which `ray[default]` brings, nothing is found out.
 
-    Raises `ManagerUnavailable`: it asks for a token, and this user has none or another one; or
-        this user wants to send one, and this Ray has no tokens.
+    Raises `ManagerUnavailable`: it asks for a token, and this user has none or another one.
     """
     mode = os.environ.get(AUTH_MODE)
     if not ray_versions.has_tokens():
-        if mode == "token" or ray_versions.is_refused(address, {}):
+        if mode == "token":
+            ray_versions.note_no_tokens()
+        if ray_versions.is_refused(address, {}):
             raise ManagerUnavailable(
-                f"a token is wanted for the cluster at {address}, and this Ray has no tokens",
-                hint=f"unset {AUTH_MODE}, or install Ray 2.52 or newer on the whole cluster",
+                f"the cluster at {address} wants a token, and this Ray has no tokens",
+                hint="install the Ray of that cluster here",
             )
         return
     token = ray_versions.token_header()
