@@ -95,15 +95,22 @@ def detached_runtime_envs() -> list[str]:
     """Return the serialized runtime_envs of detached actors that run or may restart."""
     from ray.core.generated.gcs_pb2 import ActorTableData
 
-    state = _state()
-    state._connect_and_get_accessor()
-    rows = state._global_state_accessor.get_actor_table(None, None)
+    rows = _accessor().get_actor_table(None, None)
     actors = (ActorTableData.FromString(row) for row in rows)
     return [
         actor.serialized_runtime_env
         for actor in actors
         if actor.is_detached and actor.state != ActorTableData.DEAD
     ]
+
+
+def _accessor() -> Any:
+    """Return the connection behind Ray's view of its tables, which 2.51 keeps elsewhere."""
+    state = _state()
+    if hasattr(state, "_connect_and_get_accessor"):
+        return state._connect_and_get_accessor()
+    state._check_connected()
+    return state.global_state_accessor
 
 
 def _state() -> Any:
