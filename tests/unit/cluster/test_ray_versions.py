@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from ray_envs.cluster import ray_versions
 from ray_envs.cluster.connecting import connect
 from ray_envs.cluster.nodes import LocalNodes
 from ray_envs.cluster.ray_versions import OLDEST, TESTED, check, described
+from ray_envs.cluster.tokens import make_token_if_home_is_closed, use_token
 from ray_envs.decisions.parsing import parsed_toml
-from ray_envs.errors import WrongEnvironment
+from ray_envs.errors import ManagerUnavailable, WrongEnvironment
 
 ROOT = Path(ray_envs.__file__).parent
 #: Names of Ray that may change with each version.
@@ -78,6 +80,30 @@ def test_a_ray_that_is_too_old_is_refused_at_each_door(monkeypatch: pytest.Monke
     for door in (lambda: connect("local"), LocalNodes(object).ray_version):
         with pytest.raises(WrongEnvironment, match=r"Ray 2\.50\.1 is too old"):
             door()
+
+
+def test_a_ray_without_tokens_says_once_that_it_ignores_the_wish_for_one(
+    monkeypatch: pytest.MonkeyPatch, told: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_versions, "_token_loader", lambda: None)  # as before 2.52
+    monkeypatch.setattr(ray_versions, "is_refused", lambda *_: False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    assert (ray_versions.has_tokens(), ray_versions.makes_tokens()) == (False, False)
+    assert ray_versions.token_header() == {}
+    make_token_if_home_is_closed()
+    use_token("127.0.0.1:1")
+    assert told.messages == []
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    for _ in range(2):
+        make_token_if_home_is_closed()
+        use_token("127.0.0.1:1")
+    (text,) = told.messages
+    assert "this Ray has no tokens" in text
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setattr(ray_versions, "is_refused", lambda *_: True)
+    with pytest.raises(ManagerUnavailable, match="wants a token, and this Ray has no tokens"):
+        use_token("127.0.0.1:1")
 
 
 def test_doctor_says_of_a_version_whether_it_was_tried() -> None:
