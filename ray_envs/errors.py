@@ -165,7 +165,7 @@ class ManagerUnavailable(RayEnvsError):
 
 
 class WrongEnvironment(RayEnvsError):
-    """A worker or an agent refused to run because it is in the wrong environment."""
+    """A program, a worker or an agent refused to run because it is in the wrong environment."""
 
     exit_code = 15
 

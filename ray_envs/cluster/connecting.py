@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
+from ray_envs.cluster import ray_versions
 from ray_envs.cluster.tokens import make_token_if_home_is_closed, use_token
 from ray_envs.errors import InvalidInput, ManagerUnavailable
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, with_plugin
@@ -40,18 +41,19 @@ def connect(address: str | None) -> bool:
     Raises:
         InvalidInput: it is an address of Ray Client.
         ManagerUnavailable: no cluster answers at the address.
+        WrongEnvironment: this Ray is too old.
     """
     import ray
-    from ray._private import ray_constants
 
+    ray_versions.check(str(ray.__version__))
     if ray.is_initialized():
         return False
     _check_answers(address)
     quiet: dict[str, Any] = {"logging_level": "ERROR", "namespace": NAMESPACE}
     # Otherwise Ray uploads the folder of a driver under `uv run`, and starts every worker, also
-    # the manager, with `uv run`. Ray reads the variable at its import, so set its constant too.
+    # the manager, with `uv run`.
     os.environ.setdefault(UV_RUN_HOOK, "0")
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ[UV_RUN_HOOK] not in ("0", "false")
+    ray_versions.set_uv_run_hook(os.environ[UV_RUN_HOOK] not in ("0", "false"))
     try:
         with warnings.catch_warnings():  # about future defaults of Ray
             warnings.simplefilter("ignore", FutureWarning)
@@ -72,7 +74,7 @@ def connect(address: str | None) -> bool:
             f"Ray cannot start on this machine: {exc}",
             hint="give Ray a folder that this user can write: set HOME and RAY_TMPDIR",
         ) from exc
-    return bool(ray._private.worker._global_node.head)
+    return is_own()
 
 
 @contextmanager
@@ -106,9 +108,7 @@ def _is_installed() -> bool:
 
 def is_own() -> bool:
     """Whether this process started the Ray that it is connected to; both end together."""
-    import ray
-
-    node = ray._private.worker._global_node
+    node = ray_versions.own_node()
     return node is not None and bool(node.head)
 
 
@@ -119,10 +119,8 @@ def embeds(address: str | None) -> bool:
 
 def _address_of(address: str | None) -> str:
     """Return the address that Ray would use: `address`, RAY_ADDRESS, or that of `ray start`."""
-    from ray._private.utils import read_ray_address
-
     given = "" if address == "auto" else address
-    return given or os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+    return given or os.environ.get("RAY_ADDRESS") or ray_versions.address_of_ray_start()
 
 
 def head_answers() -> bool:
@@ -145,9 +143,7 @@ def raylet_answers() -> bool:
 
     Soon after its end, Ray ends this process without an error.
     """
-    import ray
-
-    node = ray._private.worker._global_node
+    node = ray_versions.own_node()
     if node is None or not node.raylet_socket_name:
         return True
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Protocol
 
-from ray_envs.cluster import bootstrap
+from ray_envs.cluster import bootstrap, ray_versions
 from ray_envs.cluster.actors import actor_class
 from ray_envs.cluster.calls import Call, in_time, unwrapped
 from ray_envs.cluster.connecting import NAMESPACE
@@ -82,7 +82,9 @@ class LocalNodes:
         return call
 
     def ray_version(self) -> str:
-        return version("ray")  # importing ray costs a second
+        found = version("ray")  # importing ray costs a second
+        ray_versions.check(found)
+        return found
 
     def address(self) -> str:
         return ""
@@ -227,33 +229,14 @@ class RayNodes:
         return str(ray.get_runtime_context().gcs_address)
 
     async def living_jobs(self) -> set[str]:
-        rows = await asyncio.to_thread(_state().job_table)
+        rows = await asyncio.to_thread(ray_versions.job_table)
         return {f"{self.session()}/{row['JobID']}" for row in rows if not row["IsDead"]}
 
     async def given_to_detached(self) -> list[str]:
-        from ray.core.generated.gcs_pb2 import ActorTableData
-
-        state = _state()
-        state._connect_and_get_accessor()
-        rows = await asyncio.to_thread(state._global_state_accessor.get_actor_table, None, None)
-        actors = (ActorTableData.FromString(row) for row in rows)
-        return [
-            actor.serialized_runtime_env
-            for actor in actors
-            if actor.is_detached and actor.state != ActorTableData.DEAD
-        ]
+        return await asyncio.to_thread(ray_versions.detached_runtime_envs)
 
     def session(self) -> str:
-        import ray
-
-        return str(ray._private.worker._global_node.session_name)
+        return str(ray_versions.own_node().session_name)
 
     async def stop(self) -> None:
         """Do nothing: Ray ends the agents with the manager, which owns them."""
-
-
-def _state() -> Any:
-    """Return Ray's private view of its tables; the public one needs the dashboard."""
-    from ray._private import state
-
-    return state.state

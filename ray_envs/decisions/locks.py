@@ -1,7 +1,7 @@
 """Reads a uv.lock: what it installs on a platform, and the key of that environment.
 
 `resolving` makes the project that uv locks; the manager's `registry` keeps the texts. The format of
-`uv.lock` comes from uv 0.13, markers from PEP 508, wheel names from the packaging specifications.
+`uv.lock` is version 1 of uv's, markers from PEP 508, wheel names from the packaging specifications.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class MadeFor(Model):
     """What an unpacked wheel was prepared for; only nodes that match can use it."""
 
-    #: The series of uv, as in "0.13": it has one cache layout.
+    #: The layout of uv's cache, as in "archive-v0 sdists-v11 wheels-v8". It may change with any
+    #: version of uv, and several series may share one.
     uv: str
     #: The Python of its byte-code, as in "3.11".
     python: str
@@ -166,7 +167,7 @@ def why_not(wheel: Wheel, node: MadeFor) -> str:
     """Return why `node` cannot use `wheel`, as a sentence for people; "" if it can."""
     made_for = wheel.made_for
     if made_for.uv != node.uv:
-        return f"{wheel} is in the cache of uv {made_for.uv}; this node has uv {node.uv}"
+        return f"{wheel} is in a uv cache with {made_for.uv}; this node's uv has {node.uv}"
     if made_for.python != node.python:
         return f"{wheel} was prepared for Python {made_for.python}; this node has {node.python}"
     if wheel.package.is_built and made_for.platform != node.platform:

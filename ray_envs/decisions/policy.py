@@ -1,7 +1,7 @@
 """Checks definitions and lock files against the operator's settings.
 
 `resolving` refuses what cannot work on every node, `credentials` refuses secrets. `[tool.uv]` and
-`uv.lock` have the formats of uv 0.13.
+`uv.lock` have the formats of uv 0.9 to 0.13.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes the pyproject.toml that uv resolves for a definition, and its fingerprint.
 
 `node.uv` runs uv on these texts, and `locks` reads the lock file that uv writes. Dependency groups
-come from PEP 735, `[tool.uv]` from uv 0.13.
+come from PEP 735, `[tool.uv]` from uv 0.9 to 0.13.
 """
 
 from __future__ import annotations

@@ -180,13 +180,13 @@ def take_bundle(path: Path, store: Store) -> dict[str, bytes]:
 
 def _check_made_for(made_for: MadeFor, here: MadeFor, *, where: str) -> None:
     """Refuse a bundle of another uv or Python; `receiving` refuses wheels of another platform."""
-    for what in "uv", "python":
+    for what, called in ("uv", "a uv whose cache has"), ("python", "Python"):
         theirs, ours = getattr(made_for, what), getattr(here, what)
         if theirs != ours:
             raise InvalidInput(
-                f"the bundle is for {what} {theirs}; this machine has {ours}",
+                f"the bundle is for {called} {theirs}; this machine has {ours}",
                 where=where,
-                hint=f"export it where this {what} runs",
+                hint=f"export it where the same {what} runs as here",
             )
 
 

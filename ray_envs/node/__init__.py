@@ -24,6 +24,7 @@ what a node receives                   receiving
 hashes of unpacked wheels              unpacked
 when unpacked code folders are deleted unpacked_code
 bundles as files                       bundles
+which uv may be used here              uv_trial
 what doctor tests of a node            probing
 sizes, and who has a file open         usage
 """

@@ -28,6 +28,7 @@ from ray_envs.node.provisioning import Progress, Provisioning
 from ray_envs.node.store import Store
 from ray_envs.node.uv import Builder
 from ray_envs.node.uv_cache import UvCache
+from ray_envs.node.uv_trial import UvTrial
 from ray_envs.node.worker_start import WorkerStart
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, Gate, has_plugin
 from ray_envs.settings import Settings
@@ -49,8 +50,9 @@ class NodeAgent:
         self._store = Store(self._settings)
         self._builder = Builder(self._settings, self._store.cache)
         self._worker_start = WorkerStart(self._settings)
+        self._uv_trial = UvTrial(self._store)
         self._maintenance = Maintenance(
-            self._settings, self._store, self._builder, self._worker_start
+            self._settings, self._store, self._builder, self._worker_start, self._uv_trial
         )
         cache = UvCache(self._store.cache, lock_timeout_s=self._settings.lock_timeout_s)
         self._exchange = Exchange(cache, RayPeers())
@@ -307,6 +309,7 @@ class NodeAgent:
             self._store.set_up()
             self._store.sweep()
             unpacked_code.sweep(self._settings.root)
+            await self._uv_trial.check()
             self._is_set_up = True
 
     async def _make_ready(self, request: BuildRequest, attempt: int, peers: list[str]) -> None:

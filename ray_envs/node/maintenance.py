@@ -14,7 +14,7 @@ from typing import Any
 
 from ray_envs.decisions.collecting import EnvUse
 from ray_envs.disk import local_wheels
-from ray_envs.errors import EnvironmentInUse, RayEnvsError
+from ray_envs.errors import EnvironmentInUse, RayEnvsError, StorageFailed, UvFailed
 from ray_envs.models import BuildRequest, EnvRecord, Target
 from ray_envs.node import bytecode, mending, startup, unpacked_code, wheels
 from ray_envs.node.interpreter import uv_version
@@ -22,6 +22,7 @@ from ray_envs.node.probing import probe
 from ray_envs.node.store import Store
 from ray_envs.node.uv import Builder
 from ray_envs.node.uv_cache import UvCache
+from ray_envs.node.uv_trial import UvTrial
 from ray_envs.node.wheels import Damage
 from ray_envs.node.worker_start import WorkerStart
 from ray_envs.settings import Settings
@@ -40,9 +41,15 @@ class Maintenance:
     """Keeps the environments of one node whole."""
 
     def __init__(
-        self, settings: Settings, store: Store, builder: Builder, worker_start: WorkerStart
+        self,
+        settings: Settings,
+        store: Store,
+        builder: Builder,
+        worker_start: WorkerStart,
+        uv_trial: UvTrial,
     ) -> None:
         self._settings = settings
+        self._uv_trial = uv_trial
         self._worker_start = worker_start
         self._store = store
         self._builder = builder
@@ -235,6 +242,13 @@ class Maintenance:
 
     async def probe(self, expected: Target, actual: Target, index_project: str) -> list[Any]:
         """What the node can do; see `probing`. With `index_project`, also ask the package index."""
+        uv_problem = ""
+        try:
+            await self._uv_trial.check(is_forced=True)
+        except UvFailed as exc:
+            uv_problem = exc.message
+        except StorageFailed:  # the probes of the disk say so
+            pass
         found = await asyncio.to_thread(
             probe,
             self._store.root,
@@ -244,6 +258,7 @@ class Maintenance:
             expected=expected,
             actual=actual,
             uv=uv_version(),
+            uv_problem=uv_problem,
         )
         told = [each.model_dump() for each in found]
         if index_project:

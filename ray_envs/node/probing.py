@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from ray_envs.cluster.ray_versions import described
 from ray_envs.models import Target
-from ray_envs.node.uv_entries import UV_SERIES
 from ray_envs.validation import Model
 
 #: Linux's ioctl that lets a file share the blocks of another one (linux/fs.h).
@@ -48,6 +48,7 @@ def probe(
     expected: Target | None,
     actual: Target,
     uv: str,
+    uv_problem: str = "",
 ) -> list[Probe]:
     """What this node can do, always the same probes in the same order.
 
@@ -59,6 +60,7 @@ def probe(
         expected: what the cluster needs; None where there is no cluster to compare with.
         actual: the interpreter and the Ray of this node; an empty version for what is missing.
         uv: the version of uv.
+        uv_problem: why this uv cannot be used; empty if it can. See `uv_trial`.
     """
     return [
         _safely("root", partial(_root, root)),
@@ -67,9 +69,9 @@ def probe(
         _safely("free inodes", partial(_free_inodes, root)),
         _safely("links", partial(_links, cache, store)),
         _safely("open files", _open_files),
-        _uv(uv),
+        _uv(uv, uv_problem),
         _version("python", actual.python, expected.python if expected else None),
-        _version("ray", actual.ray, expected.ray if expected else None),
+        _ray(actual.ray, expected.ray if expected else None),
     ]
 
 
@@ -150,18 +152,25 @@ def _free_inodes(root: Path) -> tuple[bool, str, str]:
 
 
 def _links(cache: Path, store: Path) -> tuple[bool, str, str]:
-    """How a file gets from the cache into an environment, the cheapest way that works."""
+    value = how_linked(cache, store)
+    hint = "every environment takes its full size: give the cache and the store one disk"
+    return True, value, hint if value == "copy" else ""
+
+
+def how_linked(cache: Path, store: Path) -> str:
+    """How a file gets from the cache into an environment, the cheapest way that works.
+
+    Returns "reflink", "hard link" or "copy".
+
+    Raises `OSError`: one of the folders cannot be written.
+    """
     with _scratch(cache) as source, _scratch(store) as place:
         source.write_bytes(b"x" * 4096)
         for value, attempt in (("reflink", _reflink), ("hard link", _hard_link)):
             with suppress(OSError):
                 attempt(source, place)
-                return True, value, ""
-    return (
-        True,
-        "copy",
-        "every environment takes its full size: give the cache and the store one disk",
-    )
+                return value
+    return "copy"
 
 
 def _reflink(source: Path, place: Path) -> None:
@@ -198,11 +207,17 @@ def _open_files() -> tuple[bool, str, str]:
     return True, str(limit), ""
 
 
-def _uv(version: str) -> Probe:
-    if version.startswith(f"{UV_SERIES}."):
+def _uv(version: str, problem: str) -> Probe:
+    if version and not problem:
         return Probe(name="uv", ok=True, value=version)
-    hint = f"install uv {UV_SERIES}: its cache and its locks are read here"
-    return Probe(name="uv", ok=False, value=version or "not installed", hint=hint)
+    hint = "install a uv whose cache and locks can be read here: `pip install 'uv>=0.9,<1'`"
+    return Probe(name="uv", ok=False, value=problem or "not installed", hint=hint)
+
+
+def _ray(actual: str, expected: str | None) -> Probe:
+    """As `_version`, and whether ray_envs has been tried with it."""
+    found = _version("ray", actual, expected)
+    return found.model_copy(update={"value": described(actual)}) if actual else found
 
 
 def _version(name: str, actual: str, expected: str | None) -> Probe:

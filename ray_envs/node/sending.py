@@ -15,7 +15,7 @@ from ray_envs.decisions.packs import CHUNK_BYTES, Lead, MadeFor, Manifest, Packe
 from ray_envs.disk.files import storage_errors
 from ray_envs.errors import StorageFailed
 from ray_envs.models import Installed
-from ray_envs.node.interpreter import this_platform, uv_version
+from ray_envs.node.interpreter import this_platform
 from ray_envs.node.unpacked import (
     files_below,
     hashed,
@@ -26,14 +26,15 @@ from ray_envs.node.unpacked import (
     within,
 )
 from ray_envs.node.uv_cache import UvCache
+from ray_envs.node.uv_trial import layout_here
 
 OTHER_SENDER = "take it from another node, or from the package index"
 
 
 def made_here() -> MadeFor:
-    """The uv, Python and platform of this node's wheels."""
+    """The layout of uv's cache, the Python and the platform of this node's wheels."""
     return MadeFor(
-        uv=".".join(uv_version().split(".")[:2]),
+        uv=layout_here(),
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         platform=this_platform().name,
     )

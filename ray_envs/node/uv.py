@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 import uv
+from packaging.version import Version
 
 from ray_envs.decisions.local_wheels import SOURCE_DATE_EPOCH
 from ray_envs.disk.processes import Ended, Progress, last_words
 from ray_envs.errors import InvalidPackages, ResolutionFailed, UvFailed
 from ray_envs.models import RAY_GROUP, BuildRequest
 from ray_envs.node import bytecode
-from ray_envs.node.interpreter import base_python
+from ray_envs.node.interpreter import base_python, uv_version
 from ray_envs.node.startup import run_clean
 from ray_envs.settings import Settings
 
@@ -34,6 +35,8 @@ _NOT_FOUND = ("was not found in the package registry", "was not found in the pro
 _NO_WHEEL = "`--no-build`"
 #: uv's words when a package is known malware. There is no exit code.
 _MALWARE = "Malware detected"
+#: The first uv that has the check; an older one ignores the variable that turns it on.
+_MALWARE_SINCE = "0.11.16"
 _LOCK_HINT = "raise RAY_ENVS_UV_LOCK_TIMEOUT_S"
 _SYNC_HINT = "raise RAY_ENVS_UV_SYNC_TIMEOUT_S"
 _INDEX_HINT = "is the package index reachable from this node? see uv's words above"
@@ -135,7 +138,8 @@ class Builder:
         Raises:
             InvalidPackages: a package is known to do harm.
             ResolutionFailed: a package has no wheel for this node, and may not be built.
-            UvFailed: uv ended with an error; offline, most often a wheel is not in the cache.
+            UvFailed: uv ended with an error, or has no check for malware and must make one;
+                offline, most often a wheel is not in the cache.
         """
         command = ["sync", "--frozen", "--no-install-project"]
         command += _selection(request.extras, request.groups)
@@ -146,6 +150,7 @@ class Builder:
             # The check needs the network; offline it would refuse what is in the cache.
             environ["UV_MALWARE_CHECK"] = "0"
         elif self._settings.malware_check:
+            _check_uv_knows_malware()
             environ["UV_MALWARE_CHECK"] = "1"
         ended = await self._run_uv(
             command,
@@ -315,8 +320,19 @@ def _selection(extras: Iterable[str], groups: Iterable[str]) -> list[str]:
     return command
 
 
+def _check_uv_knows_malware() -> None:
+    version = uv_version()
+    if Version(version) < Version(_MALWARE_SINCE):
+        raise UvFailed(
+            f"uv {version} has no check for malware, and RAY_ENVS_MALWARE_CHECK wants one",
+            hint=f"install uv {_MALWARE_SINCE} or newer on this node: "
+            f"`pip install 'uv>={_MALWARE_SINCE},<1'`",
+        )
+
+
 def _why_nothing(output: str, *, only_binary: bool) -> str:
     """The hint for a resolution that uv found impossible, by uv's words."""
+    output = " ".join(output.split())  # uv breaks long lines
     if any(words in output for words in _NOT_LET_IN):
         return _CREDENTIALS_HINT
     if _NETWORK_OFF in output:

@@ -1,8 +1,9 @@
 """The entries of uv's cache, read: which packages they hold, and what leads to what.
 
-The layout is that of uv 0.13. `archive-v*/<id>` are unpacked wheels. What leads to them: in
-`wheels-v*`, at `<index>/<name>/<version>-<tag>`, a link with its pointer (`.http`, `.rev`),
-metadata (`.msgpack`) and lock beside it; in `sdists-v*`, a link beside each wheel that uv built.
+The layout is that of uv 0.9 to 0.13; `uv_trial` tries each uv. `archive-v*/<id>` are unpacked
+wheels. What leads to them: in `wheels-v*`, at `<index>/<name>/<version>-<tag>`, a link with its
+pointer (`.http`, `.rev`), metadata (`.msgpack`) and lock beside it; in `sdists-v*`, a link beside
+each wheel that uv built.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from packaging.version import InvalidVersion, Version
 
 from ray_envs.models import Installed
 
-#: The uv whose layout this is; another one finds, or leaves, a cache that is read differently.
-UV_SERIES = "0.13"
+#: The folders of a cache whose format counts. Their numbers differ between versions of uv.
+_BUCKETS = ("archive-v*", "sdists-v*", "wheels-v*")
 #: What stands beside the link of a wheel. The first two say which archive it is, in their text.
 _POINTERS = (".http", ".rev")
 _SUFFIXES = (*_POINTERS, ".msgpack", ".lock")
@@ -47,6 +48,11 @@ class Cached:
     #: The files and links that lead to them, in the order in which they may appear: each is of no
     #: use, and does no harm, without the next; pointers last.
     leads: tuple[Path, ...]
+
+
+def layout_of(cache: Path) -> str:
+    """The names of the folders in a cache that one uv has used, as in "archive-v0 sdists-v11"."""
+    return " ".join(sorted(path.name for kind in _BUCKETS for path in cache.glob(kind)))
 
 
 def wheels_of(cache: Path, package: Installed) -> Iterator[Cached]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ray_envs.cluster.ray_versions import WORKER_MODULE
 from ray_envs.disk.files import write_atomically
 from ray_envs.errors import WorkerCannotStart
 from ray_envs.node.interpreter import base_python
@@ -84,7 +85,7 @@ class WorkerStart:
             return
         ended = await run_clean(
             self._settings,
-            [str(python), "-c", inspect.getsource(starting), str(site_packages)],
+            [str(python), "-c", inspect.getsource(starting), str(site_packages), WORKER_MODULE],
             site_packages,
             timeout_s=_TIMEOUT_S,
             hint="is this machine overloaded? The imports of Ray's worker take a second as a rule",

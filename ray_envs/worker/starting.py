@@ -22,11 +22,14 @@ class _Nowhere:
             self.names.add(name)
 
 
-def main(site_packages: str) -> None:
-    """Import Ray's worker. Print which files of `site_packages` that read, and what it missed."""
+def main(site_packages: str, worker: str) -> None:
+    """Import Ray's module `worker`.
+
+    Print which files of `site_packages` that read, and which modules it missed.
+    """
     nowhere = _Nowhere()
     sys.meta_path.append(nowhere)
-    importlib.import_module("ray._private.workers.default_worker")
+    importlib.import_module(worker)
     below = site_packages + os.sep
     files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
     told = {
@@ -37,4 +40,4 @@ def main(site_packages: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

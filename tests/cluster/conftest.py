@@ -92,8 +92,9 @@ def other_root(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def make(name: str) -> Settings:
         folder = tmp_path_factory.mktemp(name)
         (folder / "uv-cache").symlink_to(root / "uv-cache")
-        with suppress(FileNotFoundError):  # no worker has started there yet
-            shutil.copy(root / "worker-starts.json", folder)
+        for known in ("worker-starts.json", "uv-trials.json"):
+            with suppress(FileNotFoundError):  # no worker has started there yet
+                shutil.copy(root / known, folder)
         return Settings(root=folder)
 
     return make

@@ -211,9 +211,10 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory, locked: Locked) -> Path
 
 
 def link_cache(warm_cache: Path, settings: Settings) -> None:
-    """Give a root links to a warm cache, and what is known of the starts of workers from it."""
+    """Give a root links to a warm cache, and what is known of workers' starts and uv from it."""
     subprocess.run(["cp", "-al", warm_cache, Store(settings).cache], check=True)
-    shutil.copy(warm_cache.parent / "worker-starts.json", settings.root)
+    for name in ("worker-starts.json", "uv-trials.json"):
+        shutil.copy(warm_cache.parent / name, settings.root)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import psutil  # type: ignore[import-untyped, unused-ignore]  # it has no stubs 
 import pytest
 
 from ray_envs import RayEnvironmentProvider, Settings
+from ray_envs.cluster.ray_versions import has_tokens
 from tests.cluster.cli_tools import BIN, Shell, ended, free_port, lines_of, wait_until, write_batch
 
 #: The manager may restart for so long, and so may the head before Ray ends a driver.
@@ -119,6 +120,7 @@ def test_a_batch_whose_cluster_is_killed_ends_with_a_reason_and_is_resumed_on_th
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.skipif(not has_tokens(), reason="this Ray has no tokens")
 def test_a_token_is_used_where_it_is_wanted_and_its_lack_is_told_at_once(lost: Shell) -> None:
     port = free_port()
     started(lost, port)

@@ -48,9 +48,13 @@ def probed(
     expected: Target | None = HERE,
     actual: Target = HERE,
     uv: str = "0.13.9",
+    uv_problem: str = "",
 ) -> dict[str, Probe]:
     """The probes by their names; all of them, whatever was found."""
-    found = probe(*folders, min_free_bytes=min_free_bytes, expected=expected, actual=actual, uv=uv)
+    found = probe(
+        *folders, min_free_bytes=min_free_bytes, expected=expected, actual=actual, uv=uv,
+        uv_problem=uv_problem,
+    )  # fmt: skip
     assert [each.name for each in found] == NAMES
     assert all(each.value and (each.ok or each.hint) for each in found), found
     return {each.name: each for each in found}
@@ -63,7 +67,7 @@ def test_a_good_node_is_good_in_everything_and_nothing_stays_behind(
     assert [name for name, each in found.items() if not each.ok] == []
     assert found["links"].value in ("reflink", "hard link")
     assert (found["uv"].value, found["python"].value, found["ray"].value) == (
-        "0.13.9", "3.11.7", "2.60.0",
+        "0.13.9", "3.11.7", "2.60.0 (tried)",
     )  # fmt: skip
     assert sorted(path.name for path in folders[0].rglob("*")) == ["store", "uv-cache"]
 
@@ -179,11 +183,19 @@ def test_versions_are_those_of_the_cluster_to_the_last_digit(
     assert (missing.ok, missing.value) == (False, "not installed")
 
 
-@pytest.mark.parametrize("version", ["", "0.12.9", "0.130.1", "1.0"])
-def test_a_uv_whose_cache_is_another_is_told(
-    folders: tuple[Path, Path, Path], version: str
+@pytest.mark.parametrize(("version", "problem"), [("", ""), ("", "why"), ("0.99.1", "why")])
+def test_a_uv_that_cannot_be_used_is_told_with_the_reason(
+    folders: tuple[Path, Path, Path], version: str, problem: str
 ) -> None:
-    assert not probed(folders, uv=version)["uv"].ok
+    found = probed(folders, uv=version, uv_problem=problem)["uv"]
+    assert (found.ok, found.value) == (False, problem or "not installed")
+
+
+def test_a_ray_that_was_not_tried_is_good_and_told(folders: tuple[Path, Path, Path]) -> None:
+    newer = Target(python="3.11.7", ray="2.99.0")
+    found = probed(folders, expected=newer, actual=newer)["ray"]
+    assert found.ok
+    assert found.value.startswith("2.99.0 (not one of the tried versions: 2.51.2,")
 
 
 def test_no_probe_ever_raises(

@@ -433,7 +433,7 @@ def test_byte_code_of_another_python_stays_at_home(sender: Sender) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("six", {"uv": "0.14"}, "in the cache of uv 0.14; this node has uv"),
+        ("six", {"uv": "wheels-v99"}, "uv cache with wheels-v99; this node's uv has archive-v"),
         ("six", {"python": "3.9"}, "prepared for Python 3.9; this node has"),
         ("docopt", {"platform": "moon"}, "built on moon; this node is"),
         ("six", {"platform": "moon"}, ""),

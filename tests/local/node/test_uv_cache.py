@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 from ray_envs.errors import LockTimeout
 from ray_envs.node.uv_cache import UvCache
-from ray_envs.node.uv_entries import UV_SERIES
 from tests.local.conftest import wait_until
 
 #: A build backend that needs nothing: it zips one module.
@@ -168,13 +167,6 @@ def own_bytes(folder: Path) -> int:
 
 
 # -- what is there
-
-
-def test_the_uv_that_is_installed_is_of_the_series_whose_cache_is_read() -> None:
-    said = subprocess.run(
-        [uv.find_uv_bin(), "--version"], capture_output=True, text=True, check=True
-    )
-    assert said.stdout.split()[1].startswith(f"{UV_SERIES}.")
 
 
 def test_unpacked_wheels_are_found_by_their_dist_info(
