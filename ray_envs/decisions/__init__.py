@@ -11,6 +11,7 @@ the options of a task: runtime_env and nodes                       placement
 which environments are deleted                                     collecting
 which requirements and Python versions are accepted                requirements
 the pyproject.toml that uv resolves, and its fingerprint           resolving
+what dependency groups include, and for which Python they are      groups
 which extras and groups exclude each other                         choices
 what a lock installs, and the key of an environment                locks
 how packages are added, removed or upgraded in a definition        edits

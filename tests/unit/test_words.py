@@ -222,8 +222,8 @@ def test_a_model_is_copied_pickled_and_read_as_before() -> None:
 
 
 def test_the_data_inside_a_model_is_named_by_its_whole_path() -> None:
+    model: Any = BatchSpec
     with pytest.raises(InvalidInput) as caught:
-        model: Any = BatchSpec
         model(name="b", entrypoint="m:f", cases=(), variants=[{"id": "a", "packages": [1]}])
     assert caught.value.message.startswith("variants[0].packages[0]: ")
 
