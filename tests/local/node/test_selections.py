@@ -292,3 +292,21 @@ def test_alternatives_of_one_lock_are_different_environments(
     assert len({each.key for each in states}) == 2
     with pytest.raises(RayEnvsError, match="exclude each other"):
         locks.installed(uv_lock, platform, extras=asked)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("override-dependencies = 3", "expected a sequence"),
+        ("environments = [\"python_version >= '3.99'\"]", "don't overlap"),
+        ('default-groups = ["nope"]', "nope"),
+    ],
+)
+def test_a_project_that_uv_cannot_use_is_no_passing_fault(
+    settings: Settings, tmp_path: Path, wheels: Path, entry: str, said: str
+) -> None:
+    write_project(tmp_path, wheels, f"[tool.uv]\n{entry}")
+    with pytest.raises(ResolutionFailed, match="uv cannot use the project") as caught:
+        asyncio.run(Builder(settings, Store(settings).cache).resolve(tmp_path))
+    assert said in caught.value.detail
+    assert (caught.value.where, bool(caught.value.hint)) == ("pyproject.toml", True)
