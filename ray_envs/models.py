@@ -80,14 +80,16 @@ class EnvId(Model):
     def parse(cls, text: str) -> EnvId:
         """Return the id written as `node`, `workflow/node` or `workflow/node/version`.
 
-        Raises `InvalidId`: it has more parts, or a part is not allowed.
+        Raises `InvalidId`: it is no text, has more parts, or a part is not allowed.
         """
+        hint = "write node, workflow/node or workflow/node/version"
+        if not isinstance(text, str):  # programs of people without a type checker call this
+            raise InvalidId(f"{text!r:.80} is not the id of a variant: it is no text", hint=hint)
         parts = text.split("/")
         if len(parts) == 1:
             return cls(node_id=text)
         if len(parts) <= 3:
             return cls(**dict(zip(("workflow_id", "node_id", "version_id"), parts, strict=False)))
-        hint = "write node, workflow/node or workflow/node/version"
         raise InvalidId(f"{text[:80]!r} is not the id of a variant", hint=hint)
 
     @property

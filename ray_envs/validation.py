@@ -66,6 +66,15 @@ def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> Mo
         raise _as_error(model, exc, where=where) from None
 
 
+def check_is(value: object, kind: Any, *, where: str, hint: str) -> None:
+    """Raise `InvalidInput` if an argument is no `kind`; `where` names it, as in "spec of create()".
+
+    For arguments that no model holds, of programs that no type checker has seen.
+    """
+    if not isinstance(value, kind):
+        raise InvalidInput(f"{value!r:.100} cannot be used here", where=where, hint=hint)
+
+
 def _as_error(model: Any, exc: ValidationError, *, where: str) -> InvalidInput:
     errors = exc.errors()
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])

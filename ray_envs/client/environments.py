@@ -15,9 +15,14 @@ from ray_envs.client.variants import Variants
 from ray_envs.errors import EnvironmentNotReady, InvalidId, NotFound, RayEnvsError
 from ray_envs.models import EnvId
 from ray_envs.specs import SOURCES
-from ray_envs.validation import validated
+from ray_envs.validation import Model, check_is, validated
+from ray_envs.verbs import Seconds
 
 _CONFIG_IDS = ("workflow_id", "node_id", "version_id")
+
+
+class _Limit(Model):
+    timeout: Seconds | None = None
 
 
 class EnvironmentProvider(Variants):
@@ -43,6 +48,8 @@ class EnvironmentProvider(Variants):
             `variant_id, type, workflow_id, node_id, version_id, env_path, venv_path, python_path,
             python_version, status, key`.
         """
+        where = "config of create_environment()"
+        check_is(config, Mapping, where=where, hint="give a dict, as in {'packages': […]}")
         rest = dict(config)
         ids = {name: rest.pop(name, None) for name in _CONFIG_IDS}
         env_id = self._config_id(variant_id, ids)
@@ -113,7 +120,8 @@ class EnvironmentProvider(Variants):
 
         Returns at once: files go when nothing wants or holds them any more.
         """
-        with self._one_at_a_time(variant_id, timeout):
+        limit = validated(_Limit, {"timeout": timeout}, where="cleanup_environment()")
+        with self._one_at_a_time(variant_id, limit.timeout):
             env_id = self._known_id(variant_id)
             if env_id is not None:
                 self._release(env_id, but=variant_id)
@@ -131,6 +139,8 @@ class EnvironmentProvider(Variants):
 
     def _known_id(self, variant_id: str) -> EnvId | None:
         """The address behind a caller's id; None where there can be nothing of that name."""
+        if not isinstance(variant_id, str):
+            return self._id(variant_id)  # which refuses it
         if variant_id in self._ids:
             return self._ids[variant_id]
         if variant_id in self._refused:
@@ -162,6 +172,7 @@ class EnvironmentProvider(Variants):
     @contextmanager
     def _one_at_a_time(self, variant_id: str, timeout: float | None = None) -> Iterator[None]:
         """Make the block the only one for a variant; waits for another one `timeout` seconds."""
+        check_is(variant_id, str, where="variant_id", hint="give a text")
         with self._guard:
             lock = self._locks.setdefault(variant_id, threading.Lock())
         if not lock.acquire(timeout=-1 if timeout is None else timeout):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ray_envs import verbs
+from ray_envs.validation import check_is
 from ray_envs.verbs import DEFAULT
 
 Answer = dict[str, Any]
@@ -176,7 +177,9 @@ class Lifecycle(ABC):
 
         Returns a function that ends the subscription.
         """
-        wanted, is_over = list(kinds), threading.Event()
+        check_is(handler, Callable, where="handler of subscribe()", hint="give a function")
+        wanted = verbs.request_of(verbs.Events, {"kinds": kinds}).kinds
+        is_over = threading.Event()
         position = self.events(since=-1)["next"]
 
         def follow() -> None:

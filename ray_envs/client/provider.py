@@ -23,6 +23,7 @@ from ray_envs.manager.manager import EnvManager
 from ray_envs.models import EnvId
 from ray_envs.settings import Settings
 from ray_envs.specs import Definition
+from ray_envs.validation import check_is
 
 
 class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
@@ -116,8 +117,11 @@ class RayEnvironmentProvider(EnvironmentProvider, Lifecycle):
 
         Raises:
             ManagerUnavailable: it did not answer within the time of the verb.
+            InvalidInput: this is no request.
             RayEnvsError: an error of the verb; see `verbs.VERBS`.
         """
+        hint = "give one of the requests in ray_envs.verbs, as in verbs.ListEnvs()"
+        check_is(request, tuple(verbs.VERB_OF), where="request of ask()", hint=hint)
         verb = verbs.VERB_OF[type(request)]
         arguments = request.model_dump(exclude_unset=True)
         if "operation_id" in type(request).model_fields:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from ray_envs.client.inputs import read_definition
 from ray_envs.client.statuses import (
@@ -28,11 +30,16 @@ from ray_envs.errors import EnvironmentNotReady, RayEnvsError
 from ray_envs.models import EnvId
 from ray_envs.settings import Settings
 from ray_envs.specs import Definition, EnvSpec
-from ray_envs.validation import validated
+from ray_envs.validation import Model, check_is, validated
 from ray_envs.verbs import DEFAULT, CreateEnv, DeleteEnv, request_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class _Wait(Model):
+    #: Seconds; infinity for as long as it takes.
+    timeout_s: Annotated[float, Field(ge=0)] | None = None
 
 
 class Variants(ABC):
@@ -144,7 +151,10 @@ class Variants(ABC):
         if not variant_ids:
             return {}
         ids = [self._id(text) for text in variant_ids]
-        limit_s = self.prepare_timeout_s() if timeout_s is None else timeout_s
+        if on_status is not None:
+            check_is(on_status, Callable, where="on_status of prepare()", hint="give a function")
+        given = validated(_Wait, {"timeout_s": timeout_s}, where="prepare()").timeout_s
+        limit_s = self.prepare_timeout_s() if given is None else given
         deadline = time.monotonic() + limit_s
         statuses = self._statuses(ids, want=True)
         while True:
@@ -268,7 +278,8 @@ class Variants(ABC):
         self.close()
 
     def _id(self, variant_id: str) -> EnvId:
-        return self._ids.get(variant_id) or EnvId.parse(variant_id)
+        known = self._ids.get(variant_id) if isinstance(variant_id, str) else None
+        return known or EnvId.parse(variant_id)
 
     def _created(self, env_id: EnvId, definition: Definition, **given: Any) -> dict[str, Any]:
         spec = definition.model_dump(mode="json", exclude_defaults=True)
@@ -283,11 +294,15 @@ class Variants(ABC):
     def _defined(
         self, spec: EnvSpec | Mapping[str, Any], *, base: Path | None, where: str
     ) -> Definition:
+        hint = "give an EnvSpec, or a dict with its fields"
         if not isinstance(spec, EnvSpec):
+            check_is(spec, Mapping, where=f"{where}: spec", hint=hint)
             data = dict(spec)
             if isinstance(data.get("packages"), str):
                 data["packages"] = requirements.requirement_lines(data["packages"], where=where)
             spec = validated(EnvSpec, data, where=where)
         if self._base_packages:
             spec = spec.model_copy(update={"packages": (*spec.packages, *self._base_packages)})
+        if base is not None:
+            check_is(base, Path, where=f"{where}: base", hint="give a pathlib.Path")
         return read_definition(spec, base or Path.cwd())

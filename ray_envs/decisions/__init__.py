@@ -16,6 +16,7 @@ how the block in a script is read (PEP 723)                        scripts
 how a pylock.toml is read (PEP 751)                                pylocks
 what their options, indexes and hashes mean to uv                  sources
 the pyproject.toml that uv resolves, and its fingerprint           resolving
+what dependency groups include, and for which Python they are      groups
 which extras and groups exclude each other                         choices
 what a lock installs, and the key of an environment                locks
 which sources of a project are local, and what replaces them       local_sources

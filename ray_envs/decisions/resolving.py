@@ -18,6 +18,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from ray_envs.decisions.choices import check_choice
 from ray_envs.decisions.credentials import check_credentials
+from ray_envs.decisions.groups import check_groups
 from ray_envs.decisions.parsing import parsed_toml, strings, table
 from ray_envs.decisions.requirements import (
     COMMIT,
@@ -61,7 +62,7 @@ def project_text(definition: Definition, target: Target) -> str:
     Raises:
         InvalidInput: the text is not a usable TOML project, excludes the cluster's interpreter,
             needs a local source or a workspace, or lacks an extra or group of the definition; or
-            those of the definition exclude each other.
+            those of the definition exclude each other, or are for another Python.
         InvalidPackages: `requirement_lines` refuses a dependency.
     """
     check_python(definition.python, target, where="python")
@@ -81,6 +82,7 @@ def project_text(definition: Definition, target: Target) -> str:
     _check_project(data, target, {wheel.path for wheel in definition.wheels})
     groups = table(data, "dependency-groups")
     _check_names(definition, table(data, "project", "optional-dependencies"), groups)
+    check_groups(data, definition.groups, target)
     check_choice(data, extras=definition.extras, groups=definition.groups)
 
     # To uv, another spelling of that name is the same group, and the same group twice an error.
@@ -176,7 +178,7 @@ def _check_project(data: Mapping[str, Any], target: Target, wheels: Collection[s
     Of local sources only the paths of `wheels` are the same there.
     """
     if "project" not in data:
-        raise _refused("no [project] table", "add one with name, version and dependencies")
+        raise _refused("no [project] table", _project_hint(data))
     project = table(data, "project")
     for name in ("dependencies", "optional-dependencies"):
         if name in project.get("dynamic", []):
@@ -197,6 +199,21 @@ def _check_project(data: Mapping[str, Any], target: Target, wheels: Collection[s
             elif not (isinstance(entry, dict) and place.startswith("dependency-groups.")):
                 # A table in a group includes another group.
                 raise _refused(f"{entry!r} is not a string", "write requirements only", place)
+
+
+def _project_hint(data: Mapping[str, Any]) -> str:
+    """Return what to do about a pyproject.toml without [project], by what it has instead."""
+    if table(data, "tool", "poetry"):
+        return (
+            "move name, version and dependencies from [tool.poetry] to [project], as Poetry 2 "
+            "writes them, or give a requirements file (`poetry export`)"
+        )
+    if "build-system" not in data:
+        return (
+            "add one with name, version and dependencies; if setup.py or setup.cfg names them, "
+            "copy them there, or give a requirements file"
+        )
+    return "add one with name, version and dependencies"
 
 
 def _check_uv(uv: Mapping[str, Any], wheels: Collection[str]) -> None:

@@ -37,6 +37,16 @@ _NO_WHEEL = "`--no-build`"
 _MALWARE = "Malware detected"
 #: The first uv that has the check; an older one ignores the variable that turns it on.
 _MALWARE_SINCE = "0.11.16"
+#: uv's words when it cannot use the project itself. The exit code is that of any other failure.
+_BAD_PROJECT = (
+    "Failed to parse: pyproject.toml",
+    "malformed dependency groups",
+    "don't overlap with Python requirement",
+    "tool.uv.default-groups",
+)
+#: uv's words when the build of a package failed, and when a source names no index.
+_NOT_BUILT = "The build backend returned an error"
+_NO_SUCH_INDEX = "references an undeclared index"
 _LOCK_HINT = "raise RAY_ENVS_UV_LOCK_TIMEOUT_S"
 _SYNC_HINT = "raise RAY_ENVS_UV_SYNC_TIMEOUT_S"
 _INDEX_HINT = "is the package index reachable from this node? see uv's words above"
@@ -50,6 +60,10 @@ _ONLY_BINARY_HINT = (
 )
 _OFFLINE_HINT = "uv may not use the network: unset UV_OFFLINE on this node"
 _UNKNOWN_HINT = "check the spelling of the package that uv names, and the package index"
+_BUILD_HINT = (
+    "choose a version with a wheel, or give the build what it needs: extra-build-dependencies in "
+    "[tool.uv], or dependency-metadata beside no-build-isolation-package"
+)
 _FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
 
 
@@ -100,7 +114,8 @@ class Builder:
             on_line: called with each line of uv as it comes.
 
         Raises:
-            ResolutionFailed: no versions satisfy the requirements; `detail` is uv's explanation.
+            ResolutionFailed: no versions satisfy the requirements, or the project is malformed;
+                `detail` is uv's explanation.
             UvFailed: uv could not work: index not reachable, time-out.
         """
         command = ["lock", *_newer(exclude_newer), *_no_build(only_binary)]
@@ -119,6 +134,13 @@ class Builder:
                 "uv found no packages that satisfy the requirements",
                 detail=last_words(ended.output),
                 hint=_why_nothing(ended.output, only_binary=only_binary),
+            )
+        if ended.code and any(words in ended.output for words in _BAD_PROJECT):
+            raise ResolutionFailed(
+                "uv cannot use the project",
+                detail=last_words(ended.output),
+                where="pyproject.toml",
+                hint="correct the entry that uv names",
             )
         if ended.code:
             raise _failed("uv lock", ended)
@@ -341,6 +363,10 @@ def _why_nothing(output: str, *, only_binary: bool) -> str:
         return _ONLY_BINARY_HINT
     if any(words in output for words in _NOT_FOUND):
         return _UNKNOWN_HINT
+    if _NOT_BUILT in output:
+        return _BUILD_HINT
+    if _NO_SUCH_INDEX in output:
+        return "declare the index that uv names in [[tool.uv.index]], with that name"
     return "change the requirements; every environment also holds the cluster's Ray"
 
 

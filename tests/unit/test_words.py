@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import pickle
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ray_envs import verbs
 from ray_envs.batch_models import BatchSpec, RunDefaults, VariantSpec, split_entrypoint
 from ray_envs.errors import InvalidId, InvalidInput, RayEnvsError, all_errors, from_dict
 from ray_envs.models import MAX_ID_LENGTH, EnvId, Phase, Target
@@ -172,6 +174,61 @@ def test_wrong_data_is_one_clear_error(
         validated(model, data, where="spec.toml")
     assert said in caught.value.message
     assert (caught.value.hint, caught.value.where) == (hint, "spec.toml")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "said", "hint"),
+    [
+        (EnvSpec, {"package": ["a"]}, "unknown key 'package'", "did you mean 'packages'?"),
+        (EnvSpec, {"packages": 3}, "packages: Input should be a list", ""),
+        (EnvSpec, {"env_vars": {"A": 1}}, "env_vars.A: ", ""),
+        (EnvSpec, {"extras": ["a"]}, "give project too", ""),
+        (EnvSpec, {"num_gpus": 1.5}, "num_gpus: 1.5: Ray gives", ""),
+        (Target, {"python": "3"}, "ray is missing", ""),
+        (Settings, {"root": "relative"}, "root: relative is not an absolute path", ""),
+        (Settings, {"rot": "/r"}, "unknown key 'rot'", "did you mean 'root'?"),
+        (verbs.AddDeps, {"variant_id": 3, "packages": []}, "variant_id: ", ""),
+        (verbs.AddDeps, {"variant_id": "v"}, "packages is missing", ""),
+        (verbs.ListEnvs, {"a": 1}, "unknown key 'a'", "there are no keys here"),
+        (VariantSpec, {"id": "a", "retries": -1}, "retries: ", ""),
+        (BatchSpec, {"variants": [{"id": "a", "packages": [1]}]}, "name is missing", ""),
+    ],
+)
+def test_building_a_model_in_a_program_raises_the_same_error(
+    model: Any, data: dict[str, Any], said: str, hint: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        model(**data)
+    assert said in caught.value.message
+    assert (caught.value.where, caught.value.hint) == (model.__name__, hint)
+
+
+def test_a_field_that_is_given_without_its_name_is_refused() -> None:
+    model: Any = EnvSpec
+    with pytest.raises(InvalidInput, match="without a name") as caught:
+        model(["six"])
+    assert "EnvSpec(packages=" in caught.value.hint
+
+
+def test_a_model_is_copied_pickled_and_read_as_before() -> None:
+    spec = EnvSpec(packages=["six"], env_vars={"A": "b"})
+    for other in (
+        copy.deepcopy(spec),
+        pickle.loads(pickle.dumps(spec)),
+        spec.model_copy(),
+        EnvSpec.model_validate(spec.model_dump()),
+        EnvSpec.model_validate_json(spec.model_dump_json()),
+    ):
+        assert (other, type(other)) == (spec, EnvSpec)
+    with pytest.raises(ValidationError):
+        EnvSpec.model_validate({"packages": 3})
+
+
+def test_the_data_inside_a_model_is_named_by_its_whole_path() -> None:
+    model: Any = BatchSpec
+    with pytest.raises(InvalidInput) as caught:
+        model(name="b", entrypoint="m:f", cases=(), variants=[{"id": "a", "packages": [1]}])
+    assert caught.value.message.startswith("variants[0].packages[0]: ")
 
 
 def test_a_nested_key_is_compared_with_the_keys_of_its_own_table() -> None:

@@ -185,6 +185,81 @@ def test_dependencies_of_a_project_obey_the_rules_of_requirements(text: str, whe
     assert caught.value.where == f"pyproject.toml: {where}"
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("", "setup.cfg"),
+        ("[tool.black]\na = 1\n", "setup.cfg"),
+        (
+            '[tool.poetry]\nname = "a"\n[build-system]\nrequires = ["poetry-core"]\n',
+            "poetry export",
+        ),
+        ('[build-system]\nrequires = ["setuptools"]\n', "add one with name"),
+    ],
+)
+def test_a_file_without_a_project_says_what_to_do_about_what_it_has(text: str, hint: str) -> None:
+    with pytest.raises(InvalidInput, match=r"no \[project\] table") as caught:
+        resolving.project_text(definition(text), TARGET)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("groups", "said", "where"),
+    [
+        ('b = [{ include-group = "cheek" }]\ncheck = []', "'cheek'", "dependency-groups.b"),
+        ('b = [{ include-group = "b" }]', "b -> b", "dependency-groups.b"),
+        (
+            'a = [{ include-group = "b" }]\nb = [{ include-group = "A" }]',
+            "a -> b -> a",
+            "dependency-groups.a",
+        ),
+        ("b = [{ include = 1 }]", "neither a requirement nor", "dependency-groups.b"),
+        ('b = []\n[tool.uv]\ndefault-groups = ["bb"]', "'bb'", "tool.uv.default-groups"),
+        ("b = []\n[tool.uv]\ndefault-groups = 1", "neither a list", "tool.uv.default-groups"),
+        (
+            'b = [{ include-group = "c" }]\nc = ["six"]\n[tool.uv.dependency-groups]\n'
+            'C = { requires-python = ">=3.13" }',
+            "3.11.7",
+            "tool.uv.dependency-groups.c.requires-python",
+        ),
+    ],
+)
+def test_groups_that_uv_would_refuse_or_leave_out_are_refused(
+    groups: str, said: str, where: str
+) -> None:
+    text = project(f"[dependency-groups]\n{groups}\n")
+    with pytest.raises(InvalidInput) as caught:
+        resolving.project_text(definition(text, groups=("b",)), TARGET)
+    assert said in caught.value.message
+    assert caught.value.where == f"pyproject.toml: {where}"
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        'b = []\nc = ["six"]\n[tool.uv.dependency-groups]\nc = { requires-python = ">=3.13" }',
+        'b = ["six"]\n[tool.uv.dependency-groups]\nb = { requires-python = ">=3.11" }',
+        'b = []\n[tool.uv]\ndefault-groups = ["B"]',
+        'b = []\n[tool.uv]\ndev-dependencies = []\ndefault-groups = ["B", "dev"]',
+        'b = []\n[tool.uv]\ndefault-groups = "all"',
+        'b = [{ include-group = "c" }, { include-group = "C" }]\nc = []',
+    ],
+)
+def test_groups_that_uv_installs_are_accepted(groups: str) -> None:
+    text = project(f"[dependency-groups]\n{groups}\n")
+    assert resolving.project_text(definition(text, groups=("b",)), TARGET)
+
+
+def test_groups_that_include_many_others_are_checked_at_once() -> None:
+    rows = [
+        f'g{i} = [{{ include-group = "g{i + 1}" }}, {{ include-group = "g{i + 1}" }}]'
+        for i in range(2_000)
+    ]
+    text = project("\n".join(["[dependency-groups]", *rows, "g2000 = []"]))
+    assert resolving.project_text(definition(text, groups=("g0",)), TARGET)
+
+
 CHOICES = project(
     """[project.optional-dependencies]
 cpu = ["idna==2.10"]
