@@ -136,7 +136,7 @@ def note_no_tokens() -> None:
 
 
 def makes_tokens() -> bool:
-    """Whether this Ray makes a token for each local cluster by itself: since 2.56 or later."""
+    """Whether this Ray makes a token for a local cluster by itself: 2.60 does, 2.55 does not."""
     if not has_tokens():
         return False
     from ray._private.authentication import authentication_token_setup as setup
