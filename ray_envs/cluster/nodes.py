@@ -19,6 +19,8 @@ from ray_envs.cluster.connecting import NAMESPACE
 from ray_envs.errors import RayEnvsError, WrongEnvironment
 from ray_envs.settings import Settings
 
+#: Stands after the id of a job for the detached actors that it has left.
+OF_DETACHED = "+"
 #: How long to wait before the next try on a node without ray_envs: each try starts a process.
 _BARE_PAUSE_S = 30
 
@@ -48,7 +50,10 @@ class Nodes(Protocol):
         """Return the cluster's address for other processes; empty if there is none."""
 
     async def living_jobs(self) -> set[str]:
-        """Return `session/job` of every running job."""
+        """Return `session/job` of every running job, and of those with detached actors.
+
+        The latter end with `OF_DETACHED`.
+        """
 
     async def given_to_detached(self) -> list[str]:
         """Return the serialized runtime_envs of detached actors that run or may restart."""
@@ -230,10 +235,13 @@ class RayNodes:
 
     async def living_jobs(self) -> set[str]:
         rows = await asyncio.to_thread(ray_versions.job_table)
-        return {f"{self.session()}/{row['JobID']}" for row in rows if not row["IsDead"]}
+        living = {row["JobID"] for row in rows if not row["IsDead"]}
+        actors = await asyncio.to_thread(ray_versions.detached_actors)
+        living |= {job + OF_DETACHED for job, _ in actors}
+        return {f"{self.session()}/{job}" for job in living}
 
     async def given_to_detached(self) -> list[str]:
-        return await asyncio.to_thread(ray_versions.detached_runtime_envs)
+        return [env for _, env in await asyncio.to_thread(ray_versions.detached_actors)]
 
     def session(self) -> str:
         return str(ray_versions.own_node().session_name)

@@ -23,6 +23,8 @@ TESTED = ("2.51.2", "2.55.1", "2.60.0")
 WORKER_MODULE = "ray._private.workers.default_worker"
 #: How a program says whether it sends its token.
 AUTH_MODE = "RAY_AUTH_MODE"
+#: How many bytes at the end of an actor's id are the id of its job.
+_JOB_ID_BYTES = 4
 #: How long the head may take to answer or refuse.
 _ASK_S = 3.0
 
@@ -91,14 +93,14 @@ def job_table() -> list[dict[str, Any]]:
     return list(_state().job_table())
 
 
-def detached_runtime_envs() -> list[str]:
-    """Return the serialized runtime_envs of detached actors that run or may restart."""
+def detached_actors() -> list[tuple[str, str]]:
+    """Return the job id (hex) and serialized runtime_env of detached actors that live on."""
     from ray.core.generated.gcs_pb2 import ActorTableData
 
     rows = _accessor().get_actor_table(None, None)
     actors = (ActorTableData.FromString(row) for row in rows)
     return [
-        actor.serialized_runtime_env
+        (actor.actor_id[-_JOB_ID_BYTES:].hex(), actor.serialized_runtime_env)
         for actor in actors
         if actor.is_detached and actor.state != ActorTableData.DEAD
     ]

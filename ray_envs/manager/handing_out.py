@@ -25,6 +25,8 @@ class HandingOut:
     def __init__(self, parts: Parts) -> None:
         self._variants, self._statuses, self._fleet = parts.variants, parts.statuses, parts.fleet
         self._leases, self._cluster = parts.leases, parts.cluster
+        #: The jobs that have asked, as `session/job`.
+        self._seen: set[str] = set()
         #: The keys and variables with which an interpreter has started successfully.
         self._started: set[tuple[str, str]] = set()
 
@@ -36,7 +38,7 @@ class HandingOut:
         if self._statuses.is_stale(record.current):  # no task may run in it any more
             places = {**places, "ready_nodes": [], "preparing_nodes": [], "may_spread": False}
         elif job_id is not None:
-            self._lease(record, job_id)
+            await self._lease(record, job_id)
         if places["ready_nodes"]:
             await self._check_start(record, places["ready_nodes"][0])
         env_vars, key = record.definition.env_vars, record.current.key
@@ -50,13 +52,16 @@ class HandingOut:
             **places,
         }
 
-    def _lease(self, record: VariantRecord, job_id: str) -> None:
+    async def _lease(self, record: VariantRecord, job_id: str) -> None:
+        session = self._cluster.session()
+        holder = f"{session}/{job_id}"
+        if holder not in self._seen:  # it may have ended before this process began
+            self._seen.add(holder)
+            if holder not in await self._cluster.living_jobs():
+                self._leases.note_ended([holder])
         with suppress(StorageFailed):  # on a full disk the lease lasts as long as this process
             self._leases.take(
-                record.current.key,
-                job_id=job_id,
-                session=self._cluster.session(),
-                variant_id=str(record.env_id),
+                record.current.key, job_id=job_id, session=session, variant_id=str(record.env_id)
             )
 
     async def _check_start(self, record: VariantRecord, node_id: str) -> None:

@@ -1,8 +1,9 @@
 """The leases: promises to jobs that an environment is kept, before a process holds it.
 
-A lease ends with its job, or with the last detached actor that was given the environment. Leases
-are kept on disk, so that the manager knows them after a restart. All managers of a root share the
-file: each change reads it again, under a lock.
+A lease ends with its job, or with the last detached actor that was given the environment; one that
+such an actor took after its job's end, with the last detached actor of that job. Leases are kept
+on disk, so that the manager knows them after a restart. All managers of a root share the file: each
+change reads it again, under a lock.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from ray_envs.cluster.nodes import OF_DETACHED
 from ray_envs.disk.files import storage_errors, write_atomically
 from ray_envs.errors import StorageFailed
 
@@ -30,6 +32,8 @@ class Leases:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._leases: dict[str, Holders] | None = None
+        #: The jobs whose end was seen here, as `session/job`.
+        self._ended: set[str] = set()
         #: Identifies the content of the file that was read or written last; None without a file.
         self._stamp: tuple[int, int, int] | None = None
 
@@ -39,13 +43,16 @@ class Leases:
         Raises `StorageFailed`: the lease is valid, but will be lost at a restart of the manager.
         """
         holder = f"{session}/{job_id}"
+        if holder in self._ended:  # a detached actor of that job asks
+            holder += OF_DETACHED
         if holder not in self._all().get(key, {}):
             with self._changing() as leases:
                 leases.setdefault(key, {})[holder] = variant_id
 
     def of(self, key: str, *, but_job: str | None = None) -> list[str]:
         """The jobs with a lease on `key`, without `but_job`."""
-        jobs = {holder.rpartition("/")[2] for holder in self._all().get(key, {})}
+        holders = (holder.rpartition("/")[2] for holder in self._all().get(key, {}))
+        jobs = {job.removesuffix(OF_DETACHED) for job in holders}
         return sorted(jobs - {but_job})
 
     def all(self) -> dict[str, str]:
@@ -61,6 +68,7 @@ class Leases:
     def end(self, dead: Iterable[str], kept_keys: Iterable[str] = ()) -> list[str]:
         """End the leases of `dead` (`session/job`); returns the keys without a lease now."""
         keep, gone, freed = set(kept_keys), set(dead), []
+        self.note_ended(gone)
         if not gone & self.jobs():
             return []
         with suppress(StorageFailed), self._changing() as leases:  # what stays only keeps more
@@ -72,6 +80,10 @@ class Leases:
                         del leases[key]
                         freed.append(key)
         return freed
+
+    def note_ended(self, jobs: Iterable[str]) -> None:
+        """Note that jobs (`session/job`) have ended: only detached actors ask for them now."""
+        self._ended.update(jobs)
 
     def _all(self) -> dict[str, Holders]:
         """The leases of all managers; the file is read again if another one has written it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -22,9 +23,10 @@ import pytest
 from ray_envs.decisions import locks, resolving
 from ray_envs.models import BuildRequest, NodeEnvState
 from ray_envs.node.agent import NodeAgent
-from ray_envs.node.interpreter import this_platform, this_target
+from ray_envs.node.interpreter import this_platform, this_target, uv_version
 from ray_envs.node.store import Store
 from ray_envs.node.uv import Builder
+from ray_envs.node.uv_trial import layout_here
 from ray_envs.settings import Settings
 from ray_envs.specs import Definition
 from ray_envs.testing import FakeUv
@@ -215,6 +217,14 @@ def link_cache(warm_cache: Path, settings: Settings) -> None:
     subprocess.run(["cp", "-al", warm_cache, Store(settings).cache], check=True)
     for name in ("worker-starts.json", "uv-trials.json"):
         shutil.copy(warm_cache.parent / name, settings.root)
+
+
+def tried(settings: Settings) -> Settings:
+    """The same settings, whose root knows that the real uv can be used: a fake one is not tried."""
+    settings.root.mkdir(parents=True, exist_ok=True)
+    trials = {"layouts": {uv_version(): layout_here()}}
+    (settings.root / "uv-trials.json").write_text(json.dumps(trials))
+    return settings
 
 
 @pytest.fixture

@@ -238,6 +238,31 @@ def test_a_job_of_an_earlier_session_is_no_job_of_the_same_number_now(shared: Se
     assert key in {row["key"] for row in told["deleted"]}
 
 
+def test_a_detached_actor_is_promised_environments_after_its_job(shared: Settings) -> None:
+    jobs = Jobs("01")
+    kept: list[list[str]] = []
+
+    async def act(manager: EnvManager) -> None:
+        await created(manager, "late", "six==1.11.0")
+
+        async def leases() -> list[str]:
+            await manager.cleanup(dry_run=True)  # looks at the jobs first
+            told = await manager.explain(variant_id="late")
+            return list(told["leases"])
+
+        await manager.get_environment(variant_id="late", job_id="01")
+        kept.append(await leases())
+        jobs.jobs = {"01+"}  # it has ended, and its detached actor lives
+        kept.append(await leases())
+        await manager.get_environment(variant_id="late", job_id="01")
+        kept.append(await leases())
+        jobs.jobs = set()
+        kept.append(await leases())
+
+    managed(shared, act, nodes=jobs)
+    assert kept == [["01"], [], ["01"], []]
+
+
 def test_what_a_detached_actor_was_given_outlives_the_job_that_made_it(shared: Settings) -> None:
     nodes = Jobs("01")
 

@@ -36,7 +36,7 @@ from ray_envs.node.uv import Builder
 from ray_envs.settings import Settings
 from ray_envs.specs import Definition
 from ray_envs.testing import FakeUv
-from tests.local.conftest import RAY, Child, processes_of, wait_until
+from tests.local.conftest import RAY, Child, processes_of, tried, wait_until
 from tests.local.life_tools import (
     INI,
     NOTHING,
@@ -720,7 +720,7 @@ def test_an_export_comes_back_byte_for_byte_with_the_same_key_anywhere(
         )
         return told, await manager.export_env(variant_id="elsewhere")
 
-    fresh = shared.model_copy(update={"root": tmp_path / "fresh"})
+    fresh = tried(shared.model_copy(update={"root": tmp_path / "fresh"}))
     for settings in (shared, fresh):
         if settings is fresh:
             fake_uv.fail("sync", times=None)  # what it would download is not the question

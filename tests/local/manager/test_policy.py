@@ -14,6 +14,7 @@ from ray_envs.manager.registry import Registry
 from ray_envs.models import EnvId
 from ray_envs.settings import Settings
 from ray_envs.testing import FakeUv
+from tests.local.conftest import tried
 from tests.local.life_tools import managed, rows_of, spec
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,8 +28,9 @@ SOURCE_ONLY = "docopt==0.6.2"
 @pytest.fixture
 def settings(tmp_path: Path, fake_uv: FakeUv) -> Settings:
     """A root where uv may resolve, and nothing is ever built."""
+    made = tried(Settings(root=tmp_path / "root", uv_retries=0, tick_s=0.5))
     fake_uv.fail("sync", times=None)
-    return Settings(root=tmp_path / "root", uv_retries=0, tick_s=0.5)
+    return made
 
 
 def created(settings: Settings, given: dict[str, Any], **policy: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ray_envs.manager.manager import EnvManager
 from ray_envs.settings import Settings
 from ray_envs.specs import EnvSpec
 from ray_envs.testing import FakeUv
+from tests.local.conftest import tried
 from tests.local.life_tools import managed
 
 #: The wheel of six 1.16.0, and its source archive.
@@ -32,8 +33,9 @@ SDIST = "1e61c37477a1626458e36f7b1d82aa5c9b094fa4802892072e49de9c60c4c926"
 @pytest.fixture
 def settings(tmp_path: Path, fake_uv: FakeUv) -> Settings:
     """A root where uv may resolve, and nothing is ever built."""
+    made = tried(Settings(root=tmp_path / "root", uv_retries=0, tick_s=0.5))
     fake_uv.fail("sync", times=None)
-    return Settings(root=tmp_path / "root", uv_retries=0, tick_s=0.5)
+    return made
 
 
 @pytest.fixture
