@@ -43,6 +43,8 @@ _ENDS = (
     ((".whl", ".gz", ".zip", ".bz2", ".xz"), "publish it to an index, and name the package"),
 )
 _PYLOCK = re.compile(r"pylock\.([^.]+\.)?toml")
+#: One of them is in the folder of every package.
+_PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 #: No person nests files so deeply.
 _DEEPEST = 100
 
@@ -54,7 +56,7 @@ class Gathered:
     wanted: list[Wanted] = field(default_factory=list)
     constraints: list[Wanted] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
-    #: Each with the folder of the file that names it.
+    #: Each with the folder that its path is relative to; see `_folder_of`.
     locals: list[tuple[Local, Path]] = field(default_factory=list)
 
 
@@ -109,7 +111,7 @@ def _gather(
         if isinstance(entry, Wanted):
             (found.constraints if is_constraint else found.wanted).append(entry)
         elif isinstance(entry, Local):
-            found.locals.append((entry, path.parent))
+            found.locals.append((entry, _folder_of(entry, path.parent)))
         elif isinstance(entry, Setting):
             found.settings.append(entry)
         else:
@@ -119,6 +121,22 @@ def _gather(
                 inner, found, is_constraint=entry.is_constraint, around=(*around, here), done=done
             )
     done.add((here, is_constraint))
+
+
+def _folder_of(local: Local, folder: Path) -> Path:
+    """Return the folder that a local path is relative to.
+
+    That is the `folder` of its file, or else the nearest one above it where the path leads to a
+    package. pip takes the folder that it is called in: `-e .` in requirements/dev.txt is written
+    for the folder of the project.
+    """
+    path = os.path.expanduser(local.path)
+    for place in (folder, *Path(os.path.abspath(folder)).parents):
+        target = place / path
+        files = (target, *(target / name for name in _PROJECT_FILES))
+        if any(kind_of(file) == "file" for file in files):
+            return place
+    return folder
 
 
 def _check_include(entry: Include, inner: Path, around: tuple[str, ...]) -> None:

@@ -239,6 +239,35 @@ def test_a_local_path_that_is_missing_is_refused_where_it_is_named(
     assert "correct its path" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("file", "path", "expected"),
+    [
+        ("app/requirements/dev.txt", ".", "app"),
+        ("app/requirements/py3/dev.txt", ".[web]", "app"),
+        ("app/requirements/dev.txt", "..", "app/requirements"),
+        ("app/requirements/dev.txt", "./lib", "app"),
+        ("app/requirements/dev.txt", "./old", "app"),
+        ("app/requirements/dev.txt", "./wheels/x-1-py3-none-any.whl", "app"),
+        ("app/lib/requirements.txt", ".", "app/lib"),
+        ("app/lib/requirements.txt", "./lib", "app"),
+        ("app/requirements/dev.txt", "./app", "."),
+        ("app/requirements/dev.txt", "./none", "app/requirements"),
+        ("app/requirements/dev.txt", "./requirements", "app/requirements"),
+        ("app/requirements/dev.txt", "{here}/app", "app/requirements"),
+    ],
+)
+def test_a_local_path_is_that_of_its_file_or_of_the_nearest_folder_above(
+    folder: Path, file: str, path: str, expected: str
+) -> None:
+    for name in ("app/pyproject.toml", "app/lib/setup.py", "app/old/setup.cfg",
+                 "app/wheels/x-1-py3-none-any.whl", "app/lib/src/lib.py", file):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / file).write_text(f"-e {path.format(here=folder)}\n")
+    ((_, base),) = gathered(folder / file).locals
+    assert base == folder / expected
+
+
 # -- add, remove, update
 
 

@@ -1,0 +1,1 @@
+from abacus._beads import add as add

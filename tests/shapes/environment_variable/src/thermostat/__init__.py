@@ -1,0 +1,3 @@
+import os
+
+limit = int(os.environ["THERMOSTAT_LIMIT"])

@@ -1,0 +1,1 @@
+from kiln.__about__ import __version__ as __version__

@@ -1,0 +1,1 @@
+from foundry.cast import metal as metal

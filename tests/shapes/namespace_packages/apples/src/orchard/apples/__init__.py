@@ -1,0 +1,3 @@
+from orchard.core import rows
+
+count = rows * 10

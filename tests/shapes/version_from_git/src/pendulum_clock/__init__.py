@@ -1,0 +1,1 @@
+from pendulum_clock._version import version as version

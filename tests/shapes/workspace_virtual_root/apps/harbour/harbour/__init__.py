@@ -1,0 +1,3 @@
+from harbour_core import berths
+
+ships = berths - 1
