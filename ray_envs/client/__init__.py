@@ -14,6 +14,7 @@ how a verb is called, repeated, cancelled                          connection
 the provider for tests without Ray                                 in_memory
 how batch files and specs are read                                 inputs
 how local packages are found and built                             local_packages
+when a local package is built again                                source_states
 which uv workspace a project belongs to                            workspaces
 how requirements files, scripts and pylock.toml are found          source_files
 which encodings a text may have                                    texts

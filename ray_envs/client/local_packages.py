@@ -7,17 +7,16 @@ not built again by this process.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ray_envs.client.source_states import state_of
 from ray_envs.client.workspaces import Workspace, pyproject_of
 from ray_envs.decisions import local_sources, local_wheels
 from ray_envs.decisions.entries import Local
@@ -36,11 +35,6 @@ from ray_envs.specs import LocalWheel
 
 T = TypeVar("T")
 
-#: Folders that no build depends on: what builds, tools and version control leave.
-_SKIPPED = frozenset(
-    {".git", ".hg", ".venv", "venv", "node_modules", "__pycache__", "build", "dist", ".eggs",
-     ".mypy_cache", ".pytest_cache", ".ruff_cache", ".tox", ".nox"}
-)  # fmt: skip
 _SETUP_FILES = ("setup.py", "setup.cfg")
 _ARCHIVES = (".tar.gz", ".tgz", ".zip", ".tar.bz2", ".tar.xz")
 #: The wheels that this process has built, by path and state of the files; the newest last.
@@ -253,7 +247,7 @@ class LocalPackages:
                 f"{path} is neither a folder, nor a wheel, nor a source archive", where=where
             )
         with _guard:  # two variants of one project: one build
-            state = _state(path)
+            state = state_of(path)
             found = _BUILT.pop((str(path), state), None)
             if found is None:
                 found = self._build(path)
@@ -295,27 +289,6 @@ def _refuse_local_urls(built: Described, *, where: str) -> None:
                 where=where,
                 hint="name the package only, and its path in [tool.uv.sources]",
             )
-
-
-def _state(path: Path) -> str:
-    """A hash of the names, sizes and times of all files that a build may depend on."""
-    digest = hashlib.sha256()
-    for file in sorted(_files_of(path)):
-        with suppress(OSError):  # it has just vanished
-            told = os.stat(file)
-            told_of = f"{file}\0{told.st_size}\0{told.st_mtime_ns}\0"
-            digest.update(told_of.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _files_of(path: Path) -> Iterator[str]:
-    if not path.is_dir():
-        yield str(path)
-    for place, folders, files in os.walk(path):
-        folders[:] = [
-            name for name in folders if name not in _SKIPPED and not name.endswith(".egg-info")
-        ]
-        yield from (os.path.join(place, name) for name in files)
 
 
 def _ended(work: Coroutine[Any, Any, T]) -> T:

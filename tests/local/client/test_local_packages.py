@@ -156,6 +156,40 @@ def test_projects_of_older_tools_are_built_by_them(
     assert said(status, "import app, idna, six; print(app.__version__)") == "2"
 
 
+def git(folder: Path, *words: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.invalid"]
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, timeout=60, capture_output=True)
+
+
+@pytest.mark.parametrize(("place", "is_worktree"), [(".", False), ("packages/clock", True)])
+def test_a_new_tag_of_git_is_a_new_version(tmp_path: Path, place: str, is_worktree: bool) -> None:
+    repository = tmp_path / "repository"
+    folder = repository / place
+    root = "../.." if place != "." else "."
+    text = (
+        '[project]\nname = "clock"\ndynamic = ["version"]\n[build-system]\n'
+        'requires = ["setuptools", "setuptools-scm"]\n'
+        f'build-backend = "setuptools.build_meta"\n[tool.setuptools_scm]\nroot = "{root}"\n'
+    )
+    folder.mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(text)
+    (folder / "clock.py").touch()
+    (repository / ".gitignore").write_text("*.egg-info\n")
+    git(repository, "init", "-q")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "first")
+    if is_worktree:
+        git(repository, "worktree", "add", "-q", str(tmp_path / "other"))
+        repository, folder = tmp_path / "other", tmp_path / "other" / place
+    versions = []
+    commit = "commit -q --allow-empty -m more"
+    for steps in (["tag v1"], [commit, "tag v2"]):
+        for step in steps:
+            git(repository, *step.split())
+        versions.append(defined(folder).wheels[0].version)
+    assert versions == ["1", "2"]
+
+
 # -- other local packages --------------------------------------------------------------------------
 
 
