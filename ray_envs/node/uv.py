@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,6 +51,13 @@ _ONLY_BINARY_HINT = (
 )
 _OFFLINE_HINT = "uv may not use the network: unset UV_OFFLINE on this node"
 _UNKNOWN_HINT = "check the spelling of the package that uv names, and the package index"
+_CHOICES_HINT = (
+    "uv locks all extras and groups of a project together: name in [tool.uv] conflicts those that "
+    "exclude each other; or give the folder as a package, such as ./folder[extra]: then only the "
+    "named extras count"
+)
+#: uv's words when an extra or a group of the project cannot be had, or not beside another one.
+_CHOICE = re.compile(r"your project requires [\w.-]+[\[:]")
 _FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
 
 
@@ -341,6 +349,8 @@ def _why_nothing(output: str, *, only_binary: bool) -> str:
         return _ONLY_BINARY_HINT
     if any(words in output for words in _NOT_FOUND):
         return _UNKNOWN_HINT
+    if _CHOICE.search(output) and f":{RAY_GROUP}" not in output:
+        return _CHOICES_HINT
     return "change the requirements; every environment also holds the cluster's Ray"
 
 
