@@ -39,7 +39,7 @@ _SETUP_FILES = ("setup.py", "setup.cfg")
 _ARCHIVES = (".tar.gz", ".tgz", ".zip", ".tar.bz2", ".tar.xz")
 #: The wheels that this process has built, by path and state of the files; the newest last.
 _BUILT: dict[tuple[str, str], Described] = {}
-_KEPT = 32
+_KEPT_BYTES = 2 * local_wheels.LIMIT_BYTES
 _guard = threading.RLock()
 _told: set[str] = set()
 
@@ -252,7 +252,7 @@ class LocalPackages:
             if found is None:
                 found = self._build(path)
             _BUILT[str(path), state] = found
-            while len(_BUILT) > _KEPT:
+            while sum(each.wheel.size for each in _BUILT.values()) > _KEPT_BYTES:
                 _BUILT.pop(next(iter(_BUILT)))
         _refuse_local_urls(found, where=str(path))
         return found

@@ -38,6 +38,7 @@ def state_of(path: Path) -> str:
 def _files_of(path: Path) -> Iterator[str]:
     if not path.is_dir():
         yield str(path)
+        return
     for place, folders, files in os.walk(path):
         folders[:] = [
             name for name in folders if name not in _SKIPPED and not name.endswith(".egg-info")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,6 +65,13 @@ _BUILD_HINT = (
     "choose a version with a wheel, or give the build what it needs: extra-build-dependencies in "
     "[tool.uv], or dependency-metadata beside no-build-isolation-package"
 )
+_CHOICES_HINT = (
+    "uv locks all extras and groups of a project together: name in [tool.uv] conflicts those that "
+    "exclude each other; or give the folder as a package, such as ./folder[extra]: then only the "
+    "named extras count"
+)
+#: uv's words when an extra or a group of the project cannot be had, or not beside another one.
+_CHOICE = re.compile(r"your project requires [\w.-]+[\[:]")
 _FORMATS = {"requirements": "requirements.txt", "pylock": "pylock.toml"}
 
 
@@ -367,6 +375,8 @@ def _why_nothing(output: str, *, only_binary: bool) -> str:
         return _BUILD_HINT
     if _NO_SUCH_INDEX in output:
         return "declare the index that uv names in [[tool.uv.index]], with that name"
+    if _CHOICE.search(output) and f":{RAY_GROUP}" not in output:
+        return _CHOICES_HINT
     return "change the requirements; every environment also holds the cluster's Ray"
 
 

@@ -112,6 +112,29 @@ def test_a_resolution_that_fails_carries_the_words_of_uv(settings: Settings, pro
     assert not (project / "uv.lock").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "hint"),
+    [
+        ('[project.optional-dependencies]\na = ["six==1.15.0"]\nb = ["six==1.17.0"]\n',
+         "[tool.uv] conflicts"),
+        ('[dependency-groups]\na = ["six==1.15.0"]\nb = ["six==1.17.0"]\n', "./folder[extra]"),
+        ('[project.optional-dependencies]\na = ["six==0.0.99"]\n', "[tool.uv] conflicts"),
+        ('[dependency-groups]\nray-envs = ["six==1.15.0"]\nb = ["six==1.17.0"]\n',
+         "the cluster's Ray"),
+        ('dependencies = ["six==1.15.0", "six==1.17.0"]\n', "the cluster's Ray"),
+    ],
+    ids=["extras", "groups", "one-extra", "ray", "dependencies"],
+)  # fmt: skip
+def test_extras_that_exclude_each_other_are_a_hint_of_their_own(
+    settings: Settings, project: Path, more: str, hint: str
+) -> None:
+    head = '[project]\nname = "p"\nversion = "0"\nrequires-python = ">=3.10"\n'
+    (project / "pyproject.toml").write_text(head + more)
+    with pytest.raises(ResolutionFailed) as caught:
+        run_lock(settings, project)
+    assert hint in caught.value.hint
+
+
 def test_an_index_that_does_not_answer_is_no_resolution_failure(
     settings: Settings, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
