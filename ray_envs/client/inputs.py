@@ -77,7 +77,9 @@ def _read_source(
         asked = Asked(packages=(), pyproject=text)
     lines = []
     for entry in spec.packages:
-        given = requirement(entry, (), where=where or "packages") if is_place(entry) else None
+        given = None
+        if is_place(entry) and not entry.startswith("-"):
+            given = requirement(entry, (), where=where or "packages")
         if isinstance(given, Local):
             locals_.append((given, base))
         else:

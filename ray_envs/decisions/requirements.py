@@ -22,7 +22,10 @@ LOCAL_HINT = (
     "or a provider, which build its wheel; or publish a wheel to a package index"
 )
 _OPTION_HINTS = (
-    (("-e", "--editable"), f"{LOCAL_HINT}, or give the folder as a project"),
+    (
+        ("-e", "--editable"),
+        "write the path alone, such as ./folder: the package is built as it is now",
+    ),
     (("-r", "--requirement"), 'give the file as `requirements = "…"`'),
     (
         ("-c", "--constraint"),

@@ -100,7 +100,7 @@ async def _started(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_dying_with_parent(niceness),
+            preexec_fn=dying_with_parent(niceness),
         )
     )
     try:
@@ -160,7 +160,7 @@ def last_words(output: str) -> str:
     return "\n".join(lines[-_DETAIL_LINES:])
 
 
-def _dying_with_parent(niceness: int) -> Callable[[], None]:
+def dying_with_parent(niceness: int) -> Callable[[], None]:
     """Return what the child does first: it lowers its priority, and asks to die with its parent."""
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     parent = os.getpid()

@@ -143,7 +143,7 @@ class Builder:
                 detail=last_words(ended.output),
                 hint=_why_nothing(ended.output, only_binary=only_binary),
             )
-        if ended.code and any(words in ended.output for words in _BAD_PROJECT):
+        if ended.code and any(words in _unwrapped(ended.output) for words in _BAD_PROJECT):
             raise ResolutionFailed(
                 "uv cannot use the project",
                 detail=last_words(ended.output),
@@ -362,6 +362,7 @@ def _check_uv_knows_malware() -> None:
 
 def _why_nothing(output: str, *, only_binary: bool) -> str:
     """The hint for a resolution that uv found impossible, by uv's words."""
+    output = _unwrapped(output)
     output = " ".join(output.split())  # uv breaks long lines
     if any(words in output for words in _NOT_LET_IN):
         return _CREDENTIALS_HINT
@@ -378,6 +379,11 @@ def _why_nothing(output: str, *, only_binary: bool) -> str:
     if _CHOICE.search(output) and f":{RAY_GROUP}" not in output:
         return _CHOICES_HINT
     return "change the requirements; every environment also holds the cluster's Ray"
+
+
+def _unwrapped(output: str) -> str:
+    """`output` in one line: uv breaks its lines at a width, also inside a sentence."""
+    return " ".join(output.split())
 
 
 def _failed(command: str, ended: Ended, *, hint: str = _INDEX_HINT) -> UvFailed:

@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from ray_envs.decisions import locks
 from ray_envs.decisions.parsing import parsed_toml
 from ray_envs.disk.files import storage_errors, write_atomically
-from ray_envs.disk.processes import last_words
+from ray_envs.disk.processes import dying_with_parent, last_words
 from ray_envs.errors import RayEnvsError, UvFailed
 from ray_envs.models import RAY_GROUP, Installed
 from ray_envs.node.interpreter import base_python, this_platform, uv_version
@@ -170,7 +170,7 @@ def _run(project: Path, cache: Path, *command: str) -> None:
     try:
         done = subprocess.run(
             words, cwd=project, env=environ, capture_output=True, text=True, errors="replace",
-            timeout=_TIMEOUT_S, check=False,
+            timeout=_TIMEOUT_S, check=False, preexec_fn=dying_with_parent(niceness=0),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise _different(f"`uv {command[0]}` does not end within {_TIMEOUT_S:g} s") from None

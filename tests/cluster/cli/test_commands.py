@@ -434,7 +434,7 @@ BAD: dict[str, tuple[str, str, int, list[str]]] = {
     ),
     "two sources": (
         'packages = ["six==1.16.0"]', 'project = "."\nrequirements = "requirements.txt"', 3,
-        ["variants[0]", "not both"],
+        ["variants[0]", "only one"],
     ),
     "entrypoint without a function": (
         "payload:look", "payload", 3, ["'payload'", "module:function"],
@@ -463,9 +463,9 @@ BAD: dict[str, tuple[str, str, int, list[str]]] = {
     "name that climbs": ('name = "tiny"', 'name = "../tiny"', 4, ["name", "'../tiny'"]),
     "name too long": ('name = "tiny"', f'name = "{LONG}"', 4, ["name", "300"]),
     "index option": (SIX, '"--index-url=https://x.invalid"', 5, ["variants[0]", "--index-url"]),
-    "editable": (SIX, '"-e ."', 5, ["variants[0]", "'-e .'", "build a wheel"]),
+    "editable": (SIX, '"-e ."', 5, ["variants[0]", "'-e .'", "write the path alone"]),
     "requirements option": (SIX, '"-r r.txt"', 5, ["'-r r.txt'", 'requirements = "r.txt"']),
-    "local path": (SIX, '"./six"', 5, ["variants[0]", "./six", "local path"]),
+    "local path": (SIX, '"./six"', 3, ["variants[0]", "six does not exist"]),
     "moving repository": (SIX, '"six @ git+https://h.invalid/s"', 5, ["h.invalid", "commit"]),
     "malformed requirement": (SIX, '"six=1"', 5, ["variants[0]", "'six=1'"]),
 }  # fmt: skip
@@ -529,12 +529,12 @@ def test_a_batch_file_that_is_none_is_refused(
     [
         (["new", "--", "--index-url=https://x.invalid"], 5, ["--index-url", "UV_DEFAULT_INDEX"]),
         (["new", "--index-url=https://x.invalid"], 2, ["--index-url"]),
-        (["new", "--", "-e ."], 5, ["'-e .'", "build a wheel"]),
+        (["new", "--", "-e ."], 5, ["'-e .'", "write the path alone"]),
         (["new", "-e", "."], 2, ["-e"]),
         (["new", "--", "-r x"], 5, ["'-r x'", "requirements"]),
         (["new", "-r", "nowhere.txt"], 3, ["nowhere.txt", "does not exist"]),
         (["new", "--project", "nowhere"], 3, ["nowhere", "does not exist"]),
-        (["new", "--project", ".", "-r", "nowhere.txt"], 3, ["not both"]),
+        (["new", "--project", ".", "-r", "nowhere.txt"], 3, ["only one"]),
         (["new", "six", "--python", "3.9"], 3, ["3.9", "hint:"]),
         (["new", "six", "--python", "new"], 3, ["'new'", "3.11"]),
         (["--", "-x", "six"], 4, ["'-x'"]),

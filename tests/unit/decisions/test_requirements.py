@@ -42,8 +42,8 @@ def test_a_comma_separates_requirements_only_where_it_is_not_part_of_one() -> No
     [
         ("--index-url=https://h/simple", "UV_DEFAULT_INDEX"),
         ("--extra-index-url https://h/simple", "tool.uv.index"),
-        ("-e .", "wheel"),
-        ("-e.", "wheel"),
+        ("-e .", "path alone"),
+        ("-e.", "path alone"),
         ("-r more.txt", 'requirements = "more.txt"'),
         ("-rmore.txt", 'requirements = "more.txt"'),
         ("-c c.txt", "constraint-dependencies"),
