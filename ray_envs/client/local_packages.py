@@ -75,6 +75,7 @@ class LocalPackages:
         """
         where = str(folder / "pyproject.toml")
         data = parsed_toml(text, where=where)
+        local_sources.check_shapes(data, where=where)
         workspace = Workspace.of(folder, data)
         own = None
         if install is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from ray_envs.decisions.local_sources import check_shapes
 from ray_envs.decisions.parsing import parsed_toml, strings, table
 from ray_envs.disk.files import kind_of, read_bytes
 from ray_envs.errors import InvalidInput
@@ -51,7 +52,13 @@ class Workspace:
         excluded = [str(root / pattern) for pattern in strings(given.get("exclude", []))]
         members = {_name_of(data, root): root} if "project" in data else {}
         for pattern in strings(given.get("members", [])):
-            for place in sorted(root.glob(pattern.rstrip("/"))) if pattern else ():
+            if pattern.startswith("/") or not pattern:
+                raise InvalidInput(
+                    f"{pattern!r} is not below the workspace",
+                    where=f"{root / _PYPROJECT}: tool.uv.workspace.members",
+                    hint='write it like "packages/*"',
+                )
+            for place in sorted(root.glob(pattern.rstrip("/"))):
                 is_excluded = any(fnmatchcase(str(place), each) for each in excluded)
                 if not is_excluded and kind_of(place / _PYPROJECT) == "file":
                     name = _name_of(pyproject_of(place), place)
@@ -81,7 +88,9 @@ def pyproject_of(folder: Path) -> dict[str, Any]:
         text = read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InvalidInput("the file is not UTF-8", where=str(file)) from None
-    return parsed_toml(text, where=str(file))
+    data = parsed_toml(text, where=str(file))
+    check_shapes(data, where=str(file))
+    return data
 
 
 def _uv(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,20 @@ _REQUIREMENTS = (
 )
 #: Entries of a workspace root's [tool.uv] that do not hold for its members.
 _ROOT_ONLY = ("workspace", "sources", "package", "dev-dependencies", "default-groups", "conflicts")
+_SHAPES: tuple[tuple[tuple[str, ...], type, str], ...] = (
+    (("project",), dict, "write [project] with name and version"),
+    (("project", "dependencies"), list, 'write it like ["numpy>=1.26"]'),
+    (("project", "dynamic"), list, 'write it like ["version"]'),
+    (("project", "optional-dependencies"), dict, 'write it like { more = ["six"] }'),
+    (("tool",), dict, "write [tool.uv]"),
+    (("tool", "uv"), dict, "write [tool.uv]"),
+    (("tool", "uv", "sources"), dict, 'write it like { lib = { path = "../lib" } }'),
+    (("tool", "uv", "index"), list, "write [[tool.uv.index]] with name and url"),
+    (("tool", "uv", "constraint-dependencies"), list, 'write it like ["numpy<2"]'),
+    (("tool", "uv", "workspace"), dict, "write [tool.uv.workspace] with members"),
+    (("tool", "uv", "workspace", "members"), list, 'write it like ["packages/*"]'),
+    (("tool", "uv", "workspace", "exclude"), list, 'write it like ["packages/old"]'),
+)
 #: What decides which of several sources of a name is used.
 _CONDITIONS = ("marker", "extra", "group")
 
@@ -68,6 +82,19 @@ class Replacement:
     requirements: tuple[str, ...] = ()
     sources: Mapping[str, Any] = field(default_factory=dict)
     indexes: tuple[Mapping[str, Any], ...] = ()
+
+
+def check_shapes(data: Mapping[str, Any], *, where: str) -> None:
+    """Raise `InvalidInput` if an entry that is read or changed here is of a wrong type."""
+    for path, kind, example in _SHAPES:
+        found: Any = data
+        for part in path:
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None and not isinstance(found, kind):
+            word = "table" if kind is dict else "list"
+            raise InvalidInput(
+                f"this is not a {word}", where=f"{where}: {'.'.join(path)}", hint=example
+            )
 
 
 def local_sources(data: Mapping[str, Any], *, where: str) -> list[LocalSource]:
