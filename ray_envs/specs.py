@@ -25,6 +25,9 @@ _SELECTOR = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
 #: The fields of `EnvSpec` that name a file or a folder. A spec has at most one of them.
 SOURCES = ("project", "requirements", "script", "pylock")
 
+#: The most bytes of all local packages of a definition. A guess, as for one of them.
+_MOST_WHEEL_BYTES = 500 * 1024 * 1024
+
 #: Ray counts resources in steps of this size, and refuses less.
 _SMALLEST_AMOUNT = 0.0001
 
@@ -155,6 +158,16 @@ class Definition(_EnvOptions):
     uv_lock: str | None = None
     #: The local packages that `pyproject` names as sources.
     wheels: tuple[LocalWheel, ...] = ()
+
+    @field_validator("wheels")
+    @classmethod
+    def _wheels(cls, value: tuple[LocalWheel, ...]) -> tuple[LocalWheel, ...]:
+        for name in ("name", "filename", "sha256"):
+            if len({getattr(wheel, name) for wheel in value}) < len(value):
+                raise ValueError(f"two local packages have the same {name}")
+        if sum(wheel.size for wheel in value) > _MOST_WHEEL_BYTES:
+            raise ValueError(f"they have more than {_MOST_WHEEL_BYTES >> 20} MiB together")
+        return value
 
     def contents(self) -> dict[str, bytes]:
         """The contents of the wheels, by sha256, where the spec was read."""

@@ -81,6 +81,7 @@ class LocalPackages:
         if install is None:
             install = local_sources.is_package(data, has_setup_files=has_setup_files(folder))
         if install:
+            self._seen.add(Path(os.path.abspath(folder)))  # its sources are those of `data`
             own = self.add(folder, where=where)
         if workspace is not None and "project" not in data and not install:
             raise InvalidInput(
@@ -179,7 +180,7 @@ class LocalPackages:
             raise InvalidInput(
                 f"{name} has two local sources: {before[0]} and {path}",
                 where=where,
-                hint="name one of them",
+                hint="name one of them; local packages that differ by a marker are not supported",
             )
         if kind == "folder" and before[0] == path and path not in self._seen:
             self._seen.add(path)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 #: Folders that no build depends on: what builds, tools and version control leave.
 _SKIPPED = frozenset(
-    {".git", ".hg", ".venv", "venv", "node_modules", "__pycache__", "build", "dist", ".eggs",
-     ".mypy_cache", ".pytest_cache", ".ruff_cache", ".tox", ".nox"}
+    {".git", ".hg", "node_modules", "__pycache__", ".eggs", ".mypy_cache", ".pytest_cache",
+     ".ruff_cache", ".tox", ".nox"}
 )  # fmt: skip
+_SKIPPED_AT_TOP = frozenset({"build", "dist", ".venv", "venv"})
 #: Where git keeps which commit is checked out, and the tags: the version of many packages.
 _GIT_REFS = ("packed-refs", "refs/heads", "refs/tags", "reftable")
 
@@ -39,9 +40,20 @@ def _files_of(path: Path) -> Iterator[str]:
     if not path.is_dir():
         yield str(path)
         return
-    for place, folders, files in os.walk(path):
+    seen: set[str] = set()
+    for place, folders, files in os.walk(path, followlinks=True):
+        skipped = _SKIPPED_AT_TOP | _SKIPPED if place == str(path) else _SKIPPED
+        real = os.path.realpath(place)
+        if real in seen:  # a link that leads around in a circle
+            folders[:] = []
+            continue
+        seen.add(real)
         folders[:] = [
-            name for name in folders if name not in _SKIPPED and not name.endswith(".egg-info")
+            name
+            for name in folders
+            if name not in skipped
+            and not name.endswith(".egg-info")
+            and not os.path.exists(os.path.join(place, name, "pyvenv.cfg"))
         ]
         yield from (os.path.join(place, name) for name in files)
 

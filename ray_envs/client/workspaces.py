@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +48,13 @@ class Workspace:
     def _at(cls, root: Path, data: Mapping[str, Any]) -> Workspace:
         uv = _uv(data)
         given = uv["workspace"] if isinstance(uv["workspace"], dict) else {}
-        excluded = [str(root / pattern) for pattern in strings(given.get("exclude", []))]
+        excluded = {
+            place for each in strings(given.get("exclude", [])) for place in _at(root, each)
+        }
         members = {_name_of(data, root): root} if "project" in data else {}
         for pattern in strings(given.get("members", [])):
-            if pattern.startswith("/") or not pattern:
-                raise InvalidInput(
-                    f"{pattern!r} is not below the workspace",
-                    where=f"{root / _PYPROJECT}: tool.uv.workspace.members",
-                    hint='write it like "packages/*"',
-                )
-            for place in sorted(root.glob(pattern.rstrip("/"))):
-                is_excluded = any(fnmatchcase(str(place), each) for each in excluded)
-                if not is_excluded and kind_of(place / _PYPROJECT) == "file":
+            for place in _at(root, pattern):
+                if place not in excluded and kind_of(place / _PYPROJECT) == "file":
                     name = _name_of(pyproject_of(place), place)
                     members[name] = Path(os.path.abspath(place))
         return cls(root, members, uv)
@@ -74,6 +68,20 @@ class Workspace:
                 hint=f"its members: {', '.join(sorted(self.members)) or 'none'}",
             )
         return self.members[name]
+
+
+def _at(root: Path, pattern: str) -> list[Path]:
+    """Return the paths below `root` that match. Raises `InvalidInput`: it is no such pattern."""
+    try:
+        if os.path.normpath(pattern) == ".":
+            return [root]
+        return sorted(root.glob(pattern.rstrip("/")))
+    except (ValueError, IndexError, NotImplementedError):
+        raise InvalidInput(
+            f"{pattern!r} is not a pattern of folders below the workspace",
+            where=f"{root / _PYPROJECT}: tool.uv.workspace",
+            hint='write it like "packages/*"',
+        ) from None
 
 
 def pyproject_of(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from packaging.markers import InvalidMarker, Marker, UndefinedEnvironmentName
+from packaging.markers import InvalidMarker, Marker, UndefinedComparison, UndefinedEnvironmentName
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
@@ -221,7 +221,7 @@ class LockMarkers:
         if marker not in self._known:
             try:
                 self._known[marker] = Marker(marker).evaluate(self._environment)
-            except (InvalidMarker, UndefinedEnvironmentName) as exc:
+            except (InvalidMarker, UndefinedComparison, UndefinedEnvironmentName) as exc:
                 raise InvalidInput(
                     f"{marker[:200]!r} is not a marker: {exc}",
                     where="uv.lock",

@@ -96,6 +96,12 @@ def check_shapes(data: Mapping[str, Any], *, where: str) -> None:
                 f"this is not a {word}", where=f"{where}: {'.'.join(path)}", hint=example
             )
 
+    for number, index in enumerate(table(data, "tool", "uv").get("index", [])):
+        if not isinstance(index, dict):
+            place = f"{where}: tool.uv.index[{number}]"
+            hint = "write [[tool.uv.index]] with name and url"
+            raise InvalidInput("this is not a table", where=place, hint=hint)
+
 
 def local_sources(data: Mapping[str, Any], *, where: str) -> list[LocalSource]:
     """Return the local sources of a pyproject.toml.
@@ -246,9 +252,18 @@ def _replace(data: MutableMapping[str, Any], new: Replacement, *, where: str) ->
     for name, given in new.sources.items():
         if name not in known:
             sources[name] = list(given)
+    inherited = {"tool": {"uv": {"sources": new.workspace.get("sources", {})}}}
+    for name, number, source in _sources(inherited, where=where):
+        plain = str(canonicalize_name(name))
+        names = {place.name for place in new.wheels}
+        if plain in names - known and not {"extra", "group"} & source.keys():
+            built = by_place.get((plain, number))
+            conditions = {each: source[each] for each in _CONDITIONS if each in source}
+            value = source if built is None else {"path": built.wheel.path, **conditions}
+            sources.setdefault(plain, []).append(value)
     for place, built in new.wheels.items():
-        if place.name not in known:  # of the workspace, or of another local package
-            sources[place.name] = [{"path": built.wheel.path}]
+        if place.name not in known:  # of another local package
+            sources.setdefault(place.name, [{"path": built.wheel.path}])
     if new.project is not None:
         sources[new.project.wheel.name] = [{"path": new.project.wheel.path}]
         _install_project(data, new.project)
@@ -287,7 +302,8 @@ def _install_project(data: MutableMapping[str, Any], built: Described) -> None:
             each for each in dynamic if each not in ("dependencies", "optional-dependencies")
         ]
     conflicts = data["tool"]["uv"].get("conflicts")
-    if isinstance(conflicts, list):  # an item without a package means this project
+    if isinstance(conflicts, list) and all(isinstance(each, list) for each in conflicts):
+        # An item without a package means this project.
         data["tool"]["uv"]["conflicts"] = [
             [_of_environment(item, name) for item in choice] for choice in conflicts
         ]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import re
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -27,7 +30,12 @@ _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 SOURCE_DATE_EPOCH = 315532800
 
 #: What `zipfile` raises for damaged archives.
-_DAMAGED = (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, KeyError, RuntimeError)
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, ValueError, EOFError,
+    NotImplementedError, KeyError, RuntimeError,
+)  # fmt: skip
+#: Far more bytes than the metadata of any package has.
+_MOST_METADATA = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +134,13 @@ def _metadata(filename: str, content: bytes, *, where: str) -> RawMetadata:
     try:
         name, version, _, _ = parse_wheel_filename(filename)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            found = [each for each in archive.namelist() if each.endswith(".dist-info/METADATA")]
-            text = archive.read(found[0]) if len(found) == 1 else b""
+            found = [
+                each
+                for each in archive.infolist()
+                if each.filename.endswith(".dist-info/METADATA") and each.filename.count("/") == 1
+            ]
+            is_read = len(found) == 1 and found[0].file_size <= _MOST_METADATA
+            text = archive.read(found[0]) if is_read else b""
     except InvalidWheelFilename as exc:
         raise InvalidInput(
             str(exc), where=where, hint="keep the name that its builder gave"

@@ -145,10 +145,25 @@ def lock_sha256(lock: str) -> str:
 
 def check_lock(lock: str) -> None:
     """Check that a text is a uv.lock, before uv uses it; raise `InvalidInput` if not."""
-    if not isinstance(parsed_toml(lock, where="uv.lock").get("version"), int):
+    data = parsed_toml(lock, where="uv.lock")
+    packages = data.get("package", [])
+    if (
+        not isinstance(data.get("version"), int)
+        or not isinstance(packages, list)
+        or not all(map(_is_package, packages))
+    ):
         raise InvalidInput(
             "this is no lock file of uv", where="uv.lock", hint="make one with `uv lock`"
         )
+
+
+def _is_package(entry: Any) -> bool:
+    """Whether an entry of a lock has the form of a package, as far as all are read here."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return False
+    markers = entry.get("resolution-markers", [])
+    is_marked = isinstance(markers, list) and all(isinstance(each, str) for each in markers)
+    return is_marked and isinstance(entry.get("version", ""), str)
 
 
 def _check_supported(lock: Mapping[str, Any], platform: Platform) -> None:

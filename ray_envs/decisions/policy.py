@@ -177,7 +177,8 @@ def _check_project(
     uv = _table(project, "tool", "uv")
     for name, given in _table(uv, "sources").items():
         for source in given if isinstance(given, list) else [given]:
-            if _table(source).get("path") in local:
+            given_path = _table(source).get("path")
+            if isinstance(given_path, str) and given_path in local:
                 continue
             for kind in sorted({"git", "url", *_LOCAL_SOURCES} & _table(source).keys()):
                 what = f"{name} comes from {kind} {redacted(str(source[kind]))}"

@@ -180,6 +180,8 @@ def _check_project(data: Mapping[str, Any], target: Target, wheels: Collection[s
     if "project" not in data:
         raise _refused("no [project] table", _project_hint(data))
     project = table(data, "project")
+    if not isinstance(project.get("dynamic", []), list):
+        raise _refused("this is not a list", 'write it like ["version"]', "project.dynamic")
     for name in ("dependencies", "optional-dependencies"):
         if name in project.get("dynamic", []):
             raise _refused(f"{name} are dynamic", f"write the {name} into [project]", "project")
@@ -227,7 +229,8 @@ def _check_uv(uv: Mapping[str, Any], wheels: Collection[str]) -> None:
         for source in given if isinstance(given, list) else [given]:
             if not isinstance(source, dict):
                 raise _refused("this is not a table", 'write it like { index = "…" }', place)
-            if source.get("path") in wheels:
+            path = source.get("path")
+            if isinstance(path, str) and path in wheels:
                 continue
             if {"path", "workspace", "editable"} & source.keys():
                 raise _refused("a local source, which other nodes do not have", LOCAL_HINT, place)

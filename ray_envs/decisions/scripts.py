@@ -104,7 +104,8 @@ def _requires_python(data: dict[str, Any], *, where: str) -> str | None:
     if text is None:
         return None
     try:
-        return str(SpecifierSet(text))
+        # An empty specifier means any Python; another type than text means nothing.
+        return str(SpecifierSet(text if isinstance(text, str) else "?"))
     except (InvalidSpecifier, TypeError, AttributeError):
         raise InvalidInput(
             f"requires-python: {text!r} is not a specifier",

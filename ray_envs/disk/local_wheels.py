@@ -25,7 +25,17 @@ def place(root: Path, wheel: LocalWheel) -> Path:
 
 def missing(root: Path, wheels: Iterable[LocalWheel]) -> list[LocalWheel]:
     """The wheels whose content is not under `root`."""
-    return [wheel for wheel in wheels if not place(root, wheel).is_file()]
+    return [wheel for wheel in wheels if not _is_there(root, wheel)]
+
+
+def _is_there(root: Path, wheel: LocalWheel) -> bool:
+    """Whether the content is under `root`; then no sweep takes it for old from now on."""
+    file = place(root, wheel)
+    try:
+        os.utime(file.parent)
+        return file.stat().st_size == wheel.size
+    except OSError:
+        return False
 
 
 def take(root: Path, wheels: Iterable[LocalWheel], contents: Mapping[str, bytes]) -> None:
@@ -41,11 +51,9 @@ def take(root: Path, wheels: Iterable[LocalWheel], contents: Mapping[str, bytes]
         StorageFailed: it cannot be written.
     """
     for wheel in wheels:
-        file = place(root, wheel)
-        if file.is_file():
-            with suppress(OSError):
-                os.utime(file.parent)  # no sweep takes it for old
+        if _is_there(root, wheel):
             continue
+        file = place(root, wheel)
         content = contents.get(wheel.sha256)
         if content is None:
             raise InvalidInput(

@@ -129,8 +129,9 @@ def put_bundle(
     )
     cache = UvCache(store.cache)
     wheels = sending.offers(cache, [p for p in packages if p.pin not in _pins(definition)])
-    local = {wheel.name for wheel in definition.wheels}
-    lacking = {p.name for p in packages} - {wheel.package.name for wheel in wheels} - local
+    local = _pins(definition)
+    wanted = {p.name for p in packages if p.pin not in local}
+    lacking = wanted - {wheel.package.name for wheel in wheels}
     if lacking:
         raise EnvironmentNotReady(
             f"this machine lacks wheels of {record.env_id}: {', '.join(sorted(lacking))}",

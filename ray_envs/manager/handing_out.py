@@ -56,9 +56,9 @@ class HandingOut:
         session = self._cluster.session()
         holder = f"{session}/{job_id}"
         if holder not in self._seen:  # it may have ended before this process began
-            self._seen.add(holder)
             if holder not in await self._cluster.living_jobs():
                 self._leases.note_ended([holder])
+            self._seen.add(holder)
         with suppress(StorageFailed):  # on a full disk the lease lasts as long as this process
             self._leases.take(
                 record.current.key, job_id=job_id, session=session, variant_id=str(record.env_id)

@@ -193,8 +193,9 @@ class Reconciler:
         try:
             request = self._request_of_any(sources)
             peers = list(action.peers)
-            if request["wheels"] and not peers and not node.info.is_head:
-                peers = [self.fleet.head().info.node_id]  # it has the local packages
+            if request["wheels"] and not node.info.is_head:  # the head has the local packages
+                head = self.fleet.head().info.node_id
+                peers = [*(peer for peer in peers if peer != head), head]
             state = await node.call(
                 "ensure",
                 request=request,

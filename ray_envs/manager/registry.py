@@ -118,8 +118,11 @@ class Registry:
         """The sha256 of the local packages of all generations; None if that cannot be known."""
         found = set()
         try:
-            for path in self._envs.glob("*/generations/*/generation.json"):
-                text = path.read_bytes()
+            folders = [entry.path for entry in os.scandir(self._envs) if entry.is_dir()]
+            places = [Path(folder, "generations") for folder in folders]
+            numbers = [Path(n.path) for p in places if p.is_dir() for n in os.scandir(p)]
+            for path in numbers:
+                text = (path / "generation.json").read_bytes()
                 if b'.whl"' in text:
                     made = Generation.model_validate_json(text)
                     found |= {wheel.sha256 for wheel in made.definition.wheels}

@@ -16,7 +16,8 @@ from typing import Any
 from packaging.utils import canonicalize_name
 
 from ray_envs.decisions import edits, locks, policy, requirements, resolving
-from ray_envs.errors import RayEnvsError, ResolutionFailed
+from ray_envs.disk import local_wheels
+from ray_envs.errors import RayEnvsError, ResolutionFailed, StorageFailed
 from ray_envs.manager.fleet import Fleet
 from ray_envs.manager.registry import Registry
 from ray_envs.models import Generation, Platform, Target, VariantRecord
@@ -97,6 +98,12 @@ class Resolver:
             UvFailed, StorageFailed: uv could not work.
             InvalidPackages: the policy forbids what uv found, or a file has another hash.
         """
+        lost = local_wheels.missing(self._settings.root, definition.wheels)
+        if lost:
+            raise StorageFailed(
+                f"the head has lost the local package {lost[0].filename}",
+                hint="create the variant again from its files, or import its export",
+            )
         project = resolving.project_text(definition, self._target)
         base = definition.uv_lock if base_lock is None else base_lock
         names = None if upgrade is None else tuple(upgrade)

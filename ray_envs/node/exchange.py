@@ -90,7 +90,7 @@ class Exchange:
         """The whole of a local package, as a reference in a list."""
         asked = LocalWheel.model_validate(wheel)
         root = self._cache.folder.parent
-        return await self._shared((asked.sha256, 0), lambda: local_wheels.read(root, asked))
+        return [await self._put(lambda: local_wheels.read(root, asked))]
 
     async def _shared(self, place: tuple[str, int], read: Callable[[], bytes]) -> list[Any]:
         """What `read` returns, as a reference that further receivers get too."""

@@ -461,3 +461,47 @@ def test_a_wrong_local_entry_is_named_with_its_line(
         read_definition(EnvSpec(requirements="r.txt"), tmp_path)
     assert message in caught.value.message
     assert caught.value.where.endswith("r.txt: line 2")
+
+
+@pytest.mark.parametrize("pattern", ["/etc/*", "a**b", "../../*/x"])
+def test_a_pattern_of_members_that_leads_nowhere_hangs_nothing(
+    tmp_path: Path, pattern: str
+) -> None:
+    folder = project(tmp_path / "app", "app", more="")
+    with (folder / "pyproject.toml").open("a") as file:
+        file.write(f'[tool.uv.workspace]\nmembers = ["{pattern}"]\n')
+    if pattern.startswith(".."):
+        assert defined(folder).wheels == ()
+        return
+    with pytest.raises(InvalidInput, match="is not a pattern of folders"):
+        defined(folder)
+
+
+def test_a_changed_file_in_a_folder_called_build_or_behind_a_link_is_seen(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "linked.py").write_text("x = 1\n")
+    folder = project(tmp_path / "app", "app")
+    inner = folder / "src" / "app" / "build"
+    inner.mkdir()
+    (inner / "x.py").write_text("x = 1\n")
+    (folder / "src" / "app" / "more").symlink_to(shared)
+    hashes = [defined(folder).wheels[0].sha256]
+    for file in (inner / "x.py", shared / "linked.py"):
+        file.write_text("x = 22\n")
+        hashes.append(defined(folder).wheels[0].sha256)
+    assert hashes[1] != hashes[0]
+
+
+def test_a_wheel_that_was_cut_off_under_the_root_is_written_again(
+    settings: Settings, tmp_path: Path
+) -> None:
+    definition = defined(project(tmp_path / "app", "app", code="cut = 1\n"))
+    create(settings, definition, "cut")
+    file = local_wheels.place(settings.root, definition.wheels[0])
+    os.unlink(file)
+    file.write_bytes(b"")
+    with pytest.raises(RayEnvsError, match="the head has lost the local package app"):
+        managed(settings, lambda m: m.add_deps(variant_id="cut", packages=["six==1.16.0"]))
+    create(settings, definition, "cut-again")
+    assert local_wheels.missing(settings.root, definition.wheels) == []

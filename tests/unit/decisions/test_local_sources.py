@@ -189,3 +189,49 @@ def test_what_a_local_package_requires_from_elsewhere_is_told_or_refused() -> No
     only_extra = {"project": {"optional-dependencies": {"more": ["t-x"]}}}
     with pytest.raises(InvalidInput, match="an extra requires t-x"):
         local_sources.other_sources(only_extra, uv, where="")
+
+
+def test_a_source_of_the_workspace_keeps_its_conditions_and_its_neighbours() -> None:
+    built = wheel("lib")
+    given = [{"path": "lib", "marker": "m"}, {"index": "i", "marker": "n"}]
+    new = Replacement(
+        wheels={LocalSource("lib", 0, "lib", False): built},
+        names=("lib",),
+        workspace={"sources": {"lib": given}},
+    )
+    text = local_sources.replaced('[project]\nname = "app"\n', new, where="")
+    assert parsed_toml(text, where="")["tool"]["uv"]["sources"]["lib"] == [
+        {"path": built.wheel.path, "marker": "m"},
+        {"index": "i", "marker": "n"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"x-1.0.dist-info/METADATA": "Name: x\n" + "a" * 5_000_000},
+        {"deep/x-1.0.dist-info/METADATA": "Name: x\n"},
+    ],
+    ids=["a huge text", "in another folder"],
+)
+def test_metadata_that_is_huge_or_elsewhere_is_none(files: dict[str, str]) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    with pytest.raises(InvalidInput, match="its metadata does not name it"):
+        local_wheels.described("x-1.0-py3-none-any.whl", packed.getvalue(), where="here")
+
+
+def test_a_wheel_that_is_damaged_inside_is_refused() -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x-1.0.dist-info/METADATA", "Name: x\n" * 1000)
+    content = bytearray(packed.getvalue())
+    content[60:80] = b"\xff" * 20
+    for read in (
+        lambda: local_wheels.described("x-1.0-py3-none-any.whl", bytes(content), where="here"),
+        lambda: local_wheels.normalised(bytes(content), where="here"),
+    ):
+        with pytest.raises(InvalidInput, match="this is no wheel"):
+            read()
