@@ -27,7 +27,7 @@ from tests.cluster.cli_tools import Shell, lines_of
 #: One shape takes two to four seconds; the first one of a back end downloads that, too.
 pytestmark = pytest.mark.timeout(90)
 
-SHAPES = Path(__file__).parents[2] / "shapes"
+SHAPES = Path(__file__).parents[1] / "shapes"
 MADE_S = 60
 ANSWERED_S = 60
 
