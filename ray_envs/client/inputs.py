@@ -9,7 +9,7 @@ import difflib
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_envs.batch_models import BatchSpec, CaseSpec, split_entrypoint
 from ray_envs.client.source_files import read_pylock, read_requirements, read_script
@@ -23,6 +23,9 @@ from ray_envs.errors import InvalidId, InvalidInput
 from ray_envs.models import EnvId, checked_id
 from ray_envs.specs import Definition, EnvSpec, LocalWheel
 from ray_envs.validation import nearest_hint, validated
+
+if TYPE_CHECKING:
+    from ray_envs.client.local_packages import LocalPackages
 
 _TOML_HINT = "correct that line; strings need quotes"
 
@@ -58,7 +61,7 @@ def _read_source(
     """Return what the spec and its file ask for, the text of its lock file, its local packages."""
     asked, uv_lock = Asked(packages=()), None
     locals_: list[tuple[Local, Path]] = []
-    wheels: tuple[LocalWheel, ...] = ()
+    local: LocalPackages | None = None
     if spec.requirements is not None:
         asked, found = read_requirements(base / spec.requirements)
         locals_ += found
@@ -73,7 +76,7 @@ def _read_source(
     elif spec.project is not None:
         folder = base / spec.project
         _check_folder(folder)
-        text, uv_lock, wheels = _read_project(folder, install=spec.install_project)
+        text, uv_lock, local = _read_project(folder, install=spec.install_project)
         asked = Asked(packages=(), pyproject=text)
     lines = []
     for entry in spec.packages:
@@ -90,9 +93,9 @@ def _read_source(
     if locals_ or spec.script is not None:
         from ray_envs.client.local_packages import LocalPackages
 
-        asked, more = LocalPackages().of_files(asked, locals_, sources)
-        wheels += more
-    return asked, uv_lock, wheels
+        local = local or LocalPackages()
+        asked = local.of_files(asked, locals_, sources)
+    return asked, uv_lock, () if local is None else local.wheels
 
 
 def _check_folder(folder: Path) -> None:
@@ -119,10 +122,8 @@ def read_texts(folder: Path) -> tuple[str, str | None]:
     return text, None if kind_of(lock) == "missing" else read_utf8(lock)
 
 
-def _read_project(
-    folder: Path, *, install: bool | None
-) -> tuple[str, str | None, tuple[LocalWheel, ...]]:
-    """Return the texts of a project with wheels in place of its local packages, and the wheels."""
+def _read_project(folder: Path, *, install: bool | None) -> tuple[str, str | None, LocalPackages]:
+    """Return the texts of a project with wheels in place of its local packages, and these."""
     from ray_envs.client.local_packages import LocalPackages, has_setup_files
     from ray_envs.client.workspaces import Workspace
 
@@ -137,7 +138,7 @@ def _read_project(
         workspace = Workspace.of(folder, data)
         lock = lock if workspace is None else workspace.root / "uv.lock"
     uv_lock = None if kind_of(lock) == "missing" else read_utf8(lock)
-    return replaced, uv_lock, local.wheels
+    return replaced, uv_lock, local
 
 
 def read_batch(path: Path) -> BatchSpec:

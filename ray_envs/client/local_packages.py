@@ -102,10 +102,8 @@ class LocalPackages:
         new = replace(new, project=own, workspace=workspace.uv if workspace is not None else {})
         return local_sources.replaced(text, new, where=where)
 
-    def of_files(
-        self, asked: Asked, locals_: Iterable[tuple[Local, Path]], folder: Path
-    ) -> tuple[Asked, tuple[LocalWheel, ...]]:
-        """Return what files ask for, with wheels in place of their local entries, and the wheels.
+    def of_files(self, asked: Asked, locals_: Iterable[tuple[Local, Path]], folder: Path) -> Asked:
+        """Return what files ask for, with wheels in place of their local entries.
 
         Args:
             asked: what they ask for.
@@ -116,21 +114,22 @@ class LocalPackages:
         """
         where = "tool.uv.sources"
         text = asked.pyproject or f'[project]\nname = "{ENVIRONMENT}"\nversion = "0"\n'
+        done = {wheel.path for wheel in self.wheels}  # of the project that `text` is
         wheels = {
             source: self._of_source(source, folder, None, where=where)
             for source in local_sources.local_sources(parsed_toml(text, where=where), where=where)
+            if source.path not in done
         }
         lines = [self._line_of(local, base) for local, base in locals_]
         if not self._by_name:
-            return asked, ()
+            return asked
         own = {wheel.name: (f"sha256:{wheel.sha256}",) for wheel in self.wheels}
-        changed = replace(
+        return replace(
             asked,
             packages=tuple(sorted({*asked.packages, *lines})),
             pyproject=local_sources.replaced(text, self._replacement(wheels), where=where),
             hashes={**asked.hashes, **own} if asked.hashes else {},
         )
-        return changed, self.wheels
 
     def _replacement(self, wheels: Mapping[LocalSource, Described]) -> Replacement:
         """What takes the place of local sources: their `wheels`, and those that these require."""

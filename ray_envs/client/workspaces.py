@@ -10,9 +10,10 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from ray_envs.client.texts import read_utf8
 from ray_envs.decisions.local_sources import check_shapes
 from ray_envs.decisions.parsing import parsed_toml, strings, table
-from ray_envs.disk.files import kind_of, read_bytes
+from ray_envs.disk.files import kind_of
 from ray_envs.errors import InvalidInput
 
 _PYPROJECT = "pyproject.toml"
@@ -92,11 +93,7 @@ def pyproject_of(folder: Path) -> dict[str, Any]:
     file = folder / _PYPROJECT
     if kind_of(file) == "missing":
         return {}
-    try:
-        text = read_bytes(file).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InvalidInput("the file is not UTF-8", where=str(file)) from None
-    data = parsed_toml(text, where=str(file))
+    data = parsed_toml(read_utf8(file), where=str(file))
     check_shapes(data, where=str(file))
     return data
 

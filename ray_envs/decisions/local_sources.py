@@ -252,10 +252,10 @@ def _replace(data: MutableMapping[str, Any], new: Replacement, *, where: str) ->
     for name, given in new.sources.items():
         if name not in known:
             sources[name] = list(given)
+    names = {place.name for place in new.wheels}
     inherited = {"tool": {"uv": {"sources": new.workspace.get("sources", {})}}}
     for name, number, source in _sources(inherited, where=where):
         plain = str(canonicalize_name(name))
-        names = {place.name for place in new.wheels}
         if plain in names - known and not {"extra", "group"} & source.keys():
             built = by_place.get((plain, number))
             conditions = {each: source[each] for each in _CONDITIONS if each in source}
@@ -275,7 +275,8 @@ def _replace(data: MutableMapping[str, Any], new: Replacement, *, where: str) ->
             name: given[0] if len(given) == 1 else given for name, given in sources.items()
         }
     if new.names:
-        uv["constraint-dependencies"] = [*uv.get("constraint-dependencies", []), *new.names]
+        limits = list(uv.get("constraint-dependencies", []))
+        uv["constraint-dependencies"] = [*limits, *(n for n in new.names if n not in limits)]
     indexes = list(uv.get("index", []))
     there = {index.get("name") for index in indexes}
     more = [dict(index) for index in new.indexes if index.get("name") not in there]

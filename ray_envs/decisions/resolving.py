@@ -19,6 +19,7 @@ from tomlkit.exceptions import TOMLKitError
 from ray_envs.decisions.choices import check_choice
 from ray_envs.decisions.credentials import check_credentials
 from ray_envs.decisions.groups import check_groups
+from ray_envs.decisions.local_sources import ENVIRONMENT
 from ray_envs.decisions.parsing import parsed_toml, strings, table
 from ray_envs.decisions.requirements import (
     COMMIT,
@@ -73,7 +74,7 @@ def project_text(definition: Definition, target: Target) -> str:
     if text is None:
         _check_names(definition, {}, {})
         return (
-            f'[project]\nname = "ray-envs-environment"\nversion = "0"\n'
+            f'[project]\nname = "{ENVIRONMENT}"\nversion = "0"\n'
             f'requires-python = "{requires_python}"\ndependencies = {_toml_array(packages)}\n\n'
             f"[dependency-groups]\n{RAY_GROUP} = {_toml_array([ray])}\n\n"
             "[tool.uv]\npackage = false\n"

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ray_envs.decisions.entries import Local, Setting, Wanted
+from ray_envs.decisions.local_sources import ENVIRONMENT
 from ray_envs.errors import InvalidPackages
 
 COMPILE_HINT = "compile the file again with `uv pip compile --generate-hashes`"
@@ -80,7 +81,7 @@ def project_text(uv: Mapping[str, Any]) -> str | None:
     tables = {name: value for name, value in uv.items() if _is_table(value)}
     return tomlkit.dumps(
         {
-            "project": {"name": "ray-envs-environment", "version": "0"},
+            "project": {"name": ENVIRONMENT, "version": "0"},
             "tool": {"uv": {**plain, "package": False, **tables}},
         }
     )

@@ -20,7 +20,6 @@ from ray_envs.node import bundles, receiving, sending
 from ray_envs.node.interpreter import this_platform
 from ray_envs.node.store import Store
 from ray_envs.node.uv_cache import UvCache
-from ray_envs.specs import Definition
 
 #: What stands in the exported texts themselves.
 _IN_TEXTS = {"packages", "pyproject", "uv_lock"}
@@ -128,10 +127,10 @@ def put_bundle(
         files["uv.lock"], this_platform(), extras=definition.extras, groups=definition.groups
     )
     cache = UvCache(store.cache)
-    wheels = sending.offers(cache, [p for p in packages if p.pin not in _pins(definition)])
-    local = _pins(definition)
-    wanted = {p.name for p in packages if p.pin not in local}
-    lacking = wanted - {wheel.package.name for wheel in wheels}
+    local = {f"sha256:{wheel.sha256}" for wheel in definition.wheels}  # not from uv's cache
+    packages = tuple(package for package in packages if package.pin not in local)
+    wheels = sending.offers(cache, packages)
+    lacking = {package.name for package in packages} - {wheel.package.name for wheel in wheels}
     if lacking:
         raise EnvironmentNotReady(
             f"this machine lacks wheels of {record.env_id}: {', '.join(sorted(lacking))}",
@@ -142,11 +141,6 @@ def put_bundle(
     contents = {f"{w.sha256}.whl": local_wheels.read(store.root, w) for w in definition.wheels}
     bundles.write_bundle(path, cache, manifests, {**files, **contents}, ray=made.target.ray)
     return files
-
-
-def _pins(definition: Definition) -> set[str]:
-    """The pins of local packages, which do not come from uv's cache."""
-    return {f"sha256:{wheel.sha256}" for wheel in definition.wheels}
 
 
 def take_bundle(path: Path, store: Store) -> dict[str, bytes]:

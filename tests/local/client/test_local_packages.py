@@ -505,3 +505,14 @@ def test_a_wheel_that_was_cut_off_under_the_root_is_written_again(
         managed(settings, lambda m: m.add_deps(variant_id="cut", packages=["six==1.16.0"]))
     create(settings, definition, "cut-again")
     assert local_wheels.missing(settings.root, definition.wheels) == []
+
+
+def test_a_project_and_local_packages_beside_it(settings: Settings, tmp_path: Path) -> None:
+    project(tmp_path / "other", "other", code="x = 8\n")
+    project(tmp_path / "lib", "lib")
+    source = '[tool.uv.sources]\nlib = { path = "../lib" }\n'
+    project(tmp_path / "app", "app", "lib", more=HATCH + source)
+    definition = read_definition(EnvSpec(project="app", packages=("./other",)), tmp_path)
+    assert [wheel.name for wheel in definition.wheels] == ["app", "lib", "other"]
+    status = create(settings, definition, "beside")
+    assert said(status, "import app, lib, other; print(other.x)") == "8"
