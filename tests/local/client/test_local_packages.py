@@ -516,3 +516,7 @@ def test_a_project_and_local_packages_beside_it(settings: Settings, tmp_path: Pa
     assert [wheel.name for wheel in definition.wheels] == ["app", "lib", "other"]
     status = create(settings, definition, "beside")
     assert said(status, "import app, lib, other; print(other.x)") == "8"
+
+
+def test_without_the_definitions_no_wheel_is_called_unneeded(tmp_path: Path) -> None:
+    assert Registry(Settings(root=tmp_path / "lost")).local_wheels() is None
