@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -69,6 +70,12 @@ def own_node() -> Any:
     import ray
 
     return ray._private.worker._global_node
+
+
+def logs_folder() -> Path | None:
+    """Return the folder where Ray's processes on this node write logs; None without a cluster."""
+    node = own_node()
+    return None if node is None else Path(node.get_logs_dir_path())
 
 
 def address_of_ray_start() -> str:

@@ -5,7 +5,9 @@ their states. It runs uv, takes the locks and writes the records. It never decid
 The command line also reads the store.
 
 To change …                            go to
-the verbs of the agent, and the gate   agent
+the verbs of the agent                 agent
+what workers at the gate are told      attendant
+how workers that never start are found failed_starts
 the steps of a build                   provisioning
 check, repair, collect, prune          maintenance
 uv's commands and their errors         uv

@@ -7,21 +7,22 @@ that wait at this node's gate. What to build is decided by the manager.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
+from ray_envs.cluster import ray_versions
 from ray_envs.cluster.bootstrap import own_version
 from ray_envs.cluster.peers import RayPeers
 from ray_envs.decisions.collecting import EnvUse
-from ray_envs.errors import InvalidInput, RayEnvsError, StorageFailed, UvFailed, from_dict
+from ray_envs.errors import RayEnvsError, StorageFailed, UvFailed, WorkerCannotStart
 from ray_envs.models import BuildRequest, NodeEnvState, Phase, Target
 from ray_envs.node import unpacked_code
+from ray_envs.node.attendant import Attendant, has_gate
 from ray_envs.node.exchange import Exchange
+from ray_envs.node.failed_starts import FailedStarts
 from ray_envs.node.interpreter import this_platform, this_target, uv_version
 from ray_envs.node.maintenance import Maintenance
 from ray_envs.node.provisioning import Progress, Provisioning
@@ -30,11 +31,8 @@ from ray_envs.node.uv import Builder
 from ray_envs.node.uv_cache import UvCache
 from ray_envs.node.uv_trial import UvTrial
 from ray_envs.node.worker_start import WorkerStart
-from ray_envs.plugin.gate import PLUGINS_VARIABLE, Gate, has_plugin
+from ray_envs.plugin.gate import Gate
 from ray_envs.settings import Settings
-
-#: The time between two looks at the files of the gate.
-_ATTEND_S = 0.3
 
 
 class NodeAgent:
@@ -59,11 +57,9 @@ class NodeAgent:
         self._provisioning = Provisioning(
             self._settings, self._store, self._builder, self._exchange, self._worker_start
         )
-        #: Where workers of this node wait, if Ray was started here with our plugin.
-        self._gate = Gate(self._settings.root) if _has_gate() else None
-        self._asked: dict[str, int] = {}
-        self._attending: asyncio.Task[None] | None = None
         self._states: dict[str, NodeEnvState] = {}
+        #: Where workers of this node wait, if Ray was started here with our plugin.
+        self._attendant = self._new_attendant() if has_gate() else None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(self._settings.max_parallel_builds)
         #: Resolutions have places of their own: they must not wait behind long builds.
@@ -83,9 +79,8 @@ class NodeAgent:
             if key not in self._states:
                 self._states[key] = NodeEnvState(key=key, phase=Phase.READY, how=record.how)
         self._forget_lost()
-        if self._gate is not None and self._attending is None:
-            self._asked = self._gate.asked()
-            self._attending = asyncio.create_task(self._attend(self._gate))
+        if self._attendant is not None:
+            self._attendant.begin()
         return {
             "node_id": self._node_id,
             "platform": this_platform().model_dump(mode="json"),
@@ -93,8 +88,8 @@ class NodeAgent:
             "root": str(self._settings.root),
             "states": [state.model_dump(mode="json") for state in self._states.values()],
             "version": self._version,
-            "asked": dict(self._asked),
-            "has_gate": self._gate is not None,
+            "asked": self._asked(),
+            "has_gate": self._attendant is not None,
             "software": {"ray_envs": own_version(), "uv": uv_version()},
             "error": error,
         }
@@ -114,7 +109,7 @@ class NodeAgent:
         return {
             "version": self._version,
             "states": [state.model_dump(mode="json") for state in self._states.values()],
-            "asked": dict(self._asked),
+            "asked": self._asked(),
         }
 
     async def lock(
@@ -185,12 +180,14 @@ class NodeAgent:
         task = self._tasks.get(key)
         if task is None or task.done():
             record = self._store.record(key)
-            if record is not None and not is_cache_only:
+            if record is not None and not is_cache_only and not self._has_failed(key):
                 self._store.renew(key)
                 await self._tell(key, Phase.READY, attempt=attempt, how=record.how)
             else:
-                await self._tell(key, Phase.WAITING, attempt=attempt)
                 making = self._cache if is_cache_only else self._make_ready
+                if self._has_failed(key) and not is_cache_only:
+                    making = self._try_again
+                await self._tell(key, Phase.WAITING, attempt=attempt)
                 self._tasks[key] = asyncio.create_task(
                     self._guarded(partial(making, wanted, attempt, list(peers)), key, attempt)
                 )
@@ -198,11 +195,8 @@ class NodeAgent:
 
     async def refuse(self, *, key: str, reason: str) -> None:
         """Fail the workers that wait here for `key`, which will not be built."""
-        asked = {} if self._gate is None else self._gate.asked()
-        if self._gate is not None and key in asked:
-            with suppress(OSError):  # a full disk: they give up by themselves
-                self._gate.refuse(key, asked[key], reason)
-                self._gate.withdraw(key)
+        if self._attendant is not None:
+            self._attendant.refuse(key, reason)
 
     async def offers(self, *, packages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The packages that this node can send; see `Exchange`."""
@@ -264,37 +258,39 @@ class NodeAgent:
 
     async def stop(self) -> None:
         """End every build; what is half-built has no record and is cleared by the next one."""
-        if self._attending is not None:
-            self._attending.cancel()
+        if self._attendant is not None:
+            self._attendant.end()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    async def _attend(self, gate: Gate) -> None:
-        """Look at the gate again and again, whatever errors that raises."""
-        told = ""
-        while True:
-            try:
-                self._look_at(gate)
-            except Exception as exc:
-                said = f"{type(exc).__name__}: {exc}"
-                if said != told:  # several times a second
-                    print(f"ray_envs: NodeAgent: {said}", file=sys.stderr)
-                told = said
-            await asyncio.sleep(_ATTEND_S)
+    def _new_attendant(self) -> Attendant:
+        logs = ray_versions.logs_folder()
+        patience_s = self._settings.worker_start_timeout_s
+        return Attendant(
+            Gate(self._settings.root),
+            self._states,
+            changed=self._wake,
+            starts=None
+            if logs is None
+            else FailedStarts(self._settings.root, self._node_id, logs, patience_s=patience_s),
+            start_error=self._start_error,
+        )
 
-    def _look_at(self, gate: Gate) -> None:
-        """Read the requests at the gate, and refuse those for environments that have failed."""
-        asked = gate.asked()
-        for key, attempt in asked.items():
-            state = self._states.get(key)
-            if state is not None and state.phase is Phase.FAILED:
-                with suppress(OSError):  # a full disk: they give up by themselves
-                    gate.refuse(key, attempt, str(from_dict(state.error or {})))
-                    gate.withdraw(key)
-        if asked != self._asked:
-            self._asked = asked
-            self._wake()
+    def _asked(self) -> dict[str, int]:
+        """The latest attempt of each environment that workers wait for."""
+        return {} if self._attendant is None else dict(self._attendant.asked)
+
+    async def _start_error(self, key: str) -> WorkerCannotStart | None:
+        """Examine an environment whose worker has not started; one that is broken fails."""
+        record = self._store.record(key)
+        if record is None:
+            return None
+        error = await self._maintenance.start_error(record)
+        if not isinstance(error, WorkerCannotStart):
+            return None
+        await self._fail(key, self._states[key].attempt if key in self._states else 0, error)
+        return error
 
     def _forget_lost(self) -> None:
         """Stop calling ready what the disk has lost, so that it is built again."""
@@ -321,6 +317,17 @@ class NodeAgent:
                 record = await self._provisioning.make(request, peers, self._progress(key, attempt))
         duration_s = time.monotonic() - started
         await self._tell(key, Phase.READY, attempt=attempt, how=record.how, duration_s=duration_s)
+
+    async def _try_again(self, request: BuildRequest, attempt: int, peers: list[str]) -> None:
+        """`_make_ready`; an environment that is there may have failed at the starts of workers."""
+        record = self._store.record(request.key)
+        error = None if record is None else await self._maintenance.start_error(record)
+        if error is not None:
+            raise error
+        await self._make_ready(request, attempt, peers)
+
+    def _has_failed(self, key: str) -> bool:
+        return key in self._states and self._states[key].phase is Phase.FAILED
 
     async def _cache(self, request: BuildRequest, attempt: int, _peers: list[str]) -> None:
         started = time.monotonic()
@@ -350,19 +357,19 @@ class NodeAgent:
                 error = exc
             elif isinstance(exc, OSError):
                 error = StorageFailed(f"{exc}")
-            await self._fail(key, attempt, error, started)
+            await self._fail(key, attempt, error, time.monotonic() - started)
         except asyncio.CancelledError:
-            await self._fail(key, attempt, UvFailed("the build was stopped"), started)
+            stopped = UvFailed("the build was stopped")
+            await self._fail(key, attempt, stopped, time.monotonic() - started)
             raise
 
-    async def _fail(self, key: str, attempt: int, exc: RayEnvsError, started: float) -> None:
+    async def _fail(self, key: str, attempt: int, exc: RayEnvsError, duration_s: float = 0) -> None:
         error = exc.about(key=key, node_id=self._node_id).to_dict()
-        duration_s = time.monotonic() - started
         await self._tell(key, Phase.FAILED, attempt=attempt, error=error, duration_s=duration_s)
 
     async def _tell(self, key: str, phase: Phase, **fields: Any) -> None:
-        if phase is Phase.READY and self._gate is not None:
-            self._gate.clear(key)
+        if phase is Phase.READY and self._attendant is not None:
+            self._attendant.clear(key)
         self._states[key] = NodeEnvState(key=key, phase=phase, **fields)
         self._version += 1
         async with self._changed:
@@ -377,11 +384,3 @@ class NodeAgent:
                 self._changed.notify_all()
 
         self._waking = asyncio.ensure_future(notify())
-
-
-def _has_gate() -> bool:
-    """Whether the Ray that started this process has our plugin."""
-    try:
-        return has_plugin(os.environ.get(PLUGINS_VARIABLE))
-    except InvalidInput:  # set after Ray was started: it could not have read it
-        return False

@@ -132,7 +132,8 @@ class Maintenance:
                     except EnvironmentInUse as exc:
                         error = exc.to_dict()
                 if error is None and not is_discarded:
-                    error = await self._start_error(record)
+                    found = await self.start_error(record)
+                    error = found.to_dict() if found is not None else None
         return {
             "is_ready": record is not None,
             "damage": [each.model_dump() for each in damage[:_TOLD]],
@@ -159,14 +160,14 @@ class Maintenance:
             found.append(Damage(package="", path="../../../bin/python", kind="changed"))
         return found
 
-    async def _start_error(self, record: EnvRecord) -> dict[str, str] | None:
+    async def start_error(self, record: EnvRecord) -> RayEnvsError | None:
         """Why no Ray worker can start in an environment that matches its lock; None if one can."""
         site = self._store.site_packages(record.key, ".".join(record.python.split(".")[:2]))
         try:
             with self._store.no_use(record.key):
                 await self._worker_start.check(self._store.python(record.key), site, is_forced=True)
         except RayEnvsError as exc:
-            return exc.to_dict()
+            return exc
         return None
 
     async def _sharers(self, key: str, request: BuildRequest, damage: list[Damage]) -> list[str]:

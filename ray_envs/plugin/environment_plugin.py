@@ -17,7 +17,8 @@ from typing import Any
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
 from ray_envs.errors import RayEnvsError
-from ray_envs.plugin.gate import FIELD, Gate, Wish, marked, wish_of
+from ray_envs.plugin.gate import FIELD, Gate, Wish, marked, start_id, wish_of
+from ray_envs.worker.hold import START_VARIABLE
 
 #: How long a task may wait here for its environment. A variable of the node, not of the job.
 TIMEOUT_VARIABLE = "RAY_ENVS_GATE_TIMEOUT_S"
@@ -61,15 +62,24 @@ class EnvironmentPlugin(RuntimeEnvPlugin):  # type: ignore[misc, unused-ignore] 
         self,
         uri: str | None,  # noqa: ARG002  # see `get_uris`
         runtime_env: Any,
-        context: Any,  # noqa: ARG002
+        context: Any,
         logger: logging.Logger,
     ) -> float:
         """Wait until the environment is ready on this node.
 
-        Raises `RuntimeError`: it was refused, or is late; the text says why and what to do.
+        Raises `RuntimeError`: it was refused, or is late, or its workers end before they have
+        registered with Ray; the text says why and what to do.
         """
         wish = wish_of(runtime_env)
         if wish is not None:
+            # Ray repeats a failed setup with the same context, whose variables are those of the
+            # runtime_env itself.
+            context.env_vars.pop(START_VARIABLE, None)
+            start = start_id(wish.key, runtime_env)
+            context.env_vars[START_VARIABLE] = start
+            reason = await asyncio.to_thread(Gate(wish.root).refusal, start, 0)
+            if reason is not None:
+                raise _failed(wish, "has no worker that starts", reason, "")
             try:
                 await self._wait(wish, _limit_s(runtime_env), logger)
             except OSError as exc:

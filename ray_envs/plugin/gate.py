@@ -6,6 +6,7 @@ record, or a refusal. Standard library only: a failing import in Ray's process w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -162,6 +163,12 @@ class Gate:
 def field(key: str, attempt: int) -> dict[str, Any]:
     """Return the value of `FIELD` for a runtime_env."""
     return {"key": _checked(key), "attempt": attempt}
+
+
+def start_id(key: str, runtime_env: Mapping[str, Any]) -> str:
+    """Return what stands for all workers of a runtime_env: a refusal of it refuses them alone."""
+    text = json.dumps(dict(runtime_env), sort_keys=True, default=str)
+    return f"{_checked(key)[:40]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def wish_of(runtime_env: Mapping[str, Any]) -> Wish | None:

@@ -12,6 +12,10 @@ import os
 INSTALLED_AS = "_ray_envs_inside"
 #: The descriptor whose shared lock is the hold; open for as long as the process lives.
 hold_fd: int | None = None
+#: The folder below the root where workers tell their starts to the node's agent.
+STARTS = "starts"
+#: Our plugin gives it to a worker: the key of the environment and a hash of the runtime_env.
+START_VARIABLE = "RAY_ENVS_START"
 
 
 def take_hold() -> None:
@@ -47,9 +51,28 @@ def take_hold() -> None:
         raise SystemExit(f"ray_envs: cannot hold this environment: {exc}") from None
     if not is_held:
         raise SystemExit("ray_envs: this environment is being removed: " + venv)
+    _tell_start(os.path.dirname(path))
     _renew(path, os.getpid())
     atexit.unregister(_renew)  # the hold was closed and is taken again
     atexit.register(_renew, path, os.getpid())
+
+
+def _tell_start(store: str) -> None:
+    """Tell the node's agent that a Ray worker starts, so that it finds those that go no further.
+
+    The variable is inherited, so only Ray's own command counts.
+    """
+    import sys
+
+    start, words = os.environ.get(START_VARIABLE), sys.orig_argv
+    nodes = [word.partition("=")[2] for word in words if word.startswith("--node-id=")]
+    if not start or not nodes or not any(w.endswith("default_worker.py") for w in words[:5]):
+        return
+    path = os.path.join(os.path.dirname(store), STARTS, f"{nodes[0]}.{start}.{os.getpid()}")
+    try:  # noqa: SIM105 - contextlib is not imported at every interpreter start
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    except OSError:  # no agent has made the folder, or the disk is full
+        pass
 
 
 def _renew(hold: str, pid: int) -> None:

@@ -25,8 +25,7 @@ from ray_envs.errors import ManagerUnavailable
 from ray_envs.manager import fleet
 from ray_envs.manager.fleet import Fleet
 from ray_envs.models import BuildRequest, NodeEnvState, Phase
-from ray_envs.node import agent as agents
-from ray_envs.node import bytecode, startup
+from ray_envs.node import attendant, bytecode, startup
 from ray_envs.node.agent import NodeAgent
 from ray_envs.node.store import Store
 from ray_envs.plugin.gate import PLUGINS_VARIABLE, Gate, with_plugin
@@ -619,7 +618,7 @@ def test_an_agent_attends_its_gate_whatever_goes_wrong_there(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(PLUGINS_VARIABLE, with_plugin(None))
-    monkeypatch.setattr(agents, "_ATTEND_S", 0.01)
+    monkeypatch.setattr(attendant, "_ATTEND_S", 0.01)
     looks = []
     asked = Gate.asked
 

@@ -342,5 +342,7 @@ print(sorted(name for name in sys.modules if name.startswith("ray_envs")))
             "ray_envs.plugin",
             "ray_envs.plugin.environment_plugin",
             "ray_envs.plugin.gate",
+            "ray_envs.worker",
+            "ray_envs.worker.hold",
         ]
     )
