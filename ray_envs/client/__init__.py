@@ -26,6 +26,7 @@ when an item starts; what happens while the manager is away        item_queue
 which item is next, and which nodes have room for it               scheduling
 how an item starts, is watched, times out, is started again        dispatch
 how a batch notices that its cluster has ended                     cluster_watch
+which nodes live, while the head may be gone                       node_table
 why the workers of a variant do not start                          start_checks
 what is sent to the workers                                        payload
 an item, and how its result is made                                items

@@ -16,6 +16,7 @@ from ray_envs.client import scheduling
 from ray_envs.client.cluster_watch import ClusterWatch
 from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.items import Item, broken, not_run, result_of, unreadable
+from ray_envs.client.node_table import NodeTable
 from ray_envs.client.payload import Payload
 from ray_envs.client.start_checks import StartChecks
 from ray_envs.decisions import placement
@@ -54,7 +55,7 @@ class Dispatcher:
         self._provider = provider
         self._prefix = prefix
         self.items: dict[Any, Item] = {}
-        self._totals = scheduling.node_totals()
+        self._nodes = NodeTable()
         self._looked_at = time.monotonic()
         self._cluster = ClusterWatch()
         #: By variant: when its environment was read last, and the answer.
@@ -71,7 +72,7 @@ class Dispatcher:
         """Return the item to start now, or None; see `scheduling.next_item`."""
         now = time.monotonic()
         able = [i for i in waiting if self._unready.get(i.environment["key"], 0.0) <= now]
-        return scheduling.next_item(able, self.items.values(), warm, self._totals)
+        return scheduling.next_item(able, self.items.values(), warm, self._nodes.totals)
 
     def launch(self, item: Item) -> bool:
         """Start one item in its variant's environment, on a node where that is ready.
@@ -89,7 +90,7 @@ class Dispatcher:
             refused = self._refusing_nodes(environment)
             ready = [node_id for node_id in environment["ready_nodes"] if node_id not in refused]
             preparing = [*environment["preparing_nodes"], *refused]
-            nodes = scheduling.able_nodes(item, ready, preparing, self._totals)
+            nodes = scheduling.able_nodes(item, ready, preparing, self._nodes.totals)
         except EnvironmentNotReady:
             now = time.monotonic()
             item.unready_at = item.unready_at or now
@@ -149,7 +150,7 @@ class Dispatcher:
         if item.attempts or now - fetched_at > _FRESH_S:
             environment = self._provider.environment(name, prepare=False)
             self._fetched[name] = (now, environment)
-            self._totals = scheduling.node_totals()
+            self._nodes.look()
         if item.attempts:
             check_key(name, environment, item.environment["key"])
         elif environment["key"] != item.environment["key"]:
@@ -166,7 +167,7 @@ class Dispatcher:
         import ray
 
         is_fresh = self._refresh_nodes()
-        self._cluster.check(self._totals)
+        self._cluster.check(self._nodes.totals)
         if not self.items:
             if self._unready:  # nothing runs, and items wait for their environment
                 time.sleep(_WAIT_S)
@@ -194,8 +195,7 @@ class Dispatcher:
         if now - self._looked_at < _WATCHDOG_S or not self._cluster.head_answers():
             return False
         self._looked_at = now
-        self._totals = scheduling.node_totals()
-        return True
+        return self._nodes.look()
 
     def _advance(self, stream: Any, item: Item) -> tuple[ItemResult | None] | None:
         """Read the next message of an item.
@@ -282,7 +282,7 @@ class Dispatcher:
         loses its power closes no connection, and Ray waits for its answer although it knows that
         the node is dead.
         """
-        now, alive = time.monotonic(), set(self._totals)
+        now, alive = time.monotonic(), set(self._nodes.totals)
         for stream, item in list(self.items.items()):
             if item.began is not None and item.began["node_id"] not in alive:
                 self._end(stream)

@@ -154,7 +154,11 @@ def makes_tokens() -> bool:
 
 
 def token_header() -> dict[str, str]:
-    """Return the header with this user's token; empty if there is none, or Ray has no tokens."""
+    """Return the header with this user's token; empty if there is none, or Ray has no tokens.
+
+    Ray keeps what it has read, and a process that has a token refuses all that come without one,
+    whatever its mode is: workers of a cluster without tokens could not give it their results.
+    """
     loader = _token_loader()
     if loader is None:
         return {}
@@ -164,6 +168,9 @@ def token_header() -> dict[str, str]:
         return dict(loader.get_token_for_http_header(ignore_auth_mode=True))
     except AuthenticationError:
         return {}
+    finally:
+        if os.environ.get(AUTH_MODE) != "token":
+            loader.reset_cache()
 
 
 def read_token_again() -> None:

@@ -141,6 +141,34 @@ def test_a_token_is_used_where_it_is_wanted_and_its_lack_is_told_at_once(lost: S
     assert told.code == 0, told.err  # RAY_AUTH_MODE is not set
 
 
+#: A process that has read its token would refuse what workers without one report.
+HAS_A_TOKEN = """
+import ray
+from ray_envs.cluster.ray_versions import token_header
+
+assert token_header()
+ray.init("local", num_cpus=1, include_dashboard=False)
+
+@ray.remote(num_returns="streaming")
+def told():
+    yield "told"
+
+(ready,), _ = ray.wait([told.remote()], timeout=30, fetch_local=False)
+print(ray.get(next(ready)))
+ray.shutdown()
+"""
+
+
+@pytest.mark.skipif(not has_tokens(), reason="this Ray has no tokens")
+def test_who_has_a_token_gets_results_of_a_cluster_without_tokens(lost: Shell) -> None:
+    """The workers have no token: a cluster does not give them the driver's variables."""
+    driver = lost.command(
+        ["env", "RAY_AUTH_MODE=disabled", BIN / "python", "-c", HAS_A_TOKEN.lstrip()]
+    )
+    told = ended(driver, within_s=90)
+    assert (told.code, told.out.strip()) == (0, "told"), told.err
+
+
 @pytest.mark.timeout(240)
 def test_a_home_that_cannot_be_written_is_no_matter_or_is_named(
     lost: Shell, tmp_path: Path
