@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +44,17 @@ def is_running(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def left_after(processes: Iterable[psutil.Process], within_s: float) -> list[psutil.Process]:
+    """Those that still run after so many seconds; returns as soon as none does.
+
+    `psutil.wait_procs` fails on some kernels when a process ends at the wrong moment.
+    """
+    deadline = time.monotonic() + within_s
+    while (left := [p for p in processes if is_running(p)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
 class Processes:
@@ -123,5 +134,4 @@ def cluster(
         ours = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
         provider.close()
         provider.close()
-        _, alive = psutil.wait_procs(ours, timeout=30)
-        assert [p for p in alive if is_running(p)] == []
+        assert left_after(ours, 30) == []

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 import uv
 
 from ray_envs.cluster.ray_versions import TESTED
 from tests.cluster.cli_tools import Shell, ended
+from tests.cluster.conftest import left_after
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(1200)]
 
@@ -54,7 +54,7 @@ def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shell]:
     finally:
         for process in made.processes():
             process.kill()
-        psutil.wait_procs(made.processes(), timeout=30)
+        left_after(made.processes(), 30)
         shutil.rmtree(folder, ignore_errors=True)
 
 

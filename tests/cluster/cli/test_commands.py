@@ -900,7 +900,7 @@ def kill_9(process: subprocess.Popen[str], shell: Shell) -> None:
     """Kill a command; all that it had started must end by itself."""
     process.kill()
     ended(process)
-    shell.check_idle(within_s=30, but=AGENTS_OF_RAY)
+    shell.check_idle(within_s=90, but=AGENTS_OF_RAY)
     for agent in shell.processes():
         agent.kill()
 

@@ -22,6 +22,7 @@ from ray_envs import (
 from ray_envs.client.code_folder import pack_code
 from ray_envs.errors import WorkerCannotStart
 from ray_envs.node.store import Store
+from tests.cluster.conftest import left_after
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -205,7 +206,7 @@ def kill_agent() -> None:
             continue
     assert len(agents) == 1
     agents[0].kill()
-    psutil.wait_procs(agents, timeout=10)
+    assert left_after(agents, 10) == []
 
 
 @pytest.mark.parametrize("when", ["before create", "before prepare"])

@@ -24,7 +24,7 @@ from ray_envs import Settings
 from ray_envs.manager.registry import Registry
 from ray_envs.node.store import Store
 from ray_envs.testing import FakeUv, StopPoint
-from tests.cluster.conftest import is_running, wait_until
+from tests.cluster.conftest import is_running, left_after, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -110,8 +110,7 @@ class Session:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._driver.communicate()
-        _, alive = psutil.wait_procs(doomed, timeout=30)
-        assert [process for process in alive if is_running(process)] == []
+        assert left_after(doomed, 30) == []
 
     def close(self) -> None:
         if self._driver.poll() is None:
@@ -122,7 +121,7 @@ class Session:
                 for process in ours:
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
-                psutil.wait_procs(ours, timeout=30)
+                left_after(ours, 30)
 
 
 class World:
@@ -268,7 +267,7 @@ def test_a_verb_in_which_an_actor_is_killed_is_done_when_it_answers(
     stop = world.begun(name)
     actor = world.session.actor(victim)
     actor.kill()
-    psutil.wait_procs([actor], timeout=10)
+    assert left_after([actor], 10) == []
     stop.open()
     world.check_done(name, world.session.answer())
     outcomes = world.settled(name)

@@ -30,7 +30,7 @@ from ray_envs.decisions import placement
 from ray_envs.node.store import Store
 from ray_envs.plugin.environment_plugin import TIMEOUT_VARIABLE, EnvironmentPlugin, _limit_s
 from ray_envs.plugin.gate import FIELD, PLUGINS_VARIABLE, Gate, field, reason_in, with_plugin
-from tests.cluster.conftest import NEW_SIX, OLD_SIX, wait_until
+from tests.cluster.conftest import NEW_SIX, OLD_SIX, left_after, wait_until
 
 #: Long for a machine that is busy; nothing waits so long where all is well.
 WITHIN_S = 60
@@ -156,8 +156,8 @@ class Node:
             for process in [self._root, *ours]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            _, alive = psutil.wait_procs(ours, timeout=30)
-        assert alive == []
+            left = left_after(ours, 30)
+        assert left == []
 
 
 @pytest.fixture(scope="module")
