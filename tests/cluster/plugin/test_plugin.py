@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
@@ -283,7 +284,7 @@ def create(plugin: EnvironmentPlugin, root: Path, *, attempt: int = 1) -> Any:
     """What Ray awaits, for an environment that is not below `root`."""
     environment = placement.runtime_env(str(Store(Settings(root=root)).venv(KEY)), {})
     runtime_env = RuntimeEnv(**environment, **{FIELD: field(KEY, attempt)})
-    return plugin.create(None, runtime_env, None, logging.getLogger("test"))
+    return plugin.create(None, runtime_env, SimpleNamespace(env_vars={}), logging.getLogger("test"))
 
 
 def failed(plugin: EnvironmentPlugin, root: Path, *, attempt: int = 1) -> str:
