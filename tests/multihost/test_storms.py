@@ -1,6 +1,6 @@
 """Faults in the middle of a running batch, on four hosts: every item ends once, and rightly so.
 
-First all in one batch; then, by hand, one by one, from harmless to destructive. Each test ends with
+By hand: first all in one batch; then one by one, from harmless to destructive. Each test ends with
 all live hosts ready again, which `storm` waits for. The last ones have a head that takes a silent
 node for dead after 5 s.
 """
@@ -145,6 +145,7 @@ def slowed(host: Host) -> Iterator[None]:
 # -- all at once
 
 
+@pytest.mark.thorough
 def test_a_batch_that_meets_every_storm_gives_every_result_once(storm: World) -> None:
     """One host dies, one joins, one loses its store, one its cable for 20 s; then a disk fills."""
     killed, wiped, cut = storm.live[1:4]
