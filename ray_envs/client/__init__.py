@@ -28,6 +28,7 @@ how an item starts, is watched, times out, is started again        dispatch
 how a batch notices that its cluster has ended                     cluster_watch
 which nodes live, while the head may be gone                       node_table
 why the workers of a variant do not start                          start_checks
+how many items share a Ray task, and where they are                lanes
 what is sent to the workers                                        payload
 an item, and how its result is made                                items
 """

@@ -1,4 +1,4 @@
-"""Starts the items of a batch as Ray tasks, watches them, and reports how each one ended.
+"""Starts lanes of items as Ray tasks, watches them, and reports how each item ended.
 
 Runs in the user's program. `item_queue` decides when an item starts and keeps the results. Here is
 all that touches Ray's tasks: nodes, messages of a task, time-outs, lost workers and lost nodes.
@@ -7,7 +7,8 @@ all that touches Ray's tasks: nodes, messages of a task, time-outs, lost workers
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,18 +16,13 @@ from ray_envs.batch_models import ItemResult
 from ray_envs.client import scheduling
 from ray_envs.client.cluster_watch import ClusterWatch
 from ray_envs.client.environments import EnvironmentProvider
-from ray_envs.client.items import Item, broken, not_run, result_of, unreadable
+from ray_envs.client.items import Item, broken, check_key, not_run, result_of, unreadable
+from ray_envs.client.lanes import Lane, Paces
 from ray_envs.client.node_table import NodeTable
 from ray_envs.client.payload import Payload
 from ray_envs.client.start_checks import StartChecks
 from ray_envs.decisions import placement
-from ray_envs.errors import (
-    EnvironmentNotReady,
-    ManagerUnavailable,
-    NotFound,
-    RayEnvsError,
-    WrongEnvironment,
-)
+from ray_envs.errors import EnvironmentNotReady, ManagerUnavailable, NotFound, RayEnvsError
 from ray_envs.plugin import gate
 
 #: How long one wait for results lasts. Time-outs, cancels and lost nodes are noticed after it.
@@ -45,16 +41,24 @@ _UNREADY_S = 1.0
 _REFUSED_S = 10.0
 #: How many such starts of one item do not count as retries.
 _MAX_REFUSALS = 3
+#: How many messages of one lane are read before the other lanes have their turn.
+_IN_A_ROW = 100
+
+#: An item that has ended and its result; None if it must be started again.
+End = tuple[Item, ItemResult | None]
 
 
 class Dispatcher:
-    """Starts items, watches the running ones (`items`, by task), and reports how they ended."""
+    """Starts items, watches the running ones (`lanes`, by task), and reports how they ended."""
 
     def __init__(self, payload: Payload, provider: EnvironmentProvider, prefix: str) -> None:
         self._payload = payload
         self._provider = provider
         self._prefix = prefix
-        self.items: dict[Any, Item] = {}
+        self.lanes: dict[Any, Lane] = {}
+        #: The keys of environments in which a lane has ended since `ended`: a worker is free.
+        self.freed: list[str] = []
+        self._paces = Paces()
         self._nodes = NodeTable()
         self._looked_at = time.monotonic()
         self._cluster = ClusterWatch()
@@ -68,21 +72,33 @@ class Dispatcher:
         #: By key and node id: until when no item of that environment goes to that node.
         self._refused: dict[tuple[str, str], float] = {}
 
-    def next_item(self, waiting: Iterable[Item], warm: list[str]) -> Item | None:
+    def pending(self) -> int:
+        """Return how many items were started and have not ended."""
+        return sum(len(lane.items) for lane in self.lanes.values())
+
+    def next_item(
+        self, firsts: Iterable[Item], left: Mapping[str, int], warm: list[str]
+    ) -> Item | None:
         """Return the item to start now, or None; see `scheduling.next_item`."""
         now = time.monotonic()
-        able = [i for i in waiting if self._unready.get(i.environment["key"], 0.0) <= now]
-        return scheduling.next_item(able, self.items.values(), warm, self._nodes.totals)
+        able = [item for item in firsts if self._unready.get(item.key, 0.0) <= now]
+        running = [lane.first for lane in self.lanes.values()]
+        return scheduling.next_item(able, left, running, warm, self._nodes.totals)
 
-    def launch(self, item: Item) -> bool:
-        """Start one item in its variant's environment, on a node where that is ready.
+    def chunk(self, item: Item, left: int) -> int:
+        """Return how many items, of the variant of `item`, to start together."""
+        return self._paces.chunk(item, left, scheduling.slots(item, self._nodes.totals))
 
-        Returns true if it was started; False if it must wait until a node has the environment.
+    def launch(self, items: Sequence[Item]) -> bool:
+        """Start items of one variant in its environment, on a node where that is ready.
+
+        Returns true if they were started; False if they must wait until a node has the environment.
 
         Raises:
             ManagerUnavailable: the cluster's head does not answer now.
-            RayEnvsError: no node can run it.
+            RayEnvsError: no node can run them.
         """
+        item = items[0]
         if not self._cluster.head_answers():
             raise ManagerUnavailable("the cluster's head does not answer")
         try:
@@ -96,11 +112,26 @@ class Dispatcher:
             item.unready_at = item.unready_at or now
             if now - item.unready_at > self._provider.prepare_timeout_s():
                 raise
-            self._unready[item.environment["key"]] = now + _UNREADY_S
+            self._unready[item.key] = now + _UNREADY_S
             return False
         item.unready_at = None
+        options = self._options(item, environment, nodes)
+        now = time.monotonic()
+        for each in items:
+            each.environment, each.launched_at, each.nodes = environment, now, tuple(nodes)
+            each.began = each.outcome = each.deadline = None
+        item.attempts += 1
+        payload = self._payload
+        calls = [{"args": list(i.case.args), "kwargs": i.case.kwargs} for i in items]
+        task = payload.task.options(**options)
+        stream = task.remote(payload.shared(environment), calls, payload.function, payload.code)
+        self.lanes[stream] = Lane(deque(items), tuple(nodes), lead=item)
+        return True
+
+    @staticmethod
+    def _options(item: Item, environment: Mapping[str, Any], nodes: list[str]) -> dict[str, Any]:
         limits = item.limits
-        options = placement.options(
+        return placement.options(
             # A task that waits at a node for its environment holds that node's CPUs meanwhile,
             # so name ready nodes only.
             {**environment, "preparing_nodes": [], "may_spread": False},
@@ -115,15 +146,6 @@ class Dispatcher:
             variant_id=item.variant_id,
             nodes=nodes,
         )
-        item.attempts += 1
-        item.nodes = tuple(nodes)
-        item.launched_at = time.monotonic()
-        item.began = item.outcome = item.deadline = None
-        payload = self._payload
-        request = payload.request(environment, item.case)
-        task = payload.task.options(**options)
-        self.items[task.remote(request, payload.function, payload.code)] = item
-        return True
 
     def _refusing_nodes(self, environment: Mapping[str, Any]) -> list[str]:
         """Return the nodes where an item has just found the environment missing."""
@@ -157,7 +179,7 @@ class Dispatcher:
             return item.environment
         return environment
 
-    def ended(self) -> Iterator[tuple[Item, ItemResult | None]]:
+    def ended(self) -> Iterator[End]:
         """Wait at most `_WAIT_S`; yield each item that ended, and its result.
 
         The result is None if the item must be started again.
@@ -166,25 +188,25 @@ class Dispatcher:
         """
         import ray
 
+        self.freed = []
         is_fresh = self._refresh_nodes()
         self._cluster.check(self._nodes.totals)
-        if not self.items:
+        if not self.lanes:
             if self._unready:  # nothing runs, and items wait for their environment
                 time.sleep(_WAIT_S)
             return
-        waiting = list(self.items)
+        waiting = list(self.lanes)
         ready, _ = ray.wait(waiting, num_returns=1, timeout=_WAIT_S, fetch_local=False)
         if ready:  # take every message that has arrived, without waiting longer
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
         for stream in ready:
-            item = self.items[stream]
-            end = self._advance(stream, item)
-            if end is not None:
-                if item.outcome is not None and item.outcome["is_unfit"]:
-                    self._end(stream)  # no other item must meet that worker
-                else:
-                    del self.items[stream]
-                yield item, end[0]
+            for _ in range(_IN_A_ROW):
+                yield from self._advance(stream, self.lanes[stream])
+                if (
+                    stream not in self.lanes
+                    or not ray.wait([stream], timeout=0, fetch_local=False)[0]
+                ):
+                    break
         yield from self._overdue()
         if is_fresh:
             yield from self._stranded()
@@ -197,33 +219,61 @@ class Dispatcher:
         self._looked_at = now
         return self._nodes.look()
 
-    def _advance(self, stream: Any, item: Item) -> tuple[ItemResult | None] | None:
-        """Read the next message of an item.
-
-        Returns:
-            None while the item runs. When it has ended, a tuple of one: its result, or None if it
-            must be started again.
-        """
+    def _advance(self, stream: Any, lane: Lane) -> list[End]:
+        """Read the next message of a lane; return the items that have ended with it."""
         import ray
-        from ray import exceptions
 
         try:
             message = ray.get(next(stream))
-            if item.began is None and "kind" not in message:
-                item.began = message
-                item.deadline = time.monotonic() + item.limits.timeout_s
-                return None
-            if item.outcome is None:
-                item.outcome = message
-                if message["kind"] == "environment":  # missing, damaged, or not the right one
-                    return self._again_elsewhere(item, message)
-                if message["error"] is not None or self._payload.entrypoint is not None:
-                    return (result_of(item, message["value"]),)
-                return None
-            return (result_of(item, message),)
-        except StopIteration:
-            return self._again_or(item, "WorkerLost", "the worker ended without a result")
-        except (
+        except Exception as exc:
+            for item in lane.items:  # what the lost worker told last may be lost, too
+                item.is_suspect = True
+            return self._over(stream, self._loss(lane.first, exc))
+        if lane.awaits_value:
+            lane.awaits_value = False
+            result = result_of(lane.first, message)
+            if (lane.first.outcome or {})["is_unfit"]:
+                return self._over(stream, result)
+            ends: list[End] = [(lane.items.popleft(), result)]
+        else:
+            ends = self._told(stream, lane, message)
+        if not lane.items:
+            self.freed.append(lane.lead.key)
+            del self.lanes[stream]
+        return ends
+
+    def _told(self, stream: Any, lane: Lane, message: Mapping[str, Any]) -> list[End]:
+        """Take a message of a lane that is not a value; return the items that have ended."""
+        ends: list[End] = []
+        outcome = message.get("ended")
+        if outcome is not None:
+            item = lane.first
+            item.outcome = outcome
+            self._paces.note(item)
+            if outcome["kind"] == "environment":  # missing, damaged, or not the right one
+                return self._over(stream, self._again_elsewhere(item, outcome))
+            if outcome["error"] is None and "value" not in outcome:
+                lane.awaits_value = True
+                return []
+            result = result_of(item, outcome.get("value"))
+            if outcome["is_unfit"]:
+                return self._over(stream, result)
+            ends = [(lane.items.popleft(), result)]
+        if "began" in message:
+            lane.begin(message["began"])
+        return ends
+
+    def _over(self, stream: Any, result: ItemResult | None) -> list[End]:
+        """End a lane whose first item has this result; its other items must be started again."""
+        lane = self.lanes[stream]
+        self._end(stream)  # no other item must meet that worker
+        return [(item, result if item is lane.first else None) for item in lane.items]
+
+    def _loss(self, item: Item, exc: Exception) -> ItemResult | None:
+        """Return the result of an item whose task has ended with an error; None: start it again."""
+        from ray import exceptions
+
+        lost = (
             exceptions.WorkerCrashedError,
             exceptions.NodeDiedError,
             exceptions.ObjectLostError,
@@ -231,19 +281,21 @@ class Dispatcher:
             exceptions.OutOfMemoryError,
             exceptions.TaskUnschedulableError,  # the named nodes are gone
             exceptions.RuntimeEnvSetupError,
-        ) as exc:
+        )
+        if isinstance(exc, StopIteration):
+            return self._again_or(item, "WorkerLost", "the worker ended without a result")
+        if isinstance(exc, lost):
             text = str(exc)
             return self._again_or(item, type(exc).__name__, gate.reason_in(text) or text)
-        except exceptions.RayTaskError as exc:
+        if isinstance(exc, exceptions.RayTaskError):
             if item.began is None:  # Ray failed in a worker that an item before it has spoilt
                 return self._again_or(item, type(exc.cause).__name__, str(exc.cause))
-            return (broken(item, type(exc.cause).__name__, str(exc.cause), str(exc)),)
-        except Exception as exc:
-            if item.outcome is not None:  # it has ended well, and its value has arrived
-                return (unreadable(item, exc),)
-            return (broken(item, type(exc).__name__, str(exc)),)
+            return broken(item, type(exc.cause).__name__, str(exc.cause), str(exc))
+        if item.outcome is not None:  # it has ended well, and its value has arrived
+            return unreadable(item, exc)
+        return broken(item, type(exc).__name__, str(exc))
 
-    def _again_elsewhere(self, item: Item, message: Mapping[str, Any]) -> tuple[ItemResult | None]:
+    def _again_elsewhere(self, item: Item, message: Mapping[str, Any]) -> ItemResult | None:
         """Start an item again that found something wrong where it ran.
 
         If the user's function had not been called, this does not count as a retry. The first item
@@ -254,59 +306,59 @@ class Dispatcher:
         if not message["is_first"]:
             item.unfit_workers += not message["has_run"]
         elif not message["has_run"] and began:
-            self._refused[item.environment["key"], began["node_id"]] = time.monotonic() + _REFUSED_S
+            self._refused[item.key, began["node_id"]] = time.monotonic() + _REFUSED_S
             item.refusals += item.refusals < _MAX_REFUSALS
         return self._again_or(item, message["error"]["type"], message["error"]["message"])
 
     @staticmethod
-    def _again_or(item: Item, kind: str, message: str) -> tuple[ItemResult | None]:
+    def _again_or(item: Item, kind: str, message: str) -> ItemResult | None:
         """Start a lost item again; when no retry is left, the loss is its result."""
         if item.attempts - item.refusals - item.unfit_workers <= item.limits.retries:
-            return (None,)
-        return (broken(item, kind, message),)
+            return None
+        return broken(item, kind, message)
 
-    def _overdue(self) -> Iterator[tuple[Item, ItemResult | None]]:
+    def _overdue(self) -> Iterator[End]:
         now = time.monotonic()
-        for stream, item in list(self.items.items()):
+        for stream, lane in list(self.lanes.items()):
+            item = lane.first
             if item.deadline is not None and now > item.deadline:
-                self._end(stream)
-                yield (
-                    item,
-                    broken(item, "ItemTimeout", f"did not end within {item.limits.timeout_s:g} s"),
-                )
+                text = f"did not end within {item.limits.timeout_s:g} s"
+                yield from self._over(stream, broken(item, "ItemTimeout", text))
 
-    def _stranded(self) -> Iterator[tuple[Item, ItemResult | None]]:
-        """End the items whose nodes have died or whose environment is lost.
+    def _stranded(self) -> Iterator[End]:
+        """End the lanes whose nodes have died or whose environment is lost.
 
-        Ray would wait for them for ever. That is also true of an item that was running: a node that
+        Ray would wait for them for ever. That is also true of a lane that was running: a node that
         loses its power closes no connection, and Ray waits for its answer although it knows that
         the node is dead.
         """
         now, alive = time.monotonic(), set(self._nodes.totals)
-        for stream, item in list(self.items.items()):
-            if item.began is not None and item.began["node_id"] not in alive:
-                self._end(stream)
-                yield item, self._again_or(item, "WorkerLost", "its node has died")[0]
-        waiting = [(stream, item) for stream, item in self.items.items() if item.began is None]
-        lost = self._lost(
-            {item.variant_id for _, item in waiting if now - item.launched_at > _LONG_S}
-        )
+        for stream, lane in list(self.lanes.items()):
+            if lane.node_id is not None and lane.node_id not in alive:
+                yield from self._over(
+                    stream, self._again_or(lane.first, "WorkerLost", "its node has died")
+                )
+        waiting = [(stream, lane) for stream, lane in self.lanes.items() if lane.node_id is None]
+        ages = {lane.lead.variant_id: now - lane.launched_at for _, lane in waiting}
+        for _, lane in waiting:
+            name = lane.lead.variant_id
+            ages[name] = max(ages[name], now - lane.launched_at)
+        lost = self._lost({name for name, age in ages.items() if age > _LONG_S})
         bound_s = self._provider.worker_start_timeout_s()
-        for name in {i.variant_id for _, i in waiting if now - i.launched_at > bound_s} - set(lost):
+        for name in {name for name, age in ages.items() if age > bound_s} - set(lost):
             error = self._start_checks.error_of(self._prefix + name)
             if error is not None:
                 lost[name] = error
-        for stream, item in waiting:
-            if item.variant_id in lost:
-                self._end(stream)
-                yield item, not_run(item, lost[item.variant_id])
-            elif not alive & set(item.nodes) or (
+        for stream, lane in waiting:
+            name = lane.lead.variant_id
+            if name in lost:
+                yield from self._over(stream, not_run(lane.first, lost[name]))
+            elif not alive & set(lane.nodes) or (
                 # Ray may have asked a dead node for a worker. If the machine closed no connection,
                 # that request fails after minutes, and items with the same nodes wait behind it.
-                not alive >= set(item.nodes) and now - item.launched_at > _LONG_S
+                not alive >= set(lane.nodes) and now - lane.launched_at > _LONG_S
             ):
-                self._end(stream)
-                yield item, None
+                yield from self._over(stream, None)
 
     def _lost(self, variant_ids: set[str]) -> dict[str, RayEnvsError]:
         """Return the variants whose environment no node will have again, each with the error."""
@@ -323,7 +375,7 @@ class Dispatcher:
     def _end(self, stream: Any) -> None:
         import ray
 
-        del self.items[stream]
+        del self.lanes[stream]
         with suppress(Exception):  # the task may have ended just now
             ray.cancel(stream, force=True)
 
@@ -332,22 +384,6 @@ class Dispatcher:
         import ray
 
         if ray.is_initialized() and not self._cluster.is_lost:
-            for stream in list(self.items):
+            for stream in list(self.lanes):
                 self._end(stream)
-        self.items.clear()
-
-
-def check_key(name: str, environment: Mapping[str, Any], key: str | None) -> None:
-    """Check that a variant still has the environment `key`; None accepts any.
-
-    Raises `WrongEnvironment`: it has another one, because its spec was replaced.
-    """
-    if key is not None and environment["key"] != key:
-        raise WrongEnvironment(
-            f"variant {name!r} was replaced while the batch ran: its environment is now "
-            f"{environment['key'][:10]}, not {key[:10]}",
-            variant_id=name,
-            key=key,
-            hint="another run or `create --replace` changed it: run one batch at a time, or use "
-            "other ids",
-        )
+        self.lanes.clear()

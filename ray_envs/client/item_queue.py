@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 from ray_envs.batch_models import ItemResult
@@ -23,6 +23,40 @@ _CALL_LIMIT_S = 15.0
 _PAUSE_S = 0.5
 
 
+class Waiting:
+    """The items that wait for their start, by variant, in their order."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._by_variant: dict[str, deque[Item]] = {}
+        #: How many wait for each environment, by its key.
+        self.left: Counter[str] = Counter()
+        for item in items:
+            self._by_variant.setdefault(item.variant_id, deque()).append(item)
+            self.left[item.key] += 1
+
+    def __bool__(self) -> bool:
+        return any(self._by_variant.values())
+
+    def firsts(self) -> list[Item]:
+        """The first item of each variant."""
+        return [items[0] for items in self._by_variant.values() if items]
+
+    def take(self, item: Item, count: int) -> list[Item]:
+        """Remove and return a first item, and up to `count` - 1 of those after it, which may share its task."""
+        items = self._by_variant[item.variant_id]
+        taken = [items.popleft()]
+        while items and len(taken) < count and items[0].may_share:
+            taken.append(items.popleft())
+        self.left[item.key] -= len(taken)
+        return taken
+
+    def put_back(self, items: Iterable[Item]) -> None:
+        """Put items in front of the others."""
+        for item in reversed(list(items)):
+            self._by_variant.setdefault(item.variant_id, deque()).appendleft(item)
+            self.left[item.key] += 1
+
+
 class ItemQueue:
     """Starts `items`, at most `max_pending` at a time, until `cancelled` is set."""
 
@@ -34,7 +68,7 @@ class ItemQueue:
         cancelled: threading.Event,
     ) -> None:
         self._dispatcher = dispatcher
-        self._waiting = deque(items)
+        self._waiting = Waiting(items)
         self._max_pending = max_pending
         self._cancelled = cancelled
         self._results: deque[ItemResult] = deque()
@@ -45,7 +79,7 @@ class ItemQueue:
 
     def results(self) -> Iterator[ItemResult]:
         """Start the items and yield each result, until all have ended or the batch is cancelled."""
-        while self._waiting or self._dispatcher.items or self._results:
+        while self._waiting or self._dispatcher.lanes or self._results:
             self._launch()
             # After the starts: the caller may take long with each result.
             while self._results:
@@ -53,40 +87,42 @@ class ItemQueue:
             if self._cancelled.is_set():
                 return
             self._collect()
-            if self._away_at is not None and not self._dispatcher.items:
+            if self._away_at is not None and not self._dispatcher.lanes:
                 self._cancelled.wait(_PAUSE_S)
 
     def _launch(self) -> None:
         """Start items while there is room for them and the manager answers."""
-        while self._waiting and len(self._dispatcher.items) < self._max_pending:
+        while self._waiting and (room := self._max_pending - self._dispatcher.pending()) > 0:
             if self._results and self._away_at is not None:  # a start may take long now
                 return
-            item = self._dispatcher.next_item(self._waiting, self._warm)
+            waiting = self._waiting
+            item = self._dispatcher.next_item(waiting.firsts(), waiting.left, self._warm)
             if item is None or self._cancelled.is_set():
                 return
-            self._waiting.remove(item)
+            count = self._dispatcher.chunk(item, waiting.left[item.key])
+            items = waiting.take(item, min(count, room))
             try:
                 with call_limit(_CALL_LIMIT_S):
-                    if not self._dispatcher.launch(item):
-                        self._waiting.append(item)
+                    if not self._dispatcher.launch(items):
+                        waiting.put_back(items)
                 self._away_at = None
             except ManagerUnavailable as exc:
                 self._away_at = self._away_at or time.monotonic()
                 if time.monotonic() - self._away_at > RESTART_S:
                     self._results.append(not_run(item, exc))
-                else:
-                    self._waiting.appendleft(item)
+                    items = items[1:]
+                waiting.put_back(items)
                 return
             except RayEnvsError as exc:
                 self._results.append(not_run(item, exc))
+                waiting.put_back(items[1:])
 
     def _collect(self) -> None:
         """Take the results of items that ended; put those to start again in front of the others."""
-        self._warm = []
         with call_limit(_CALL_LIMIT_S):
             for item, result in self._dispatcher.ended():
-                self._warm.append(item.environment["key"])
                 if result is None:
-                    self._waiting.appendleft(item)
+                    self._waiting.put_back([item])
                 else:
                     self._results.append(result)
+        self._warm = self._dispatcher.freed

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 from ray_envs.batch_models import CaseSpec, ErrorInfo, ItemResult, RunDefaults
-from ray_envs.errors import RayEnvsError
+from ray_envs.errors import RayEnvsError, WrongEnvironment
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +21,8 @@ class Item:
     case: CaseSpec
     limits: RunDefaults
     call_sha256: str | None
+    #: Its place in the order of the batch.
+    number: int = 0
     attempts: int = 0
     environment: dict[str, Any] = field(default_factory=dict)
     fetched_at: float = 0.0
@@ -35,6 +38,18 @@ class Item:
     refusals: int = 0
     #: How often it met a worker that an earlier item had made unfit.
     unfit_workers: int = 0
+    #: Whether it was in a lane whose worker was lost: it is perhaps the one that ended it.
+    is_suspect: bool = False
+
+    @property
+    def key(self) -> str:
+        """The key of its environment."""
+        return str(self.environment["key"])
+
+    @property
+    def may_share(self) -> bool:
+        """Whether it may be started together with others."""
+        return not (self.is_suspect or self.attempts or self.refusals or self.unfit_workers)
 
 
 def result_of(item: Item, value: Any) -> ItemResult:
@@ -96,3 +111,19 @@ def _filled(item: Item, **fields: Any) -> ItemResult:
         call_sha256=item.call_sha256,
         **fields,
     )
+
+
+def check_key(name: str, environment: Mapping[str, Any], key: str | None) -> None:
+    """Check that a variant still has the environment `key`; None accepts any.
+
+    Raises `WrongEnvironment`: it has another one, because its spec was replaced.
+    """
+    if key is not None and environment["key"] != key:
+        raise WrongEnvironment(
+            f"variant {name!r} was replaced while the batch ran: its environment is now "
+            f"{environment['key'][:10]}, not {key[:10]}",
+            variant_id=name,
+            key=key,
+            hint="another run or `create --replace` changed it: run one batch at a time, or use "
+            "other ids",
+        )

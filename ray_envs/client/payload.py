@@ -1,4 +1,4 @@
-"""What a batch sends to its workers: the user's function, the code folder, and `run_item`."""
+"""What a batch sends to its workers: the user's function, the code folder, and `run_items`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from types import ModuleType
 from typing import Any
 
 from ray_envs import worker
-from ray_envs.batch_models import CaseSpec
 from ray_envs.client.code_folder import pack_code
 from ray_envs.cluster.actors import by_value
-from ray_envs.worker.item import run_item
+from ray_envs.worker.item import run_items
 
 
 class Payload:
@@ -38,18 +37,16 @@ class Payload:
         with by_value([worker]):
             # Ray pickles a remote function at its first use, when `by_value` is over. So make a
             # copy now that belongs to no module.
-            self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(run_item)))
+            self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(run_items)))
 
-    def request(self, environment: Mapping[str, Any], case: CaseSpec) -> dict[str, Any]:
-        """The argument of `run_item` for one item: its environment and the user's arguments."""
+    def shared(self, environment: Mapping[str, Any]) -> dict[str, Any]:
+        """What `run_items` is told about all items of an environment."""
         return {
             "key": environment["key"],
             "venv": environment["venv_path"],
             "python": environment["python_version"],
             "ray": environment["ray_version"],
             "entrypoint": self.entrypoint,
-            "args": list(case.args),
-            "kwargs": case.kwargs,
             "as_json": self.entrypoint is not None,
             "code_sha256": self.code_sha256,
         }

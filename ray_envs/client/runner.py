@@ -21,10 +21,10 @@ from typing import Any
 
 from ray_envs.batch_models import BatchSpec, CaseSpec, ItemResult, RunDefaults
 from ray_envs.client.code_folder import source_sha256
-from ray_envs.client.dispatch import Dispatcher, check_key
+from ray_envs.client.dispatch import Dispatcher
 from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.item_queue import ItemQueue
-from ray_envs.client.items import Item, not_run
+from ray_envs.client.items import Item, check_key, not_run
 from ray_envs.client.payload import Payload, plain_function
 from ray_envs.client.statuses import Statuses
 from ray_envs.cluster.connecting import is_client
@@ -172,6 +172,8 @@ class RayBatchRunner:
         if self._state is BatchState.RUNNING:
             raise InvalidInput("this runner is running a batch", hint="use a runner for each batch")
         dispatcher = Dispatcher(Payload(function, code), self._provider, prefix)
+        for number, item in enumerate(items):
+            item.number = number
         self._state, self._started = BatchState.RUNNING, time.monotonic()
         self._cancelled.clear()
         self._total, self._completed, self._failed = len(items), 0, 0
@@ -246,7 +248,7 @@ class RayBatchRunner:
         elapsed = end - self._started if self._started else 0.0
         eta = elapsed / over * (self._total - over) if over else None
         dispatcher = self._dispatcher
-        in_progress = len(dispatcher.items) if dispatcher is not None else 0
+        in_progress = dispatcher.pending() if dispatcher is not None else 0
         return Progress(self._total, self._completed, self._failed, in_progress, elapsed, eta)
 
     def cancel(self) -> None:

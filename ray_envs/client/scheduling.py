@@ -6,7 +6,6 @@ Only `node_totals` asks Ray. The rest computes an answer from its arguments.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ray_envs.batch_models import RunDefaults
@@ -23,7 +22,11 @@ Totals = Mapping[str, Mapping[str, float]]
 
 
 def next_item(
-    waiting: Collection[Item], running: Collection[Item], warm: list[str], totals: Totals
+    firsts: Iterable[Item],
+    left: Mapping[str, int],
+    running: Collection[Item],
+    warm: list[str],
+    totals: Totals,
 ) -> Item | None:
     """Return the item to start now, or None if the cluster has no room for another one.
 
@@ -31,17 +34,23 @@ def next_item(
     that worker. If all items were started at once, workers of the same environment would start
     again and again. So only as many items start as can run now, and first those whose environment
     has just become free: `warm` has their keys, and the key of the returned item is removed.
+
+    Args:
+        firsts: the first waiting item of each variant.
+        left: how many items wait for each environment, by its key.
+        running: the item of each lane that runs, or waits for its worker.
+        warm: see above.
+        totals: the resources of the live nodes.
     """
     by_key: dict[str, Item] = {}
-    for item in waiting:
-        by_key.setdefault(item.environment["key"], item)
-    busy = [item.environment["key"] for item in running]
-    left = Counter(item.environment["key"] for item in waiting)
+    for item in sorted(firsts, key=lambda each: each.number):
+        by_key.setdefault(item.key, item)
+    busy = [item.key for item in running]
     order = [key for key in warm if key in by_key]
     order += [
         key
         for key in sorted(by_key, key=busy.count)  # stable: in the order of the batch
-        if _is_worth_a_worker(key, left[key], running)
+        if _is_worth_a_worker(key, left.get(key, 0), running)
     ]
     if not order:
         return None
@@ -60,17 +69,27 @@ def _is_worth_a_worker(key: str, left: int, running: Iterable[Item]) -> bool:
 
     The running worker finishes a few short items sooner than a new one can start and import.
     """
-    began = [item.launched_at for item in running if item.environment["key"] == key]
+    began = [item.launched_at for item in running if item.key == key]
     is_long = time.monotonic() - max(began, default=0.0) > _GRACE_S
     return not began or left > _FEW or is_long
 
 
 def _has_room(item: Item, running: Collection[Item], totals: Totals) -> bool:
     """Whether the cluster has room for the item, and the nodes with its environment have, too."""
-    key, ready = item.environment["key"], item.environment["ready_nodes"]
-    alike = [other for other in running if other.environment["key"] == key]
+    ready = item.environment["ready_nodes"]
+    alike = [other for other in running if other.key == item.key]
     nodes = [totals[node_id] for node_id in ready if node_id in totals]
     return _is_room(item, running, totals.values()) and _is_room(item, alike, nodes)
+
+
+def slots(item: Item, totals: Totals) -> int:
+    """Return how many items like this one the nodes can run at once, when idle; at least one."""
+    wanted = {name: amount for name, amount in _wanted(item.limits).items() if amount}
+    rooms = (
+        min((int(node.get(name, 0) // amount) for name, amount in wanted.items()), default=1)
+        for node in totals.values()
+    )
+    return max(1, sum(rooms))
 
 
 def node_totals() -> dict[str, dict[str, float]]:

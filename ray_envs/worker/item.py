@@ -1,10 +1,12 @@
-"""Runs one item of a batch in a worker and reports it. Sent by value with each item.
+"""Runs items of a batch in a worker, one after the other, and reports each. Sent by value.
 
-`run_item` takes a request (see `Payload.request`), the pickled function (None if the request has an
-entrypoint) and the zip archive of the code folder (or None). It yields `{"started_at", "node_id",
-"pid"}` before it does anything else; then the outcome; then the value as it is, if
-`request["as_json"]` is false and the item succeeded. Ray comes from `sys.modules`: the worker has
-imported it. Docstrings of functions are sent too, and comments are not.
+`run_items` takes what all items share (see `Payload.shared`), their arguments, the pickled function
+(None if there is an entrypoint) and the zip archive of the code folder (or None). It yields a
+message before each item, and one after the last: `began` is `{"started_at", "node_id", "pid"}` of
+the item that starts now, `ended` the outcome of the one before. The value of an item is in its
+outcome; one that only Ray can send follows the outcome as a message of its own. Ray comes from
+`sys.modules`: the worker has imported it. Docstrings of functions are sent too, and comments are
+not.
 """
 
 from __future__ import annotations
@@ -22,66 +24,82 @@ from ray_envs.worker.paths import current_folder, module_names, put_foreign_path
 from ray_envs.worker.restoring import restorer
 
 
-def run_item(request: dict[str, Any], payload: bytes | None, code: bytes | None) -> Iterator[Any]:
-    """Run one item and report it. End the worker if it is not fit for another item."""
+def run_items(
+    shared: dict[str, Any], calls: list[dict[str, Any]], payload: bytes | None, code: bytes | None
+) -> Iterator[Any]:
+    """Run items and report each. End the worker if it is not fit for another item."""
     outcome: dict[str, Any] = {}
-    try:
-        yield from _steps(request, payload, code, outcome)
-    except Exception as exc:  # an item before this one has changed what we need
-        if not outcome.get("is_told"):
-            yield _unfit(outcome, f"the worker was damaged: {type(exc).__name__}: {exc}")
-        _end_worker()
+    told: dict[str, Any] = {}
+    value = None
+    for call in calls:
+        try:
+            yield {**told, "began": _began(outcome)}
+            value = _ran({**shared, **call}, payload, code, outcome)
+        except Exception as exc:  # an item before this one has changed what we need
+            _unfit(outcome, f"the worker was damaged: {type(exc).__name__}: {exc}")
+        told = {"ended": dict(outcome)}
+        if outcome["error"] is None and "value" not in outcome:
+            yield told
+            yield value
+            told = {}
+        if outcome["is_unfit"]:
+            break
+    if told:
+        yield told
     if outcome["is_unfit"]:
         _end_worker()
 
 
-def _steps(
-    request: dict[str, Any], payload: bytes | None, code: bytes | None, outcome: dict[str, Any]
-) -> Iterator[Any]:
-    """Run and report an item; what is raised here is not the payload's."""
+def _began(outcome: dict[str, Any]) -> dict[str, Any]:
+    """Return what is told of an item that starts now, and make `outcome` that of this item."""
     import time
 
-    ray = sys.modules["ray"]
-    started = time.time()
-    yield {
-        "started_at": started,
-        "node_id": ray.get_runtime_context().get_node_id(),
+    outcome.clear()
+    outcome.update(_new_outcome(time.time()))
+    return {
+        "started_at": outcome["started_at"],
+        "node_id": sys.modules["ray"].get_runtime_context().get_node_id(),
         "pid": os.getpid(),
     }
+
+
+def _ran(
+    request: dict[str, Any], payload: bytes | None, code: bytes | None, outcome: dict[str, Any]
+) -> Any:
+    """Run an item, fill in its outcome, return its value; what is raised is not the payload's."""
+    import time
+
     clock = time.monotonic()
-    outcome.update(_new_outcome(started))
     value, folder = None, current_folder()
     wrong = _what_is_wrong(request, outcome)
     if wrong:
         _unfit(outcome, wrong)
-    else:
-        restore = None
-        try:
-            outcome["kind"] = "entrypoint"
-            outcome["shadowed"] = put_foreign_paths_last()
-            function = _load(request, payload, code, outcome)
-            _check_call(function, request)
-            outcome["kind"] = "payload"
-            outcome["has_run"] = True
-            restore = restorer(folder)  # what an import has set stays, as its modules do
-            value = function(*request["args"], **request["kwargs"])
-            if request["as_json"]:
-                value = as_json(value)
-                outcome["value"] = value
-            else:
-                outcome["text"] = in_words(value)
-        except (Exception, SystemExit, KeyboardInterrupt) as exc:
-            outcome["error"] = described(exc)
-        outcome["duration_s"] = time.monotonic() - clock
-        wrong = _what_is_wrong(request, outcome, restore)
-        outcome["is_unfit"] = bool(wrong)
-        if wrong and outcome["error"] is not None:  # it failed because the disk was lost meanwhile
-            outcome["kind"] = "environment"
-            outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
-    outcome["is_told"] = True
-    yield outcome
-    if not request["as_json"] and outcome["error"] is None:
-        yield value
+        return None
+    restore = None
+    try:
+        outcome["kind"] = "entrypoint"
+        outcome["shadowed"] = put_foreign_paths_last()
+        function = _load(request, payload, code, outcome)
+        _check_call(function, request)
+        outcome["kind"] = "payload"
+        outcome["has_run"] = True
+        restore = restorer(folder)  # what an import has set stays, as its modules do
+        value = function(*request["args"], **request["kwargs"])
+        if request["as_json"]:
+            outcome["value"] = as_json(value)
+        elif value is None or type(value) in (bool, int, float, str):
+            outcome["value"] = value
+        else:
+            outcome["text"] = in_words(value)
+    except (Exception, SystemExit, KeyboardInterrupt) as exc:
+        outcome["error"] = described(exc)
+    outcome["duration_s"] = time.monotonic() - clock
+    wrong = _what_is_wrong(request, outcome, restore)
+    outcome["is_unfit"] = bool(wrong)
+    if wrong and outcome["error"] is not None:  # it failed because the disk was lost meanwhile
+        outcome["kind"] = "environment"
+        outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
+    return value
 
 
 def _unfit(outcome: dict[str, Any], wrong: str) -> dict[str, Any]:
@@ -142,7 +160,6 @@ def _new_outcome(started_at: float) -> dict[str, Any]:
         #: If something is wrong here, no earlier item of this worker can be the reason.
         "is_first": is_first,
         "error": None,
-        "value": None,
     }
 
 

@@ -626,19 +626,19 @@ def test_each_part_of_the_promise_is_checked_before_the_payload(
         "python": environment["python_version"],
         "ray": environment["ray_version"],
         "entrypoint": "os:mkdir",
-        "args": [str(ran)],
-        "kwargs": {},
         "as_json": True,
         "code_sha256": None,
     }
+    calls = [{"args": [str(ran)], "kwargs": {}}]
     ray.cloudpickle.register_pickle_by_value(worker)
     try:
-        task = ray.remote(worker_item.run_item)
+        task = ray.remote(worker_item.run_items)
         options = cluster.options(OLD, num_returns="streaming", max_retries=0)
-        stream = task.options(**options).remote({**request, field: value}, None, None)
+        stream = task.options(**options).remote({**request, field: value}, calls, None, None)
     finally:
         ray.cloudpickle.unregister_pickle_by_value(worker)
-    began, outcome = (ray.get(next(stream), timeout=60) for _ in range(2))
+    began = ray.get(next(stream), timeout=60)["began"]
+    outcome = ray.get(next(stream), timeout=60)["ended"]
     ray.cancel(stream, force=True)  # as the runner does: the worker waits for it
     assert outcome["is_unfit"]
     assert set(began) == {"started_at", "node_id", "pid"}
@@ -926,22 +926,30 @@ class ShortDispatcher:
     away = range(0)
 
     def __init__(self, *_: object) -> None:
-        self.items: dict[int, Item] = {}
+        self.lanes: dict[int, Item] = {}
+        self.freed: list[str] = []
         self._launches = 0
 
-    def next_item(self, waiting: Any, _warm: list[str]) -> Item:
-        return next(iter(waiting))  # type: ignore[no-any-return]
+    def pending(self) -> int:
+        return len(self.lanes)
 
-    def launch(self, item: Item) -> bool:
+    def next_item(self, firsts: list[Item], _left: Any, _warm: list[str]) -> Item:
+        return firsts[0]
+
+    def chunk(self, _item: Item, _left: int) -> int:
+        return 1
+
+    def launch(self, items: list[Item]) -> bool:
+        [item] = items
         self._launches += 1
         if self._launches in self.away:
             raise ManagerUnavailable("away")
-        self.items[self._launches] = item
+        self.lanes[self._launches] = item
         return True
 
     def ended(self) -> Iterator[tuple[Item, ItemResult]]:
-        for number, item in list(self.items.items()):
-            del self.items[number]
+        for number, item in list(self.lanes.items()):
+            del self.lanes[number]
             told = {"variant_id": item.variant_id, "case_id": item.case.id}
             yield item, ItemResult(**told, ok=True, attempts=self._launches)
 
