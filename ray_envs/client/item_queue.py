@@ -42,7 +42,7 @@ class Waiting:
         return [items[0] for items in self._by_variant.values() if items]
 
     def take(self, item: Item, count: int) -> list[Item]:
-        """Remove and return a first item, and up to `count` - 1 of those after it, which may share its task."""
+        """Remove and return a first item, with up to `count` - 1 more that may share its task."""
         items = self._by_variant[item.variant_id]
         taken = [items.popleft()]
         while items and len(taken) < count and items[0].may_share:

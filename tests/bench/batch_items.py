@@ -1,0 +1,93 @@
+"""What the runner costs against a bare Ray loop: `uv run python -m tests.bench.batch_items`.
+
+Not a test: it takes minutes and a quiet machine. Both sides run the same trivial items in the same
+environments of one Ray with 4 CPUs, at most 100 items at a time, and alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+VARIANTS = {
+    "six16": "six==1.16.0", "six17": "six==1.17.0", "toml": "toml==0.10.2",
+    "zipp": "zipp==3.7.0", "tabulate": "tabulate==0.9.0",
+}  # fmt: skip
+_PENDING = 100
+
+
+def trivial(number: int) -> int:
+    return number * 2
+
+
+def by_hand(envs: Any, calls: list[tuple[str, int]]) -> int:
+    """Run the calls as one Ray task each."""
+    import ray
+
+    task = ray.remote(trivial)
+    tasks = {name: task.options(**envs.options(name)) for name in VARIANTS}
+    running: list[Any] = []
+    done = 0
+    for name, number in calls:
+        if len(running) >= _PENDING:
+            ready, running = ray.wait(running, num_returns=1)
+            done += len(ray.get(ready))
+        running.append(tasks[name].remote(number))
+    return done + len(ray.get(running))
+
+
+def by_runner(envs: Any, numbers: range) -> int:
+    from ray_envs import RayBatchRunner
+
+    cases = [[number] for number in numbers]
+    runner = RayBatchRunner(envs, max_pending=_PENDING)
+    return sum(r.ok for r in runner.run(trivial, variants=list(VARIANTS), cases=cases))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--items", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--root", type=Path)
+    given = parser.parse_args()
+    root = given.root or Path(tempfile.mkdtemp(prefix="ray_envs-bench-"))
+    os.environ["RAY_ENVS_ROOT"], os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = str(root), "0"
+    import ray
+
+    from ray_envs import EnvSpec, RayEnvironmentProvider
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    numbers = range(given.items // len(VARIANTS))
+    calls = [(name, number) for number, name in product(numbers, VARIANTS)]
+    took: dict[str, list[float]] = {"runner": [], "by hand": []}
+    with RayEnvironmentProvider.connect() as envs:
+        for name, package in VARIANTS.items():
+            envs.create(name, EnvSpec(packages=[package]))
+        envs.prepare(*VARIANTS)
+        for side, run in (
+            *(("runner", lambda: by_runner(envs, numbers)),
+              ("by hand", lambda: by_hand(envs, calls))) * given.rounds,
+        ):  # fmt: skip
+            began = time.perf_counter()
+            count = run()
+            took[side].append(time.perf_counter() - began)
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            print(f"{side}: {count} items, {took[side][-1]:.1f} s, {memory} MiB", flush=True)
+            if count != len(calls):
+                sys.exit(f"{count} of {len(calls)} items succeeded")
+    medians = {side: statistics.median(values) for side, values in took.items()}
+    print({side: round(value, 2) for side, value in medians.items()})
+    print(f"runner / by hand: {medians['runner'] / medians['by hand']:.2f} x")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
