@@ -23,6 +23,8 @@ how an entrypoint is checked without importing it                  entrypoints
 which files a code folder contains, and their archive              code_folder
 the runner: which items, earlier results, states, progress         runner
 when an item starts; what happens while the manager is away        item_queue
+which cases there are, also of a generator                         cases
+the items that wait for their start                                waiting
 which item is next, and which nodes have room for it               scheduling
 how an item starts, is watched, times out, is started again        dispatch
 how a batch notices that its cluster has ended                     cluster_watch

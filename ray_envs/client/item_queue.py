@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 
 from ray_envs.batch_models import ItemResult
 from ray_envs.client.connection import RESTART_S, call_limit
 from ray_envs.client.dispatch import Dispatcher
 from ray_envs.client.items import Item, not_run
+from ray_envs.client.waiting import Waiting
 from ray_envs.errors import ManagerUnavailable, RayEnvsError
 
 #: How long one start may wait for a manager that does not answer: other items' results come in.
@@ -23,52 +24,14 @@ _CALL_LIMIT_S = 15.0
 _PAUSE_S = 0.5
 
 
-class Waiting:
-    """The items that wait for their start, by variant, in their order."""
-
-    def __init__(self, items: Iterable[Item]) -> None:
-        self._by_variant: dict[str, deque[Item]] = {}
-        #: How many wait for each environment, by its key.
-        self.left: Counter[str] = Counter()
-        for item in items:
-            self._by_variant.setdefault(item.variant_id, deque()).append(item)
-            self.left[item.key] += 1
-
-    def __bool__(self) -> bool:
-        return any(self._by_variant.values())
-
-    def firsts(self) -> list[Item]:
-        """The first item of each variant."""
-        return [items[0] for items in self._by_variant.values() if items]
-
-    def take(self, item: Item, count: int) -> list[Item]:
-        """Remove and return a first item, with up to `count` - 1 more that may share its task."""
-        items = self._by_variant[item.variant_id]
-        taken = [items.popleft()]
-        while items and len(taken) < count and items[0].may_share:
-            taken.append(items.popleft())
-        self.left[item.key] -= len(taken)
-        return taken
-
-    def put_back(self, items: Iterable[Item]) -> None:
-        """Put items in front of the others."""
-        for item in reversed(list(items)):
-            self._by_variant.setdefault(item.variant_id, deque()).appendleft(item)
-            self.left[item.key] += 1
-
-
 class ItemQueue:
-    """Starts `items`, at most `max_pending` at a time, until `cancelled` is set."""
+    """Starts items, at most `max_pending` at a time, until `cancelled` is set."""
 
     def __init__(
-        self,
-        dispatcher: Dispatcher,
-        items: Iterable[Item],
-        max_pending: int,
-        cancelled: threading.Event,
+        self, dispatcher: Dispatcher, waiting: Waiting, max_pending: int, cancelled: threading.Event
     ) -> None:
         self._dispatcher = dispatcher
-        self._waiting = Waiting(items)
+        self._waiting = waiting
         self._max_pending = max_pending
         self._cancelled = cancelled
         self._results: deque[ItemResult] = deque()
@@ -82,8 +45,9 @@ class ItemQueue:
         while self._waiting or self._dispatcher.lanes or self._results:
             self._launch()
             # After the starts: the caller may take long with each result.
-            while self._results:
-                yield self._results.popleft()
+            for results in (self._waiting.results, self._results):
+                while results:
+                    yield results.popleft()
             if self._cancelled.is_set():
                 return
             self._collect()
@@ -96,10 +60,12 @@ class ItemQueue:
             if self._results and self._away_at is not None:  # a start may take long now
                 return
             waiting = self._waiting
-            item = self._dispatcher.next_item(waiting.firsts(), waiting.left, self._warm)
+            firsts, left = waiting.firsts(), waiting.left()
+            item = self._dispatcher.next_item(firsts, left, self._warm) if firsts else None
             if item is None or self._cancelled.is_set():
                 return
-            count = self._dispatcher.chunk(item, waiting.left[item.key])
+            # Not all that may be pending to one lane: the others need work, too.
+            count = self._dispatcher.chunk(item, min(left[item.key], self._max_pending))
             items = waiting.take(item, min(count, room))
             try:
                 with call_limit(_CALL_LIMIT_S):
@@ -119,10 +85,14 @@ class ItemQueue:
 
     def _collect(self) -> None:
         """Take the results of items that ended; put those to start again in front of the others."""
-        with call_limit(_CALL_LIMIT_S):
-            for item, result in self._dispatcher.ended():
-                if result is None:
-                    self._waiting.put_back([item])
-                else:
-                    self._results.append(result)
+        again: list[Item] = []
+        try:
+            with call_limit(_CALL_LIMIT_S):
+                for item, result in self._dispatcher.ended():
+                    if result is None:
+                        again.append(item)
+                    else:
+                        self._results.append(result)
+        finally:
+            self._waiting.put_back(again)
         self._warm = self._dispatcher.freed

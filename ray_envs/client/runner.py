@@ -13,13 +13,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ray_envs.batch_models import BatchSpec, CaseSpec, ItemResult, RunDefaults
+from ray_envs.client.cases import Cases, Given
 from ray_envs.client.code_folder import source_sha256
 from ray_envs.client.dispatch import Dispatcher
 from ray_envs.client.environments import EnvironmentProvider
@@ -27,6 +27,7 @@ from ray_envs.client.item_queue import ItemQueue
 from ray_envs.client.items import Item, check_key, not_run
 from ray_envs.client.payload import Payload, plain_function
 from ray_envs.client.statuses import Statuses
+from ray_envs.client.waiting import Waiting
 from ray_envs.cluster.connecting import is_client
 from ray_envs.errors import InvalidInput, RayEnvsError
 from ray_envs.validation import validated
@@ -81,7 +82,7 @@ class RayBatchRunner:
         function: Any,
         *,
         variants: Sequence[str],
-        cases: Iterable[Sequence[Any] | Mapping[str, Any] | CaseSpec],
+        cases: Iterable[Given],
         prefix: str = "",
         code: Path | None = None,
         on_status: Callable[[Statuses], None] | None = None,
@@ -94,7 +95,8 @@ class RayBatchRunner:
             function: a function, a Ray remote function, or an entrypoint "module:function". A
                 function of your own module is sent by value: environments need not contain it.
             variants: ids of variants that were created.
-            cases: positional arguments, keyword arguments, or a `CaseSpec`.
+            cases: positional arguments, keyword arguments, or a `CaseSpec`. A generator is read
+                as the items start: it may give more than memory could keep.
             prefix: put before a variant's id to find its environment ("batch/").
             code: a folder whose modules can be imported there.
             on_status: called while environments are being prepared.
@@ -102,23 +104,17 @@ class RayBatchRunner:
             limits: other fields of `RunDefaults`, for every item.
 
         Raises:
-            InvalidInput: an argument cannot be accepted. Nothing was started.
+            InvalidInput: an argument cannot be accepted. Nothing was started, unless a generator
+                gave a wrong case after others.
             ClusterLost: while the results are read: the cluster has ended.
         """
         if isinstance(variants, str):
             raise InvalidInput(f"variants is the string {variants!r}", hint="give a list of ids")
         given = {**limits, **({} if timeout_s is None else {"timeout_s": timeout_s})}
         defaults = validated(RunDefaults, given, where="run()")
-        specs = [_case(case, number) for number, case in enumerate(cases)]
-        items = [
-            Item(name, case, defaults, _call_sha256(function, case))
-            for case in specs
-            for name in variants
-        ]
-        if not items:
-            raise InvalidInput("there is nothing to run", hint="give at least one variant and case")
-        _check(function, items)
-        return self._results(function, items, prefix, code, on_status)
+        _check(function, variants)
+        plan = _Plan(function, Cases(cases, variants), dict.fromkeys(variants, defaults))
+        return self._results(plan, prefix, code, on_status)
 
     def run_batch(
         self,
@@ -141,50 +137,46 @@ class RayBatchRunner:
             failed: variants that could not be created, with the error that their items get.
             on_status: called while environments are being prepared.
         """
-        source = None if code is None else source_sha256(code)
-        items = [
-            Item(
-                variant.id,
-                case,
-                _limits(batch.defaults, variant),
-                _call_sha256(batch.entrypoint, case, source),
-            )
-            for case in batch.cases  # case by case: every variant's first worker starts early
-            for variant in batch.variants
-        ]
-        _check(batch.entrypoint, items)
+        variants = [variant.id for variant in batch.variants]
+        _check(batch.entrypoint, variants)
+        plan = _Plan(
+            batch.entrypoint,
+            Cases(batch.cases, variants),
+            {variant.id: _limits(batch.defaults, variant) for variant in batch.variants},
+            None if code is None else source_sha256(code),
+        )
         return self._results(
-            batch.entrypoint, items, f"{batch.name}/", code, on_status, list(done), keys, failed
+            plan, f"{batch.name}/", code, on_status, list(done), keys, dict(failed or {})
         )
 
     def _results(
         self,
-        function: Any,
-        items: list[Item],
+        plan: _Plan,
         prefix: str,
         code: Path | None,
         on_status: Callable[[Statuses], None] | None,
         done: Iterable[ItemResult] = (),
         keys: Mapping[str, str] | None = None,
-        failed: Mapping[str, RayEnvsError] | None = None,
+        failed: dict[str, RayEnvsError] | None = None,
     ) -> Iterator[ItemResult]:
         """Prepare the environments, then yield a result for each item; see `run_batch`."""
         if self._state is BatchState.RUNNING:
             raise InvalidInput("this runner is running a batch", hint="use a runner for each batch")
-        dispatcher = Dispatcher(Payload(function, code), self._provider, prefix)
-        for number, item in enumerate(items):
-            item.number = number
+        dispatcher = Dispatcher(Payload(plan.function, code), self._provider, prefix)
         self._state, self._started = BatchState.RUNNING, time.monotonic()
         self._cancelled.clear()
-        self._total, self._completed, self._failed = len(items), 0, 0
+        self._total, self._completed, self._failed = plan.total, 0, 0
         is_over = False
         try:
-            errors = dict(failed or {})
-            environments = self._environments(items, prefix, keys or {}, errors, on_status)
-            known, waiting = _known_and_waiting(items, environments, errors, done)
+            plan.failed = failed or {}
+            plan.environments = self._environments(plan, prefix, keys or {}, on_status)
+            plan.fetched_at = time.monotonic()
+            plan.done = {(r.variant_id, r.case_id, r.key, r.call_sha256): r for r in done if r.ok}
             self._dispatcher = dispatcher
+            waiting = Waiting(plan.cases, plan.item_or_result, plan.keys())
             queue = ItemQueue(dispatcher, waiting, self._max_pending, self._cancelled)
-            for result in chain(known, queue.results()):
+            for result in queue.results():
+                self._total = plan.total
                 if result.ok:
                     self._completed += 1
                 else:
@@ -204,17 +196,16 @@ class RayBatchRunner:
 
     def _environments(
         self,
-        items: list[Item],
+        plan: _Plan,
         prefix: str,
         keys: Mapping[str, str],
-        failed: dict[str, RayEnvsError],
         on_status: Callable[[Statuses], None] | None,
     ) -> dict[str, dict[str, Any]]:
-        """Prepare and return the environment of each variant that is not in `failed`.
+        """Prepare and return the environment of each variant that is not in `plan.failed`.
 
-        A variant whose environment cannot be prepared is added to `failed`, with the error.
+        A variant whose environment cannot be prepared is added there, with the error.
         """
-        names = [n for n in dict.fromkeys(i.variant_id for i in items) if n not in failed]
+        names = [name for name in plan.limits if name not in plan.failed]
         environments: dict[str, dict[str, Any]] = {}
         if names:
             try:
@@ -233,7 +224,7 @@ class RayBatchRunner:
                 check_key(prefix + name, environment, keys.get(name))
                 environments[name] = environment
             except RayEnvsError as exc:
-                failed[name] = exc
+                plan.failed[name] = exc
         return environments
 
     def status(self) -> BatchState:
@@ -260,8 +251,43 @@ class RayBatchRunner:
         self.cancel()
 
 
-def _check(function: Any, items: Sequence[Item]) -> None:
-    """Raise `InvalidInput` if `function` or the items cannot be run."""
+@dataclass
+class _Plan:
+    """What a batch runs: the cases, and for each variant the limits, and what is known of it."""
+
+    function: Any
+    cases: Cases
+    limits: dict[str, RunDefaults]
+    #: A hash of the code folder.
+    source: str | None = None
+    #: Variants whose items cannot run, with the error that they get.
+    failed: dict[str, RayEnvsError] = field(default_factory=dict)
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fetched_at: float = 0.0
+    #: Earlier results, by variant, case, key and call.
+    done: dict[tuple[str, str, str | None, str | None], ItemResult] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """How many items there are; of a generator, as far as it was read."""
+        return self.cases.count * len(self.limits)
+
+    def keys(self) -> dict[str, str | None]:
+        """Return the key of each variant's environment; None if its items cannot run."""
+        return {name: self.environments.get(name, {}).get("key") for name in self.limits}
+
+    def item_or_result(self, name: str, number: int, case: CaseSpec) -> Item | ItemResult:
+        """Return the item of a variant and a case; its result, if it needs no run."""
+        call_sha256 = _call_sha256(self.function, case, self.source)
+        item = Item(name, case, self.limits[name], call_sha256, number=number)
+        if name in self.failed:
+            return not_run(item, self.failed[name])
+        item.environment, item.fetched_at = self.environments[name], self.fetched_at
+        return self.done.get((name, case.id, item.key, call_sha256), item)
+
+
+def _check(function: Any, variants: Sequence[str]) -> None:
+    """Raise `InvalidInput` if `function` or the variants cannot be run."""
     if isinstance(function, str) and not _ENTRYPOINT.fullmatch(function):
         raise InvalidInput(f"{function!r} is no entrypoint", hint='write "module:function"')
     if not isinstance(function, str) and not callable(plain_function(function)):
@@ -273,44 +299,9 @@ def _check(function: Any, items: Sequence[Item]) -> None:
             "a batch cannot run through Ray Client, which cannot stream results",
             hint="use the cluster's own address, or `ray job submit`",
         )
-    pairs = Counter((item.variant_id, item.case.id) for item in items)
-    for (variant_id, case_id), count in pairs.items():
+    for name, count in Counter(variants).items():
         if count > 1:
-            raise InvalidInput(f"variant {variant_id!r} with case {case_id!r} is there twice")
-
-
-def _case(case: Sequence[Any] | Mapping[str, Any] | CaseSpec, number: int) -> CaseSpec:
-    if isinstance(case, CaseSpec):
-        return case
-    if isinstance(case, Mapping):
-        return CaseSpec(id=f"case-{number}", kwargs=dict(case))
-    if isinstance(case, str):
-        raise InvalidInput(f"case {number} is the string {case!r}", hint="give a list of arguments")
-    return CaseSpec(id=f"case-{number}", args=tuple(case))
-
-
-def _known_and_waiting(
-    items: Iterable[Item],
-    environments: Mapping[str, dict[str, Any]],
-    failed: Mapping[str, RayEnvsError],
-    done: Iterable[ItemResult],
-) -> tuple[list[ItemResult], list[Item]]:
-    """Return the results that need no run, and the items to run, which get their environments."""
-    earlier = {(r.variant_id, r.case_id, r.key, r.call_sha256): r for r in done if r.ok}
-    known: list[ItemResult] = []
-    waiting: list[Item] = []
-    for item in items:
-        name = item.variant_id
-        if name in failed:
-            known.append(not_run(item, failed[name]))
-            continue
-        item.environment, item.fetched_at = environments[name], time.monotonic()
-        result = earlier.get((name, item.case.id, item.environment["key"], item.call_sha256))
-        if result is not None:
-            known.append(result)
-        else:
-            waiting.append(item)
-    return known, waiting
+            raise InvalidInput(f"variant {name!r} is there twice")
 
 
 def _limits(defaults: RunDefaults, variant: Any) -> RunDefaults:
