@@ -108,8 +108,12 @@ def _is_unpacked(archive: Any, folder: str) -> bool:
 
 def use_code(folder: str | None) -> None:
     """Put `folder` behind the environment on sys.path; remove other code and its modules."""
+    memory = _memory()
+    if folder == memory.get("_code_in_use") and (folder is None or folder in sys.path):
+        return  # to look at all modules takes 20 ms
+    memory["_code_in_use"] = folder
     # The worker may have run other code before. It is found by its path.
-    folders: str | None = _memory().get("_code_folders")
+    folders: str | None = memory.get("_code_folders")
     parent = folders and os.path.realpath(folders) + os.sep
     keep = None if folder is None else os.path.realpath(folder) + os.sep
 

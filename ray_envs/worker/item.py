@@ -134,7 +134,8 @@ def _what_is_wrong(
         if restore is not None:
             restore()
         sys.modules["ray"]  # an item may have emptied sys.modules, or patched what we need
-        time.sleep(0)
+        if not callable(time.sleep):  # a call of it gives the processor away
+            raise TypeError("time.sleep cannot be called")
         time.time()
         time.monotonic()
         json.loads(json.dumps([os.getpid()]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 
 def current_folder() -> str | None:
@@ -29,9 +30,16 @@ def put_foreign_paths_last() -> list[str]:
     """Move foreign folders to the end of sys.path; return the names of modules that both have."""
     # Ray puts the driver's folders first in every worker: a local `pgvector/` would win over the
     # locked one.
-    foreign = [path for path in sys.path if is_foreign(path)]
-    sys.path[:] = [path for path in sys.path if path not in foreign] + foreign
-    return shadowed(foreign)
+    if _in_order.get("path") != (sys.path, current_folder()):
+        foreign = [path for path in sys.path if is_foreign(path)]
+        sys.path[:] = [path for path in sys.path if path not in foreign] + foreign
+        _in_order["path"] = (list(sys.path), current_folder())
+        _in_order["shadowed"] = shadowed(foreign)
+    return list(_in_order["shadowed"])
+
+
+#: `sys.path` and the current folder as they were put in order last, and what that returned.
+_in_order: dict[str, Any] = {}
 
 
 _shadowed_by_folder: dict[str, set[str]] = {}

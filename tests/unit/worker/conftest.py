@@ -20,6 +20,7 @@ def untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setitem(sys.modules, INSTALLED_AS, ModuleType(INSTALLED_AS))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(paths, "_shadowed_by_folder", {})
+    monkeypatch.setattr(paths, "_in_order", {})
     path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path
