@@ -24,15 +24,19 @@ VARIANTS = {
 _PENDING = 100
 
 
-def trivial(number: int) -> int:
+def short(number: int, seconds: float) -> int:
+    import time
+
+    if seconds:
+        time.sleep(seconds)
     return number * 2
 
 
-def by_hand(envs: Any, calls: list[tuple[str, int]]) -> int:
+def by_hand(envs: Any, calls: list[tuple[str, int]], seconds: float) -> int:
     """Run the calls as one Ray task each."""
     import ray
 
-    task = ray.remote(trivial)
+    task = ray.remote(short)
     tasks = {name: task.options(**envs.options(name)) for name in VARIANTS}
     running: list[Any] = []
     done = 0
@@ -40,22 +44,24 @@ def by_hand(envs: Any, calls: list[tuple[str, int]]) -> int:
         if len(running) >= _PENDING:
             ready, running = ray.wait(running, num_returns=1)
             done += len(ray.get(ready))
-        running.append(tasks[name].remote(number))
+        running.append(tasks[name].remote(number, seconds))
     return done + len(ray.get(running))
 
 
-def by_runner(envs: Any, numbers: range) -> int:
+def by_runner(envs: Any, numbers: range, seconds: float) -> int:
     from ray_envs import RayBatchRunner
 
-    cases = [[number] for number in numbers]
+    cases = ([number, seconds] for number in numbers)
     runner = RayBatchRunner(envs, max_pending=_PENDING)
-    return sum(r.ok for r in runner.run(trivial, variants=list(VARIANTS), cases=cases))
+    return sum(r.ok for r in runner.run(short, variants=list(VARIANTS), cases=cases))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.0, help="the length of an item")
+    parser.add_argument("--memory", action="store_true", help="of the runner alone: 1 % and all")
     parser.add_argument("--root", type=Path)
     given = parser.parse_args()
     root = given.root or Path(tempfile.mkdtemp(prefix="ray_envs-bench-"))
@@ -72,9 +78,16 @@ def main() -> None:
         for name, package in VARIANTS.items():
             envs.create(name, EnvSpec(packages=[package]))
         envs.prepare(*VARIANTS)
+        if given.memory:
+            for count in (given.items // 100, given.items):
+                began = time.perf_counter()
+                by_runner(envs, range(count // len(VARIANTS)), given.seconds)
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+                print(f"{count} items: {memory} MiB, {time.perf_counter() - began:.1f} s")
+            return
         for side, run in (
-            *(("runner", lambda: by_runner(envs, numbers)),
-              ("by hand", lambda: by_hand(envs, calls))) * given.rounds,
+            *(("runner", lambda: by_runner(envs, numbers, given.seconds)),
+              ("by hand", lambda: by_hand(envs, calls, given.seconds))) * given.rounds,
         ):  # fmt: skip
             began = time.perf_counter()
             count = run()
