@@ -27,6 +27,7 @@ which cases there are, also of a generator                         cases
 the items that wait for their start                                waiting
 which item is next, and which nodes have room for it               scheduling
 how an item starts, is watched, times out, is started again        dispatch
+what becomes of an item whose task was lost                        losses
 how a batch notices that its cluster has ended                     cluster_watch
 which nodes live, while the head may be gone                       node_table
 why the workers of a variant do not start                          start_checks

@@ -13,17 +13,16 @@ from contextlib import suppress
 from typing import Any
 
 from ray_envs.batch_models import ItemResult
-from ray_envs.client import scheduling
+from ray_envs.client import losses, scheduling
 from ray_envs.client.cluster_watch import ClusterWatch
 from ray_envs.client.environments import EnvironmentProvider
 from ray_envs.client.items import Item, broken, check_key, not_run, result_of, unreadable
-from ray_envs.client.lanes import Lane, Paces
+from ray_envs.client.lanes import BUDGET_S, Lane, Paces
 from ray_envs.client.node_table import NodeTable
 from ray_envs.client.payload import Payload
 from ray_envs.client.start_checks import StartChecks
 from ray_envs.decisions import placement
 from ray_envs.errors import EnvironmentNotReady, ManagerUnavailable, NotFound, RayEnvsError
-from ray_envs.plugin import gate
 
 #: How long one wait for results lasts. Time-outs, cancels and lost nodes are noticed after it.
 _WAIT_S = 0.5
@@ -115,7 +114,7 @@ class Dispatcher:
             self._unready[item.key] = now + _UNREADY_S
             return False
         item.unready_at = None
-        options = self._options(item, environment, nodes)
+        options = self._options(items, environment, nodes)
         now = time.monotonic()
         for each in items:
             each.environment, each.launched_at, each.nodes = environment, now, tuple(nodes)
@@ -124,13 +123,19 @@ class Dispatcher:
         payload = self._payload
         calls = [{"args": list(i.case.args), "kwargs": i.case.kwargs} for i in items]
         task = payload.task.options(**options)
-        stream = task.remote(payload.shared(environment), calls, payload.function, payload.code)
+        stream = task.remote(
+            payload.shared(environment, BUDGET_S), calls, payload.function, payload.code
+        )
         self.lanes[stream] = Lane(deque(items), tuple(nodes), lead=item)
         return True
 
     @staticmethod
-    def _options(item: Item, environment: Mapping[str, Any], nodes: list[str]) -> dict[str, Any]:
-        limits = item.limits
+    def _options(
+        items: Sequence[Item], environment: Mapping[str, Any], nodes: list[str]
+    ) -> dict[str, Any]:
+        item, limits = items[0], items[0].limits
+        #: Ray writes it before what the items print.
+        name = item.variant_id if len(items) > 1 else f"{item.variant_id}:{item.case.id}"
         return placement.options(
             # A task that waits at a node for its environment holds that node's CPUs meanwhile,
             # so name ready nodes only.
@@ -141,7 +146,7 @@ class Dispatcher:
                 "memory": limits.memory,
                 "num_returns": "streaming",
                 "max_retries": 0,
-                "name": f"{item.variant_id}:{item.case.id}",
+                "name": name,
             },
             variant_id=item.variant_id,
             nodes=nodes,
@@ -225,19 +230,24 @@ class Dispatcher:
 
         try:
             message = ray.get(next(stream))
+            result = result_of(lane.first, message) if lane.awaits_value else None
         except Exception as exc:
-            for item in lane.items:  # what the lost worker told last may be lost, too
-                item.is_suspect = True
-            return self._over(stream, self._loss(lane.first, exc))
-        if lane.awaits_value:
+            if not lane.awaits_value or losses.is_loss(exc):
+                for item in lane.items:  # what the lost worker told last may be lost, too
+                    item.is_suspect = True
+                return self._over(stream, losses.of(lane.first, exc))
+            result = unreadable(lane.first, exc)
+        if result is not None:
             lane.awaits_value = False
-            result = result_of(lane.first, message)
             if (lane.first.outcome or {})["is_unfit"]:
                 return self._over(stream, result)
             ends: list[End] = [(lane.items.popleft(), result)]
         else:
             ends = self._told(stream, lane, message)
-        if not lane.items:
+            if message.get("is_over"):  # the items took longer than was expected
+                ends += [(item, None) for item in lane.items]
+                lane.items.clear()
+        if not lane.items and stream in self.lanes:
             self.freed.append(lane.lead.key)
             del self.lanes[stream]
         return ends
@@ -269,32 +279,6 @@ class Dispatcher:
         self._end(stream)  # no other item must meet that worker
         return [(item, result if item is lane.first else None) for item in lane.items]
 
-    def _loss(self, item: Item, exc: Exception) -> ItemResult | None:
-        """Return the result of an item whose task has ended with an error; None: start it again."""
-        from ray import exceptions
-
-        lost = (
-            exceptions.WorkerCrashedError,
-            exceptions.NodeDiedError,
-            exceptions.ObjectLostError,
-            exceptions.LocalRayletDiedError,
-            exceptions.OutOfMemoryError,
-            exceptions.TaskUnschedulableError,  # the named nodes are gone
-            exceptions.RuntimeEnvSetupError,
-        )
-        if isinstance(exc, StopIteration):
-            return self._again_or(item, "WorkerLost", "the worker ended without a result")
-        if isinstance(exc, lost):
-            text = str(exc)
-            return self._again_or(item, type(exc).__name__, gate.reason_in(text) or text)
-        if isinstance(exc, exceptions.RayTaskError):
-            if item.began is None:  # Ray failed in a worker that an item before it has spoilt
-                return self._again_or(item, type(exc.cause).__name__, str(exc.cause))
-            return broken(item, type(exc.cause).__name__, str(exc.cause), str(exc))
-        if item.outcome is not None:  # it has ended well, and its value has arrived
-            return unreadable(item, exc)
-        return broken(item, type(exc).__name__, str(exc))
-
     def _again_elsewhere(self, item: Item, message: Mapping[str, Any]) -> ItemResult | None:
         """Start an item again that found something wrong where it ran.
 
@@ -308,14 +292,7 @@ class Dispatcher:
         elif not message["has_run"] and began:
             self._refused[item.key, began["node_id"]] = time.monotonic() + _REFUSED_S
             item.refusals += item.refusals < _MAX_REFUSALS
-        return self._again_or(item, message["error"]["type"], message["error"]["message"])
-
-    @staticmethod
-    def _again_or(item: Item, kind: str, message: str) -> ItemResult | None:
-        """Start a lost item again; when no retry is left, the loss is its result."""
-        if item.attempts - item.refusals - item.unfit_workers <= item.limits.retries:
-            return None
-        return broken(item, kind, message)
+        return losses.again_or(item, message["error"]["type"], message["error"]["message"])
 
     def _overdue(self) -> Iterator[End]:
         now = time.monotonic()
@@ -336,7 +313,7 @@ class Dispatcher:
         for stream, lane in list(self.lanes.items()):
             if lane.node_id is not None and lane.node_id not in alive:
                 yield from self._over(
-                    stream, self._again_or(lane.first, "WorkerLost", "its node has died")
+                    stream, losses.again_or(lane.first, "WorkerLost", "its node has died")
                 )
         waiting = [(stream, lane) for stream, lane in self.lanes.items() if lane.node_id is None]
         ages = {lane.lead.variant_id: now - lane.launched_at for _, lane in waiting}

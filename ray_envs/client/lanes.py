@@ -17,6 +17,8 @@ from ray_envs.client.items import Item
 #: How many seconds of work a lane is given at once: little against the time that its worker takes
 #: to start, and much against the time of a Ray task.
 _CHUNK_S = 0.2
+#: After so long, a lane gives back the items that have not begun: some took longer than expected.
+BUDGET_S = 2 * _CHUNK_S
 #: The time that no item is taken to be shorter than, and the most items of a lane.
 _LEAST_S = 0.002
 #: The weight of the newest item in the mean length of items.

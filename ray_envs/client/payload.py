@@ -39,8 +39,8 @@ class Payload:
             # copy now that belongs to no module.
             self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(run_items)))
 
-    def shared(self, environment: Mapping[str, Any]) -> dict[str, Any]:
-        """What `run_items` is told about all items of an environment."""
+    def shared(self, environment: Mapping[str, Any], budget_s: float) -> dict[str, Any]:
+        """What `run_items` is told about all items of an environment; see there."""
         return {
             "key": environment["key"],
             "venv": environment["venv_path"],
@@ -49,6 +49,7 @@ class Payload:
             "entrypoint": self.entrypoint,
             "as_json": self.entrypoint is not None,
             "code_sha256": self.code_sha256,
+            "budget_s": budget_s,
         }
 
 

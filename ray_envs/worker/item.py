@@ -27,11 +27,20 @@ from ray_envs.worker.restoring import restorer
 def run_items(
     shared: dict[str, Any], calls: list[dict[str, Any]], payload: bytes | None, code: bytes | None
 ) -> Iterator[Any]:
-    """Run items and report each. End the worker if it is not fit for another item."""
+    """Run items and report each. End the worker if it is not fit for another item.
+
+    Items that have not begun after `shared["budget_s"]` seconds are left to others: the last
+    message is then `{"is_over": True, …}`.
+    """
+    import time
+
     outcome: dict[str, Any] = {}
     told: dict[str, Any] = {}
-    value = None
-    for call in calls:
+    value, until = None, time.monotonic() + shared["budget_s"]
+    for number, call in enumerate(calls):
+        if number and time.monotonic() > until:
+            told["is_over"] = True
+            break
         try:
             yield {**told, "began": _began(outcome)}
             value = _ran({**shared, **call}, payload, code, outcome)

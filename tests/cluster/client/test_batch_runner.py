@@ -628,6 +628,7 @@ def test_each_part_of_the_promise_is_checked_before_the_payload(
         "entrypoint": "os:mkdir",
         "as_json": True,
         "code_sha256": None,
+        "budget_s": 1.0,
     }
     calls = [{"args": [str(ran)], "kwargs": {}}]
     ray.cloudpickle.register_pickle_by_value(worker)

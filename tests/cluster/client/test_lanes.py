@@ -156,3 +156,25 @@ def test_items_that_take_long_have_a_task_each(
 ) -> None:
     run(cluster, time.sleep, [[0.3]] * 8)
     assert [len(lane) for lane in lanes] == [1] * 8
+
+
+@pytest.mark.timeout(120)
+def test_items_that_turn_out_to_be_long_do_not_wait_behind_each_other(
+    cluster: RayEnvironmentProvider, lanes: list[list[Item]]
+) -> None:
+    """Ten of one lane at 1 s each would wait for 10 s in all, beside workers that are idle."""
+
+    def at_first_short(number: int) -> float:
+        import time
+
+        began = time.time()
+        time.sleep(0 if number < 100 else 1)
+        return began
+
+    results = run(cluster, at_first_short, [[n] for n in range(108)])
+    assert all((r.ok, r.attempts) == (True, 1) for r in results)
+    assert len({r.case_id for r in results}) == 108
+    assert max(map(len, lanes)) > 1
+    long = sorted(r.value for r in results if r.duration_s > 0.9)
+    assert len(long) == 8
+    assert long[-1] - long[0] < 6.5
