@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import keyword
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ray_envs.errors import InvalidInput
 from ray_envs.specs import Amount, EnvSpec, Gpus
 from ray_envs.validation import Model
+
+Isolation = Literal["worker", "process", "fresh"]
 
 
 class ErrorInfo(Model):
@@ -53,6 +55,9 @@ class RunDefaults(Model):
     #: How often an item is started again after its worker or node died.
     retries: int = Field(default=3, ge=0)
     timeout_s: float = Field(default=3600, gt=0, allow_inf_nan=False)
+    #: Where an item runs: in the warm worker of its variant; in a child process of that, so that
+    #: nothing of it is left; or in a Ray worker that is started for it.
+    isolation: Isolation = "worker"
 
 
 class VariantSpec(EnvSpec):
@@ -63,6 +68,7 @@ class VariantSpec(EnvSpec):
     memory: int | None = Field(default=None, gt=0)
     retries: int | None = Field(default=None, ge=0)
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    isolation: Isolation | None = None
 
     def env_spec(self) -> EnvSpec:
         return EnvSpec(**{name: getattr(self, name) for name in EnvSpec.model_fields})

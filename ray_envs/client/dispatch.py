@@ -7,6 +7,7 @@ all that touches Ray's tasks: nodes, messages of a task, time-outs, lost workers
 from __future__ import annotations
 
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from ray_envs.batch_models import ItemResult
 from ray_envs.client import losses, scheduling
 from ray_envs.client.cluster_watch import ClusterWatch
 from ray_envs.client.environments import EnvironmentProvider
-from ray_envs.client.items import Item, broken, check_key, not_run, result_of, unreadable
+from ray_envs.client.items import Item, broken, check_key, not_run, result_of, unreadable, valued
 from ray_envs.client.lanes import BUDGET_S, Lane, Paces
 from ray_envs.client.node_table import NodeTable
 from ray_envs.client.payload import Payload
@@ -42,6 +43,9 @@ _REFUSED_S = 10.0
 _MAX_REFUSALS = 3
 #: How many messages of one lane are read before the other lanes have their turn.
 _IN_A_ROW = 100
+
+#: Makes the runtime_env of an item unlike all others.
+ITEM_VARIABLE = "RAY_ENVS_ITEM"
 
 #: An item that has ended and its result; None if it must be started again.
 End = tuple[Item, ItemResult | None]
@@ -124,7 +128,10 @@ class Dispatcher:
         calls = [{"args": list(i.case.args), "kwargs": i.case.kwargs} for i in items]
         task = payload.task.options(**options)
         stream = task.remote(
-            payload.shared(environment, BUDGET_S), calls, payload.function, payload.code
+            payload.shared(environment, item.limits, BUDGET_S),
+            calls,
+            payload.function,
+            payload.code,
         )
         self.lanes[stream] = Lane(deque(items), tuple(nodes), lead=item)
         return True
@@ -136,6 +143,8 @@ class Dispatcher:
         item, limits = items[0], items[0].limits
         #: Ray writes it before what the items print.
         name = item.variant_id if len(items) > 1 else f"{item.variant_id}:{item.case.id}"
+        # Ray starts a worker for a runtime_env that no other has.
+        own = {"env_vars": {ITEM_VARIABLE: uuid.uuid4().hex}} if limits.isolation == "fresh" else {}
         return placement.options(
             # A task that waits at a node for its environment holds that node's CPUs meanwhile,
             # so name ready nodes only.
@@ -147,6 +156,7 @@ class Dispatcher:
                 "num_returns": "streaming",
                 "max_retries": 0,
                 "name": name,
+                "runtime_env": own,
             },
             variant_id=item.variant_id,
             nodes=nodes,
@@ -230,7 +240,7 @@ class Dispatcher:
 
         try:
             message = ray.get(next(stream))
-            result = result_of(lane.first, message) if lane.awaits_value else None
+            result = valued(lane.first, message) if lane.awaits_value else None
         except Exception as exc:
             if not lane.awaits_value or losses.is_loss(exc):
                 for item in lane.items:  # what the lost worker told last may be lost, too
@@ -260,15 +270,20 @@ class Dispatcher:
             item = lane.first
             item.outcome = outcome
             self._paces.note(item)
-            if outcome["kind"] == "environment":  # missing, damaged, or not the right one
+            if outcome["kind"] == "crash":  # of the child process that it ran in
+                error = outcome["error"]
+                again = losses.again_or(item, error["type"], error["message"])
+                ends = [(lane.items.popleft(), again)]
+            elif outcome["kind"] == "environment":  # missing, damaged, or not the right one
                 return self._over(stream, self._again_elsewhere(item, outcome))
-            if outcome["error"] is None and "value" not in outcome:
+            elif outcome["error"] is None and "value" not in outcome:
                 lane.awaits_value = True
                 return []
-            result = result_of(item, outcome.get("value"))
-            if outcome["is_unfit"]:
-                return self._over(stream, result)
-            ends = [(lane.items.popleft(), result)]
+            else:
+                result = result_of(item, outcome.get("value"))
+                if outcome["is_unfit"]:
+                    return self._over(stream, result)
+                ends = [(lane.items.popleft(), result)]
         if "began" in message:
             lane.begin(message["began"])
         return ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import time
 from collections.abc import Mapping
@@ -49,7 +50,9 @@ class Item:
     @property
     def may_share(self) -> bool:
         """Whether it may be started together with others."""
-        return not (self.is_suspect or self.attempts or self.refusals or self.unfit_workers)
+        is_alone = self.limits.isolation == "fresh"
+        is_new = not (self.attempts or self.refusals or self.unfit_workers)
+        return is_new and not self.is_suspect and not is_alone
 
 
 def result_of(item: Item, value: Any) -> ItemResult:
@@ -66,6 +69,12 @@ def result_of(item: Item, value: Any) -> ItemResult:
         duration_s=round(outcome.get("duration_s", 0.0), 6),
         shadowed=tuple(outcome.get("shadowed", ())),
     )
+
+
+def valued(item: Item, message: Any) -> ItemResult:
+    """The result of an item whose value came as a message of its own."""
+    is_pickled = (item.outcome or {}).get("is_pickled")  # in the child process that it ran in
+    return result_of(item, pickle.loads(message) if is_pickled else message)  # noqa: S301
 
 
 def broken(item: Item, kind: str, message: str, traceback: str = "") -> ItemResult:

@@ -21,6 +21,8 @@ _CHUNK_S = 0.2
 BUDGET_S = 2 * _CHUNK_S
 #: The time that no item is taken to be shorter than, and the most items of a lane.
 _LEAST_S = 0.002
+#: How much longer than its time limit an item may take whose worker ends it.
+_GRACE_S = 5.0
 #: The weight of the newest item in the mean length of items.
 _NEWEST = 0.3
 
@@ -48,7 +50,9 @@ class Lane:
         item = self.first
         item.attempts += item is not self.lead
         item.began = dict(began)
-        item.deadline = time.monotonic() + item.limits.timeout_s
+        # In a child process, the worker ends the item itself.
+        grace_s = _GRACE_S if item.limits.isolation == "process" else 0.0
+        item.deadline = time.monotonic() + item.limits.timeout_s + grace_s
         self.node_id = began["node_id"]
 
 

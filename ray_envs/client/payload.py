@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ray_envs import worker
+from ray_envs.batch_models import RunDefaults
 from ray_envs.client.code_folder import pack_code
 from ray_envs.cluster.actors import by_value
 from ray_envs.worker.item import run_items
@@ -39,7 +40,9 @@ class Payload:
             # copy now that belongs to no module.
             self.task = ray.remote(ray.cloudpickle.loads(ray.cloudpickle.dumps(run_items)))
 
-    def shared(self, environment: Mapping[str, Any], budget_s: float) -> dict[str, Any]:
+    def shared(
+        self, environment: Mapping[str, Any], limits: RunDefaults, budget_s: float
+    ) -> dict[str, Any]:
         """What `run_items` is told about all items of an environment; see there."""
         return {
             "key": environment["key"],
@@ -50,6 +53,8 @@ class Payload:
             "as_json": self.entrypoint is not None,
             "code_sha256": self.code_sha256,
             "budget_s": budget_s,
+            "isolation": limits.isolation,
+            "timeout_s": limits.timeout_s,
         }
 
 

@@ -12,6 +12,7 @@ the order of sys.path, and which module names are there twice      paths
 how a code folder is unpacked and used                             code
 the steps of an item, and what it reports                          item
 the value or the error of an item as plain data                    outcome
+how an item runs in a child process                                forked
 what is restored after an item, so that later ones do not meet it  restoring
 the imports of a worker, to see that it can start                    starting
 """

@@ -18,6 +18,7 @@ from typing import Any
 
 from ray_envs.worker.check import what_is_wrong_here
 from ray_envs.worker.code import unpacked, use_code
+from ray_envs.worker.forked import in_child
 from ray_envs.worker.hold import INSTALLED_AS
 from ray_envs.worker.outcome import as_json, described, in_words
 from ray_envs.worker.paths import current_folder, module_names, put_foreign_paths_last, shadowed
@@ -90,16 +91,11 @@ def _ran(
         outcome["shadowed"] = put_foreign_paths_last()
         function = _load(request, payload, code, outcome)
         _check_call(function, request)
-        outcome["kind"] = "payload"
-        outcome["has_run"] = True
-        restore = restorer(folder)  # what an import has set stays, as its modules do
-        value = function(*request["args"], **request["kwargs"])
-        if request["as_json"]:
-            outcome["value"] = as_json(value)
-        elif value is None or type(value) in (bool, int, float, str):
-            outcome["value"] = value
+        if request["isolation"] == "process":
+            value = _call_in_child(function, request, outcome)
         else:
-            outcome["text"] = in_words(value)
+            restore = restorer(folder)  # what an import has set stays, as its modules do
+            value = _call(function, request, outcome)
     except (Exception, SystemExit, KeyboardInterrupt) as exc:
         outcome["error"] = described(exc)
     outcome["duration_s"] = time.monotonic() - clock
@@ -109,6 +105,48 @@ def _ran(
         outcome["kind"] = "environment"
         outcome["error"] |= {"type": "WrongEnvironment", "message": wrong}
     return value
+
+
+def _call(function: Callable[..., Any], request: dict[str, Any], outcome: dict[str, Any]) -> Any:
+    """Call the function and return its value, which is put into `outcome` if it is plain."""
+    outcome["kind"] = "payload"
+    outcome["has_run"] = True
+    value = function(*request["args"], **request["kwargs"])
+    if request["as_json"]:
+        outcome["value"] = as_json(value)
+    elif value is None or type(value) in (bool, int, float, str):
+        outcome["value"] = value
+    else:
+        outcome["text"] = in_words(value)
+    return value
+
+
+def _call_in_child(
+    function: Callable[..., Any], request: dict[str, Any], outcome: dict[str, Any]
+) -> Any:
+    """`_call` in a child process. A value that is not plain is returned pickled."""
+
+    def run() -> tuple[dict[str, Any], bytes | None]:
+        pickled = None
+        try:
+            value = _call(function, request, outcome)
+            if "value" not in outcome:
+                outcome["is_pickled"] = True
+                pickled = sys.modules["ray"].cloudpickle.dumps(value)
+        except (Exception, SystemExit, KeyboardInterrupt) as exc:
+            outcome["error"] = described(exc)
+        return outcome, pickled
+
+    how, told = in_child(run, request["timeout_s"])
+    if how == "ended":
+        outcome.update(told[0])
+        return told[1]
+    kind, message = "ProcessCrashed", told
+    if how == "late":
+        kind, message = "ItemTimeout", "did not end within {:g} s".format(request["timeout_s"])
+    outcome.update(kind="payload" if how == "late" else "crash", has_run=True)
+    outcome["error"] = {"type": kind, "message": message, "traceback": ""}
+    return None
 
 
 def _unfit(outcome: dict[str, Any], wrong: str) -> dict[str, Any]:

@@ -629,6 +629,8 @@ def test_each_part_of_the_promise_is_checked_before_the_payload(
         "as_json": True,
         "code_sha256": None,
         "budget_s": 1.0,
+        "isolation": "worker",
+        "timeout_s": 60.0,
     }
     calls = [{"args": [str(ran)], "kwargs": {}}]
     ray.cloudpickle.register_pickle_by_value(worker)
