@@ -243,9 +243,7 @@ class Dispatcher:
             result = valued(lane.first, message) if lane.awaits_value else None
         except Exception as exc:
             if not lane.awaits_value or losses.is_loss(exc):
-                for item in lane.items:  # what the lost worker told last may be lost, too
-                    item.is_suspect = True
-                return self._over(stream, losses.of(lane.first, exc))
+                return self._over(stream, self._loss(lane, exc))
             result = unreadable(lane.first, exc)
         if result is not None:
             lane.awaits_value = False
@@ -261,6 +259,20 @@ class Dispatcher:
             self.freed.append(lane.lead.key)
             del self.lanes[stream]
         return ends
+
+    @staticmethod
+    def _loss(lane: Lane, exc: Exception) -> ItemResult | None:
+        """Return the result of the first item of a lane whose task has ended with an error.
+
+        What the worker told last may be lost, too: then nobody knows at which item it has ended.
+        So each runs once more, alone, and that counts for none.
+        """
+        if len(lane.items) == 1:
+            return losses.of(lane.first, exc)
+        for item in lane.items:
+            item.is_suspect = True
+        lane.first.attempts -= lane.first is lane.lead or lane.first.began is not None
+        return None
 
     def _told(self, stream: Any, lane: Lane, message: Mapping[str, Any]) -> list[End]:
         """Take a message of a lane that is not a value; return the items that have ended."""

@@ -50,9 +50,9 @@ class Item:
     @property
     def may_share(self) -> bool:
         """Whether it may be started together with others."""
-        is_alone = self.limits.isolation == "fresh"
-        is_new = not (self.attempts or self.refusals or self.unfit_workers)
-        return is_new and not self.is_suspect and not is_alone
+        # An item whose lane was lost runs again; without retries, none may run twice.
+        is_alone = self.limits.isolation == "fresh" or not self.limits.retries or self.is_suspect
+        return not (is_alone or self.attempts or self.refusals or self.unfit_workers)
 
 
 def result_of(item: Item, value: Any) -> ItemResult:

@@ -75,11 +75,16 @@ def _be_child(run: Callable[[], Any], writing: int) -> None:
 
 
 def _leave_ray() -> None:
-    """Make calls of Ray fail at once: the threads that would serve them are not in this process."""
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    """Make calls of Ray fail at once.
+
+    The threads that would serve them are not in this process, and its connections are those of the
+    worker, which would crash.
+    """
     worker = sys.modules.get("ray._private.worker")
-    if worker is not None:
-        worker.global_worker.mode = None
+    hook = sys.modules.get("ray._private.auto_init_hook")
+    if worker is not None and hook is not None:
+        worker.global_worker.set_is_connected(False)
+        hook.enable_auto_connect = False
 
 
 def _read(reading: int, pid: int, timeout_s: float) -> tuple[bytes, bool, int | None]:

@@ -48,12 +48,13 @@ def by_hand(envs: Any, calls: list[tuple[str, int]], seconds: float) -> int:
     return done + len(ray.get(running))
 
 
-def by_runner(envs: Any, numbers: range, seconds: float) -> int:
+def by_runner(envs: Any, numbers: range, seconds: float, isolation: str = "worker") -> int:
     from ray_envs import RayBatchRunner
 
     cases = ([number, seconds] for number in numbers)
     runner = RayBatchRunner(envs, max_pending=_PENDING)
-    return sum(r.ok for r in runner.run(short, variants=list(VARIANTS), cases=cases))
+    results = runner.run(short, variants=list(VARIANTS), cases=cases, isolation=isolation)
+    return sum(r.ok for r in results)
 
 
 def main() -> None:
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.0, help="the length of an item")
+    parser.add_argument("--isolations", default="worker,process")
     parser.add_argument("--memory", action="store_true", help="of the runner alone: 1 % and all")
     parser.add_argument("--root", type=Path)
     given = parser.parse_args()
@@ -73,7 +75,7 @@ def main() -> None:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     numbers = range(given.items // len(VARIANTS))
     calls = [(name, number) for number, name in product(numbers, VARIANTS)]
-    took: dict[str, list[float]] = {"runner": [], "by hand": []}
+    took: dict[str, list[float]] = {s: [] for s in (*given.isolations.split(","), "by hand")}
     with RayEnvironmentProvider.connect() as envs:
         for name, package in VARIANTS.items():
             envs.create(name, EnvSpec(packages=[package]))
@@ -85,12 +87,12 @@ def main() -> None:
                 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
                 print(f"{count} items: {memory} MiB, {time.perf_counter() - began:.1f} s")
             return
-        for side, run in (
-            *(("runner", lambda: by_runner(envs, numbers, given.seconds)),
-              ("by hand", lambda: by_hand(envs, calls, given.seconds))) * given.rounds,
-        ):  # fmt: skip
+        for side in [*took] * given.rounds:
             began = time.perf_counter()
-            count = run()
+            if side == "by hand":
+                count = by_hand(envs, calls, given.seconds)
+            else:
+                count = by_runner(envs, numbers, given.seconds, side)
             took[side].append(time.perf_counter() - began)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
             print(f"{side}: {count} items, {took[side][-1]:.1f} s, {memory} MiB", flush=True)
@@ -98,7 +100,8 @@ def main() -> None:
                 sys.exit(f"{count} of {len(calls)} items succeeded")
     medians = {side: statistics.median(values) for side, values in took.items()}
     print({side: round(value, 2) for side, value in medians.items()})
-    print(f"runner / by hand: {medians['runner'] / medians['by hand']:.2f} x")
+    for side, median in medians.items():
+        print(f"{side} / by hand: {median / medians['by hand']:.2f} x")
     ray.shutdown()
 
 

@@ -83,8 +83,9 @@ def test_an_item_that_ends_its_worker_costs_the_others_of_its_lane_no_attempt(
     assert Counter(r.case_id for r in results) == Counter(f"case-{n}" for n in range(MANY))
     (dead,) = (r for r in results if not r.ok)
     assert (dead.case_id, dead.attempts) == ("case-60", 2)
-    assert (tmp_path / "died").read_text() == "xx"
-    assert {r.attempts for r in results if r.ok} <= {1, 2}
+    # Once more if the worker's last words were lost, and nobody knew which item it was.
+    assert (tmp_path / "died").read_text() in ("xx", "xxx")
+    assert {r.attempts for r in results if r.ok} == {1}
     assert max(map(len, lanes)) > 1
 
 
@@ -147,7 +148,7 @@ def test_a_generator_is_read_only_as_far_as_items_start(cluster: RayEnvironmentP
     assert runner.progress().in_progress <= 20
     assert 150 <= next(read) <= 180
     runner.cancel()
-    assert list(results) == []
+    assert len(list(results)) <= 20  # those that had ended
 
 
 @pytest.mark.timeout(120)
@@ -178,3 +179,24 @@ def test_items_that_turn_out_to_be_long_do_not_wait_behind_each_other(
     long = sorted(r.value for r in results if r.duration_s > 0.9)
     assert len(long) == 8
     assert long[-1] - long[0] < 6.5
+
+
+@pytest.mark.timeout(120)
+def test_without_retries_no_item_runs_twice(
+    cluster: RayEnvironmentProvider, lanes: list[list[Item]], tmp_path: Path
+) -> None:
+    def once(number: int, folder: str) -> int:
+        import os
+        import pathlib
+
+        with (pathlib.Path(folder) / str(number)).open("x"):
+            pass
+        if number % 20 == 19:
+            os._exit(1)
+        return number
+
+    results = run(cluster, once, [[n, str(tmp_path)] for n in range(60)], retries=0)
+    failed = {r.case_id: r.error.type for r in results if r.error is not None}
+    assert set(failed) == {"case-19", "case-39", "case-59"}
+    assert set(failed.values()) <= {"WorkerCrashedError", "WorkerLost"}
+    assert {len(lane) for lane in lanes} == {1}
