@@ -1,7 +1,8 @@
 """Ray's private parts that ray_envs uses, and which versions of Ray have been tried.
 
 Runs wherever Ray is asked something. Besides the plugin and `worker.forked`, which cannot import
-it, no other module names a private module of Ray. A part that a version of Ray lacks is left out here, and its function says so.
+it, no other module names a private module of Ray. A part that a version of Ray lacks is left out
+here, and its function says so.
 """
 
 from __future__ import annotations

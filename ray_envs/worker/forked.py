@@ -80,8 +80,8 @@ def _leave_ray() -> None:
     The threads that would serve them are not in this process, and its connections are those of the
     worker, which would crash.
     """
-    worker = sys.modules.get("ray._private.worker")
-    hook = sys.modules.get("ray._private.auto_init_hook")
+    worker: Any = sys.modules.get("ray._private.worker")
+    hook: Any = sys.modules.get("ray._private.auto_init_hook")
     if worker is not None and hook is not None:
         worker.global_worker.set_is_connected(False)
         hook.enable_auto_connect = False

@@ -24,7 +24,7 @@ ROOT = Path(ray_envs.__file__).parent
 #: Names of Ray that may change with each version.
 PRIVATE = ("ray._private", "ray._raylet", "ray.core.generated")
 #: The modules that may name them. Ray loads the plugin by itself, and it may import little.
-MAY = {"cluster/ray_versions.py", "plugin/environment_plugin.py"}
+MAY = {"cluster/ray_versions.py", "plugin/environment_plugin.py", "worker/forked.py"}
 
 
 @pytest.fixture(autouse=True)
