@@ -48,7 +48,10 @@ class BatchState(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The progress of a batch, in items and seconds; `eta_s` is None until an item has ended."""
+    """The progress of a batch, in items and seconds; `eta_s` is None until an item has ended.
+
+    The total of a generator of cases grows while it is read.
+    """
 
     total: int
     completed: int
@@ -63,7 +66,7 @@ class RayBatchRunner:
 
     Args:
         provider: gives the environments.
-        max_pending: how many items may have started and not ended.
+        max_pending: how many items may have been sent to workers and not ended.
     """
 
     def __init__(self, provider: EnvironmentProvider, *, max_pending: int = 100) -> None:

@@ -1,7 +1,8 @@
 """Runs an item in a child process of the worker, which is as it was before any item.
 
 The child is a fork: it has all that the worker has imported, and costs milliseconds. Ray cannot be
-used in it. What it leaves behind ends with it, also processes that have left its group.
+used in it. What it leaves behind ends with it: orphans become children of the worker. It stays in
+the worker's process group, which Ray ends with the worker.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ def _be_child(run: Callable[[], Any], writing: int) -> None:
     import pickle
     import signal
 
-    os.setpgid(0, 0)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -121,13 +121,10 @@ def _read(reading: int, pid: int, timeout_s: float) -> tuple[bytes, bool, int | 
 def _end(pid: int, before: set[int], status: int | None) -> int:
     """End the child and all that it has started; return its exit status."""
     import contextlib
-    import signal
 
     if status is None:
         _kill(pid)
         _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(OSError):  # nothing of its group is left
-        os.killpg(pid, signal.SIGKILL)
     for _ in range(100):  # the children of an orphan that ends are orphans, too
         left = _children() - before
         if not left:

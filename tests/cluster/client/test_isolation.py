@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_envs import ItemResult, RayBatchRunner, RayEnvironmentProvider
+from tests.cluster.conftest import wait_until
 
 OLD = "kept/old-six"
 pytestmark = pytest.mark.timeout(120)
@@ -127,6 +129,29 @@ def test_ray_fails_at_once_in_a_child_process(cluster: RayEnvironmentProvider) -
     assert result.duration_s < 10
 
 
-def test_the_driver_has_no_child_of_it(cluster: RayEnvironmentProvider) -> None:
-    (result,) = run(cluster, lambda _: os.getppid(), range(1), "process").values()
-    assert result.value != os.getpid()
+def test_cancelling_ends_a_child_process_and_what_it_has_started(
+    cluster: RayEnvironmentProvider, tmp_path: Path, processes: Any
+) -> None:
+    def start(_: int, folder: str) -> None:
+        import os
+        import pathlib
+        import subprocess
+        import sys
+        import time
+
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (pathlib.Path(folder) / f"{os.getpid()}-{child.pid}").touch()
+        time.sleep(600)
+
+    runner = RayBatchRunner(cluster)
+    cases = [[0, str(tmp_path)]]
+    results = runner.run(start, variants=[OLD], cases=cases, isolation="process")
+    thread = threading.Thread(target=lambda: list(results))
+    thread.start()
+    wait_until(lambda: any(tmp_path.iterdir()), "the start of the item")
+    (told,) = tmp_path.iterdir()
+    for pid in told.name.split("-"):
+        processes.must_end(int(pid))
+    runner.cancel()
+    thread.join(30)
+    assert not thread.is_alive()
