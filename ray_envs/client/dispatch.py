@@ -41,6 +41,8 @@ _UNREADY_S = 1.0
 _REFUSED_S = 10.0
 #: How many such starts of one item do not count as retries.
 _MAX_REFUSALS = 3
+#: After so long without a message, a lane is asked whether its task has ended.
+_SILENT_S = 10.0
 #: How many messages of one lane are read before the other lanes have their turn.
 _IN_A_ROW = 100
 
@@ -240,6 +242,7 @@ class Dispatcher:
 
         try:
             message = ray.get(next(stream))
+            lane.heard_at = time.monotonic()
             result = valued(lane.first, message) if lane.awaits_value else None
         except Exception as exc:
             if not lane.awaits_value or losses.is_loss(exc):
@@ -342,6 +345,8 @@ class Dispatcher:
                 yield from self._over(
                     stream, losses.again_or(lane.first, "WorkerLost", "its node has died")
                 )
+            elif now - lane.heard_at > _SILENT_S and losses.has_lost_words(stream):
+                yield from self._over(stream, self._loss(lane, StopIteration()))
         waiting = [(stream, lane) for stream, lane in self.lanes.items() if lane.node_id is None]
         ages = {lane.lead.variant_id: now - lane.launched_at for _, lane in waiting}
         for _, lane in waiting:

@@ -36,6 +36,8 @@ class Lane:
     #: The item that it was started for: its attempt began with the start.
     lead: Item
     launched_at: float = field(default_factory=time.monotonic)
+    #: When its last message came.
+    heard_at: float = field(default_factory=time.monotonic)
     #: The node of its worker; None until that has begun an item.
     node_id: str | None = None
     #: Whether the next message is the value of the first item, whose outcome is known.

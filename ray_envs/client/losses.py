@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray_envs.batch_models import ItemResult
 from ray_envs.client.items import Item, broken
 from ray_envs.plugin import gate
@@ -50,3 +52,14 @@ def again_or(item: Item, kind: str, message: str) -> ItemResult | None:
     if item.attempts - item.refusals - item.unfit_workers <= item.limits.retries:
         return None
     return broken(item, kind, message)
+
+
+def has_lost_words(stream: Any) -> bool:
+    """Whether a task has ended whose last messages have not come: its network was cut meanwhile.
+
+    Ray reports each message once. It would wait for those that are lost for ever.
+    """
+    import ray
+
+    is_over = bool(ray.wait([stream.completed()], timeout=0, fetch_local=False)[0])
+    return is_over and not ray.wait([stream], timeout=0, fetch_local=False)[0]
