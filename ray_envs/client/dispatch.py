@@ -348,10 +348,10 @@ class Dispatcher:
             elif now - lane.heard_at > _SILENT_S and losses.has_lost_words(stream):
                 yield from self._over(stream, self._loss(lane, StopIteration()))
         waiting = [(stream, lane) for stream, lane in self.lanes.items() if lane.node_id is None]
-        ages = {lane.lead.variant_id: now - lane.launched_at for _, lane in waiting}
+        ages: dict[str, float] = {}
         for _, lane in waiting:
             name = lane.lead.variant_id
-            ages[name] = max(ages[name], now - lane.launched_at)
+            ages[name] = max(ages.get(name, 0.0), now - lane.launched_at)
         lost = self._lost({name for name, age in ages.items() if age > _LONG_S})
         bound_s = self._provider.worker_start_timeout_s()
         for name in {name for name, age in ages.items() if age > bound_s} - set(lost):
